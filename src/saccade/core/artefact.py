@@ -1,0 +1,78 @@
+"""Learned or calibrated state: tensors in a safetensors file, and beside it a JSON card that says what they are for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from saccade.core.errors import BadArtefact
+from saccade.core.paths import SHIPPED, cache_dir
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What `calibrate` makes and `attach` finds again.
+
+    `fingerprint` is a hash of the model's weights and shapes: an artefact is used only with the model it was made from.
+    `data` and `seed` say what it was made on; `figures` what was seen on the way (losses, agreement).
+    """
+
+    method: str
+    tensors: Mapping[str, Tensor]
+    model: str
+    fingerprint: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    data: str = ""
+    seed: int = 0
+    version: str = ""
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> Path:
+        """Write PATH.safetensors and PATH.json; returns the former."""
+        from safetensors.torch import save_file
+
+        path = Path(path).with_suffix(".safetensors")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in self.tensors.items()}, path)
+        words = {k: v for k, v in asdict(_without_tensors(self)).items() if k != "tensors"}
+        path.with_suffix(".json").write_text(json.dumps(words, indent=1, sort_keys=True) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Artefact:
+        """Read what `save` wrote.
+
+        Raises:
+            BadArtefact: a file is missing, truncated or not one of ours.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = Path(path).with_suffix(".safetensors")
+        try:
+            words = json.loads(path.with_suffix(".json").read_text())
+            return cls(tensors=load_file(path), **words)
+        except (OSError, SafetensorError, ValueError, TypeError) as e:
+            raise BadArtefact(f"artefact {path}", f"it cannot be read ({e})", "Make it again: saccade calibrate") from e
+
+    @classmethod
+    def find(cls, method: str, fingerprint: str) -> Artefact | None:
+        """The artefact of this method for this very model: the user's own before the shipped one, or None."""
+        for folder in (cache_dir("artefacts", method), SHIPPED / method):
+            for file in sorted(folder.glob("*.json")):
+                try:
+                    made_for = json.loads(file.read_text()).get("fingerprint")
+                except (OSError, ValueError) as e:
+                    raise BadArtefact(f"artefact {file}", f"it cannot be read ({e})", "Delete it.") from e
+                if made_for == fingerprint:
+                    return cls.load(file)
+        return None
+
+
+def _without_tensors(a: Artefact) -> Artefact:
+    return Artefact(**{**{k: getattr(a, k) for k in a.__dataclass_fields__}, "tensors": {}})

@@ -1,0 +1,287 @@
+"""What a method is: a frozen dataclass whose fields are its options, with a card. One base for each family."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saccade.core.artefact import Artefact
+from saccade.core.budget import Budget
+from saccade.core.card import Card
+from saccade.core.errors import BadOption, CannotRun, DoesNotCompose
+from saccade.core.selection import Selection
+from saccade.core.site import Seen, Site
+
+# the parts of a model's work that a method can own, in the order of the data flow; at most one owner each
+PARTS = ("tokens", "steer", "prefill", "evict", "merge", "pack", "decode", "neurons", "observe")
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods.
+
+    `artefact` is what calibration left; `attach` finds the one of the model at hand, a user may give another.
+
+    Raises:
+        BadOption: a value outside what the option allows.
+    """
+
+    card: ClassVar[Card]
+    artefact: Artefact | None = field(default=None, kw_only=True, repr=False, compare=False)
+
+    def __post_init__(self):
+        for name, value in options(self).items():
+            _check_option(self, name, value)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Which parts of the model's work this method takes over."""
+        return ()
+
+    def check(self, site: Site) -> list[str]:
+        """Every reason why this method cannot run there; [] means it will."""
+        return []
+
+    def calibrate(self, model: Any, samples: Sequence[Tensor], progress: Any = None) -> Artefact:
+        """Learn what this method needs from a model; `samples` are rows of token ids [1 n].
+
+        Raises:
+            CannotRun: this method learns nothing.
+        """
+        raise CannotRun(f"calibrate {self.card.name}", "it has nothing to learn", "Attach it as it is.")
+
+
+def options(method: Method | type[Method]) -> dict[str, Any]:
+    """Option names and values (of a class: its defaults), in the order they are written."""
+    given = {f.name: f for f in dataclasses.fields(method) if f.name != "artefact"}
+    if isinstance(method, type):
+        return {n: (f.default_factory() if callable(f.default_factory) else f.default) for n, f in given.items()}  # type: ignore[misc]
+    return {n: getattr(method, n) for n in given}
+
+
+def configure(method: Method, changes: Mapping[str, Any]) -> Method:
+    """The same method with some options changed; text is read as the option's own type.
+
+    Raises:
+        BadOption: no such option (the nearest is said), or a value it does not allow.
+    """
+    hints = typing.get_type_hints(type(method))
+    known = options(method)
+    out = {}
+    for name, value in changes.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f"Did you mean {close[0]!r}? " if close else ""
+            raise BadOption(
+                f"option {name!r} of {method.card.name}", "there is none of that name", f"{meant}It has: {', '.join(known)}."
+            )
+        out[name] = _read(method, name, value, hints[name]) if isinstance(value, str) else value
+    return dataclasses.replace(method, **out)
+
+
+def _read(method: Method, name: str, text: str, hint: Any) -> Any:
+    kinds = typing.get_args(hint) if typing.get_origin(hint) not in (None, Literal) else (hint,)
+    for kind in kinds:
+        if typing.get_origin(kind) is Literal:
+            if text in typing.get_args(kind):
+                return text
+        elif kind is type(None):
+            if text.lower() == "none":
+                return None
+        elif kind is bool:
+            if text.lower() in ("true", "false"):
+                return text.lower() == "true"
+        elif kind in (int, float, str):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    raise BadOption(f"{method.card.name}.{name}={text!r}", f"it takes {_say(hint)}", "Give such a value.")
+
+
+def _say(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(repr(a) for a in typing.get_args(hint))
+    return getattr(hint, "__name__", str(hint))
+
+
+def _check_option(method: Method, name: str, value: Any) -> None:
+    hint = typing.get_type_hints(type(method))[name]
+    if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
+        raise BadOption(f"{method.card.name}.{name}={value!r}", f"it takes {_say(hint)}", "Give one of these.")
+    wrong = isinstance(value, bool) or not isinstance(value, int)
+    if hint is int and (wrong or value < 0):
+        raise BadOption(f"{method.card.name}.{name}={value!r}", "it takes a whole number from 0", "Give such a number.")
+
+
+@dataclass(frozen=True)
+class Sparse(Method):
+    """Chooses which (query, key) pairs are computed, in the prefill and, where it says so, in decoding."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("prefill",)
+
+    def select(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Selection:
+        """Where these queries look."""
+        raise NotImplementedError
+
+    def attend(
+        self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], v: Float[Tensor, "b g k d"], site: Site
+    ) -> Float[Tensor, "b h q d"]:
+        """Attention over the selection. Override to add a remainder to it."""
+        return site.attend(q, k, v, self.select(q, k, site))
+
+
+@dataclass(frozen=True)
+class Cache(Method):
+    """Decides what the cache remembers. Four separable parts; most papers override one.
+
+    `rolling`: evict after every forward; otherwise once, at the end of the prompt.
+    """
+
+    rolling: ClassVar[bool] = False
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("evict",)
+
+    @property
+    def observe_tokens(self) -> int:
+        """How many of the last queries `score` wants to see."""
+        return 0
+
+    def score(self, seen: Seen, site: Site) -> Float[Tensor, "b g k"]:
+        """Worth of each stored key, float32; higher is kept, +inf always."""
+        raise NotImplementedError
+
+    def allocate(self, scores: Float[Tensor, "b g k"], budget: Budget, site: Site) -> Int[Tensor, "b g"]:
+        """Keys each head may keep. Default: the same for all."""
+        b, g, k = scores.shape
+        return torch.full((b, g), min(k, budget.tokens(site.seen, site.bytes_per_token)), dtype=torch.long)
+
+    def visible(
+        self, q_position: Int[Tensor, "r q"], k_position: Int[Tensor, "r k"], head: Int[Tensor, " r"], site: Site
+    ) -> Bool[Tensor, "r q k"] | None:
+        """Which stored keys a query may still see, where eviction depends on the query's position; None: all.
+
+        Rows are (sequence, key/value head) pairs. It lets many tokens be read in one forward with the same result as
+        one at a time.
+        """
+        return None
+
+    def select(
+        self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site
+    ) -> Selection | None:
+        """For a method that also owns "prefill": the pairs its prefill computes. None: dense."""
+        return None
+
+
+@dataclass(frozen=True)
+class Decode(Method):
+    """Chooses which stored keys each new query reads; everything stays stored."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("decode",)
+
+    def index(self, k: Float[Tensor, "b g n d"], site: Site) -> dict[str, Tensor]:
+        """Columns [b g n ...] that are stored beside these new keys and follow them everywhere."""
+        return {}
+
+    def select(self, q: Float[Tensor, "b h q d"], stored: Mapping[str, Tensor], site: Site) -> Selection:
+        """Keys that each of these queries reads; `stored` holds "keys" and the columns of `index`, [b g k ...]."""
+        raise NotImplementedError
+
+
+class _Planned(Method):
+    """Families whose attachment comes with their first method; the contract is settled, the engine refuses them."""
+
+
+@dataclass(frozen=True)
+class Tokens(_Planned):
+    """Decides which (visual) tokens go on."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("tokens",)
+
+    def reduce(self, tokens: Float[Tensor, "b n c"], site: Site) -> Int[Tensor, "b m"]:
+        """Indices of the tokens that go on."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Steer(_Planned):
+    """Edits logits, maps, head outputs or the residual stream at declared sites; the shape is kept."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("steer",)
+
+    def edit(self, x: Tensor, site: Site) -> Tensor:
+        """The edited tensor, of the same shape."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Neurons(_Planned):
+    """Leaves out neurons, experts or weights."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("neurons",)
+
+    def pick(self, activations: Float[Tensor, "b n f"], site: Site) -> Int[Tensor, "m"]:
+        """Indices of the neurons that stay."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Probe(_Planned):
+    """Reads only: where heads look."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("observe",)
+
+
+class Mixer(torch.nn.Module):
+    """A trainable layer: forms `forward`, `step` and a readable `reference` that agree."""
+
+    card: ClassVar[Card]
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One token, with the state so far."""
+        raise NotImplementedError
+
+    @staticmethod
+    def reference(*args: Tensor) -> Tensor:
+        """The paper's equation, loop and all."""
+        raise NotImplementedError
+
+
+def compose(methods: Iterable[Method]) -> dict[str, Method]:
+    """part -> its owner, in the order of the data flow.
+
+    Raises:
+        DoesNotCompose: two methods need the same part; both and the part are named.
+    """
+    owners: dict[str, Method] = {}
+    for method in methods:
+        for part in method.parts:
+            if part in owners:
+                a, b = owners[part].card.name, method.card.name
+                raise DoesNotCompose(
+                    f"attach [{a}, {b}] together", f"both need the part {part!r}", "Leave one of them out."
+                )
+            owners[part] = method
+    return {part: owners[part] for part in PARTS if part in owners}

@@ -1,0 +1,84 @@
+"""What a run leaves: per layer, what was kept, computed, held, and on which back end."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class LayerRecord:
+    """One attention layer.
+
+    kept: true positions stored after the last forward, one list per (row, key/value head)
+    seen: tokens that went by, per row
+    bytes_held: of the storages of this layer's cache, counted, not computed
+    pairs, pairs_causal: (query, key) pairs computed and pairs a dense causal pass would have computed, summed over heads
+    """
+
+    layer: int
+    bytes_held: int = 0
+    seen: list[int] = field(default_factory=list)
+    kept: list[list[Tensor]] = field(default_factory=list)
+    pairs: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    pairs_causal: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    back_ends: set[str] = field(default_factory=set)
+
+    def density(self, stage: str) -> float:
+        """Share of the causal pairs that were computed in "prefill" or "decode"."""
+        return self.pairs[stage] / self.pairs_causal[stage] if self.pairs_causal[stage] else 1.0
+
+    def kept_fraction(self) -> float:
+        """Share of the seen tokens that is still stored, over rows and heads."""
+        total = sum(n * len(heads) for n, heads in zip(self.seen, self.kept))
+        return sum(len(p) for heads in self.kept for p in heads) / total if total else 1.0
+
+
+@dataclass
+class Record:
+    """Of a whole run, one entry per attention layer the method works in."""
+
+    layers: dict[int, LayerRecord] = field(default_factory=dict)
+
+    def layer(self, index: int) -> LayerRecord:
+        """The entry of a layer, made at first use."""
+        return self.layers.setdefault(index, LayerRecord(index))
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes in all layers' caches."""
+        return sum(layer.bytes_held for layer in self.layers.values())
+
+    def density(self, stage: str = "prefill") -> float:
+        """Share of the causal pairs computed, over all layers."""
+        causal = sum(layer.pairs_causal[stage] for layer in self.layers.values())
+        return sum(layer.pairs[stage] for layer in self.layers.values()) / causal if causal else 1.0
+
+    @property
+    def kept_fraction(self) -> float:
+        """Share of the seen tokens still stored, over layers, rows and heads."""
+        shares = [layer.kept_fraction() for layer in self.layers.values()]
+        return sum(shares) / len(shares) if shares else 1.0
+
+    @property
+    def back_ends(self) -> list[str]:
+        """What computed: "op:implementation", sorted."""
+        return sorted(set().union(*[layer.back_ends for layer in self.layers.values()]))
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per layer, for printing or JSON."""
+        return [
+            {
+                "layer": layer.layer,
+                "seen": max(layer.seen, default=0),
+                "kept_fraction": layer.kept_fraction(),
+                "bytes_held": layer.bytes_held,
+                "prefill_density": layer.density("prefill"),
+                "decode_density": layer.density("decode"),
+                "back_ends": sorted(layer.back_ends),
+            }
+            for layer in sorted(self.layers.values(), key=lambda r: r.layer)
+        ]

@@ -1,0 +1,94 @@
+"""Names to classes, from the folder itself: a method is known the moment its file exists.
+
+The key is the file name under `methods/*/` with hyphens for underscores. Names and cards are read from the source text;
+a class is imported when it is asked for. Other packages add methods through the entry-point group "saccade.methods",
+each entry `name = "package.module:Class"`.
+"""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import functools
+import importlib
+import importlib.util
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saccade.core.card import Card
+from saccade.core.errors import BugInSaccade, UnknownName
+
+if TYPE_CHECKING:
+    from saccade.core.method import Method
+
+METHODS = Path(__file__).parent.parent / "methods"
+
+
+@functools.lru_cache(maxsize=1)
+def _places() -> dict[str, str]:
+    """name -> module, or module:Class for a third party. Our own names win."""
+    found = {e.name.replace("_", "-"): e.value for e in entry_points(group="saccade.methods")}
+    for file in METHODS.glob("*/*.py"):
+        if not file.stem.startswith("_"):
+            found[file.stem.replace("_", "-")] = f"saccade.methods.{file.parent.name}.{file.stem}"
+    return dict(sorted(found.items()))
+
+
+def list_methods(pattern: str = "*", family: str | None = None) -> list[str]:
+    """Names that match a shell pattern, sorted: `list_methods("*kv*")`, `list_methods(family="cache")`."""
+    names = [n for n in _places() if fnmatch.fnmatch(n, pattern)]
+    return [n for n in names if family is None or card(n).family == family]
+
+
+def _place(name: str) -> str:
+    places = _places()
+    key = name.replace("_", "-")
+    if key not in places:
+        raise UnknownName("method", name, places, "See them with: saccade list")
+    return places[key]
+
+
+@functools.lru_cache(maxsize=None)
+def card(name: str) -> Card:
+    """The card of a method, read from its source without importing it.
+
+    Raises:
+        UnknownName: nobody has a method of that name; the nearest are said.
+    """
+    module, _, class_name = _place(name).partition(":")
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise BugInSaccade(f"the card of {name!r}", f"module {module} has no source")
+    for node in ast.walk(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef) and (not class_name or node.name == class_name):
+            call = _card_call(node)
+            if call is not None:
+                return Card(**{str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
+    raise BugInSaccade(f"the card of {name!r}", f"{spec.origin} holds no class with `card = Card(...)`")
+
+
+def _card_call(node: ast.ClassDef) -> ast.Call | None:
+    for line in node.body:
+        target = line.targets[0] if isinstance(line, ast.Assign) else getattr(line, "target", None)
+        value = getattr(line, "value", None)
+        if isinstance(target, ast.Name) and target.id == "card" and isinstance(value, ast.Call):
+            return value
+    return None
+
+
+def get(name: str) -> type[Method]:
+    """The class of a method: `get("snapkv")(window_tokens=16)`. Hyphens and underscores both do.
+
+    Raises:
+        UnknownName: nobody has a method of that name; the nearest are said.
+    """
+    module, _, class_name = _place(name).partition(":")
+    loaded = importlib.import_module(module)
+    if class_name:
+        return getattr(loaded, class_name)
+    key = name.replace("_", "-")
+    for value in vars(loaded).values():
+        if getattr(getattr(value, "card", None), "name", None) == key and isinstance(value, type):
+            return value
+    raise BugInSaccade(f"method {name!r}", f"{module} holds no class whose card bears that name")

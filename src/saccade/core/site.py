@@ -1,0 +1,82 @@
+"""Where a method is asked: which layer, which stage, how many tokens. Set by the attachment, never guessed from shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saccade.core.budget import FULL, Budget
+
+if TYPE_CHECKING:
+    from saccade.core.selection import Selection
+
+Stage = Literal["prefill", "decode"]
+State = dict[str, Tensor]
+
+
+def _nowhere(*_: object) -> Tensor:
+    raise AssertionError("this Site was made without an attachment; give Site(attend=...)")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call of one layer.
+
+    A method never sees padding: where rows of a batch are padded, the attachment hands over the real tokens of one row
+    at a time. So `keys` counts real tokens, the last `queries` of which are asking, and every row of the batch given to
+    a method has the same length.
+
+    layer, layers: index among the model's attention layers, and their number
+    heads, kv_heads, head_size: of the tensors at hand (under tensor parallelism, the local ones)
+    queries, keys: tokens asking, tokens there to be looked at (the askers included)
+    seen: tokens that went by, dropped ones included; the true position of the last query is `seen - 1`
+    scale, softcap: of the logits, as the model has them
+    state: what this method wants to remember between calls on this layer and cache. Tensors with the batch first; they
+        follow beam reordering, and are cleared when tokens are taken back
+    attend: (q, k, v, selection) -> out; computes and records. A method calls it instead of an op's back end
+    """
+
+    layer: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    stage: Stage
+    queries: int
+    keys: int
+    seen: int
+    scale: float
+    budget: Budget = FULL
+    softcap: float | None = None
+    seed: int = 0
+    bytes_per_token: int = 0  # of the whole cache, for budgets in bytes
+    state: State = field(default_factory=dict, repr=False, compare=False)
+    attend: Callable[[Tensor, Tensor, Tensor, Selection], Tensor] = field(default=_nowhere, repr=False, compare=False)
+
+    @property
+    def offset(self) -> int:
+        """Key index of the first query."""
+        return self.keys - self.queries
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a cache method may look at when it scores: exactly what its card asked for.
+
+    positions: true positions of the stored keys, ascending
+    queries: the last `observe_tokens` queries (fewer in a shorter prompt), after RoPE; None unless asked for
+    """
+
+    keys: Float[Tensor, "b g k d"]
+    values: Float[Tensor, "b g k d"]
+    positions: Int[Tensor, "b g k"]
+    queries: Float[Tensor, "b h w d"] | None = None

@@ -1,0 +1,14 @@
+"""Operations: what several methods compute. One folder each: `api.py` (meaning, checks, dispatch), `reference.py` (readable,
+the oracle), and back ends. A method calls the op, never a back end.
+
+    from saccade import ops
+    out, lse = ops.attend(q, k, v, selection)
+"""
+
+from saccade.ops.attend.api import attend
+from saccade.ops.column_scores.api import column_scores
+from saccade.ops.decode.api import decode
+from saccade.ops.merge_lse.api import merge_lse
+from saccade.ops.pool_and_select.api import pool_and_select, pool_blocks
+
+__all__ = ["attend", "column_scores", "decode", "merge_lse", "pool_and_select", "pool_blocks"]
