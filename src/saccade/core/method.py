@@ -81,7 +81,9 @@ def configure(method: Method, changes: Mapping[str, Any]) -> Method:
             close = difflib.get_close_matches(name, known, n=1)
             meant = f"Did you mean {close[0]!r}? " if close else ""
             raise BadOption(
-                f"option {name!r} of {method.card.name}", "there is none of that name", f"{meant}It has: {', '.join(known)}."
+                f"option {name!r} of {method.card.name}",
+                "there is none of that name",
+                f"{meant}It has: {', '.join(known)}.",
             )
         out[name] = _read(method, name, value, hints[name]) if isinstance(value, str) else value
     return dataclasses.replace(method, **out)
@@ -178,9 +180,7 @@ class Cache(Method):
         """
         return None
 
-    def select(
-        self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site
-    ) -> Selection | None:
+    def select(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Selection | None:
         """For a method that also owns "prefill": the pairs its prefill computes. None: dense."""
         return None
 
@@ -240,7 +240,7 @@ class Neurons(_Planned):
     def parts(self) -> tuple[str, ...]:
         return ("neurons",)
 
-    def pick(self, activations: Float[Tensor, "b n f"], site: Site) -> Int[Tensor, "m"]:
+    def pick(self, activations: Float[Tensor, "b n f"], site: Site) -> Int[Tensor, m]:
         """Indices of the neurons that stay."""
         raise NotImplementedError
 

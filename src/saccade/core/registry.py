@@ -49,7 +49,7 @@ def _place(name: str) -> str:
     return places[key]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def card(name: str) -> Card:
     """The card of a method, read from its source without importing it.
 

@@ -111,7 +111,14 @@ class Blocks(Selection):
 
     @classmethod
     def of(
-        cls, keep: Bool[Tensor, "b h nqb nkb"], *, queries: int, keys: int, q_block: int, k_block: int, causal: bool = True
+        cls,
+        keep: Bool[Tensor, "b h nqb nkb"],
+        *,
+        queries: int,
+        keys: int,
+        q_block: int,
+        k_block: int,
+        causal: bool = True,
     ) -> Blocks:
         """From a table of which key block each query block keeps."""
         count = keep.sum(-1)

@@ -1,0 +1,123 @@
+"""Put methods into a loaded model and take them out again. This folder and `models/` alone import transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from saccade.attach.fingerprint import fingerprint
+from saccade.attach.probe import Found, probe
+from saccade.attach.run import Run
+from saccade.core.artefact import Artefact
+from saccade.core.budget import FULL, Budget
+from saccade.core.errors import CannotRun, DoesNotCompose, SaccadeError
+from saccade.core.method import Method, compose
+from saccade.core.registry import get
+from saccade.core.site import Site
+
+__all__ = ["Run", "attach", "calibrate", "explain", "fingerprint", "replace"]
+
+Methods = str | Method | Sequence[str | Method]
+
+# parts whose hooks this version attaches; a method that needs another is refused
+SERVED = ("prefill", "evict", "decode")
+
+
+def attach(model: Any, methods: Methods, *, budget: float | str | Budget = FULL, seed: int = 0) -> Run:
+    """Let methods work in a loaded model: `with saccade.attach(model, "snapkv", budget=0.25): model.generate(...)`.
+
+    methods: a name, a Method with its options, or a list of those that own different parts.
+    budget: what may be kept: 0.25, "4096tok", "2GiB".
+    seed: root of the random streams of methods that draw.
+
+    Raises:
+        UnknownName: no method of that name.
+        BadBudget: a budget that is none.
+        DoesNotCompose: two methods need the same part.
+        CannotRun: with every reason why.
+    """
+    chosen = [_equipped(model, m) for m in _as_list(methods)]
+    budget = Budget.of(budget)
+    found = probe(model)
+    reasons = _reasons(model, chosen, budget, found)
+    if reasons:
+        title = " + ".join(m.card.name for m in chosen)
+        raise CannotRun(f"attach {title!r} to {type(model).__name__}", reasons, "See also: saccade explain")
+    return Run(model, chosen, budget, seed, found)._enter()
+
+
+def explain(model: Any, methods: Methods, *, budget: float | str | Budget = FULL) -> list[str]:
+    """Every reason why the methods cannot work in the model; [] means that they will."""
+    try:
+        chosen = [_equipped(model, m) for m in _as_list(methods)]
+        return _reasons(model, chosen, Budget.of(budget), probe(model))
+    except DoesNotCompose as e:
+        return e.found
+
+
+def calibrate(model: Any, method: str | Method, samples: Sequence[Any], progress: Any = None) -> Artefact:
+    """Let a method learn what it needs from a model, and keep it where `attach` finds it.
+
+    samples: rows of token ids [1 n]. Returns the artefact; it is saved in the cache folder.
+
+    Raises:
+        CannotRun: the method has nothing to learn, or the model is not served.
+    """
+    from saccade.attach.calibration import Subject
+    from saccade.core.paths import cache_dir
+
+    chosen = get(method)() if isinstance(method, str) else method
+    artefact = chosen.calibrate(Subject(model), samples, progress)
+    artefact.save(cache_dir("artefacts", artefact.method, artefact.fingerprint))
+    return artefact
+
+
+def replace(model: Any, layers: Sequence[int], mixer: str) -> Any:
+    """Swap attention layers for a trainable mixer.
+
+    Raises:
+        CannotRun: this version ships no mixers; the family comes with its first paper.
+    """
+    raise CannotRun(f"replace layers {list(layers)} by {mixer!r}", "no mixer is registered yet", "See: saccade list")
+
+
+def _as_list(methods: Methods) -> list[str | Method]:
+    return [methods] if isinstance(methods, (str, Method)) else list(methods)
+
+
+def _equipped(model: Any, method: str | Method) -> Method:
+    """The method, with the artefact that belongs to this model."""
+    chosen = get(method)() if isinstance(method, str) else method
+    if not chosen.card.calibrated:
+        return chosen
+    mark = fingerprint(model)
+    if chosen.artefact is None:
+        return dataclasses.replace(chosen, artefact=Artefact.find(chosen.card.name, mark))
+    if chosen.artefact.fingerprint != mark:
+        raise CannotRun(
+            f"attach {chosen.card.name!r} to {type(model).__name__}",
+            f"its artefact was made for {chosen.artefact.model} ({chosen.artefact.fingerprint}), this model is {mark}",
+            f"Make one: saccade calibrate {chosen.card.name}",
+        )
+    return chosen
+
+
+def _reasons(model: Any, methods: Sequence[Method], budget: Budget, found: Found) -> list[str]:
+    reasons = list(found.reasons)
+    if getattr(model, "_saccade_run", None) is not None:
+        reasons.append(f"{model._saccade_run.title} is attached already; detach it, or attach a list of both")
+    for part, method in compose(methods).items():
+        if part not in SERVED:
+            reasons.append(f"{method.card.name} owns the part {part!r}, whose hooks this version does not have")
+    for spot in found.sites:
+        place = dataclasses.asdict(spot.place)
+        length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 4096)
+        site = Site(**place, stage="prefill", queries=length, keys=length, seen=length, budget=budget,
+                    bytes_per_token=found.bytes_per_token)  # fmt: skip
+        for method in methods:
+            try:
+                reasons += method.check(site)
+            except SaccadeError as e:
+                reasons.append(str(e))
+    return list(dict.fromkeys(reasons))

@@ -1,0 +1,111 @@
+"""Everything that depends on the version of transformers: its private names, and what we tested with."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+OLDEST, NEWEST_TESTED = Version("5.17"), Version("5.23.99")
+NAME = "saccade"  # a plain word: names with "flash", "sdpa" or a slash are treated specially by transformers
+
+_warned = False
+
+
+def check_version() -> list[str]:
+    """Reasons why this transformers cannot serve; an untested newer one warns once."""
+    global _warned
+    found = Version(transformers.__version__)
+    if found < OLDEST:
+        return [f"transformers is {found}; {OLDEST} or later is needed"]
+    if found > NEWEST_TESTED and not _warned:
+        _warned = True
+        warnings.warn(
+            f"saccade was tested with transformers {OLDEST} to {NEWEST_TESTED.major}.{NEWEST_TESTED.minor}, "
+            f"this is {found}",
+            stacklevel=3,
+        )
+    return []
+
+
+def register(attention: Callable, mask: Callable) -> None:
+    """Put our attention and mask functions under our name; doing it twice changes nothing."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+
+
+def can_switch(model: PreTrainedModel) -> list[str]:
+    """Reasons why the attention of this model cannot be switched; every submodel is asked."""
+    stiff = {
+        type(m).__name__
+        for m in model.modules()
+        if isinstance(m, PreTrainedModel) and not m._can_set_attn_implementation()
+    }
+    return [f"{name} computes attention in its own code, not through transformers' interface" for name in sorted(stiff)]
+
+
+def switch(model: PreTrainedModel) -> Callable[[], None]:
+    """Route the text part's attention to us; the returned function puts everything back."""
+    text = model.config.get_text_config(decoder=True)
+    key = next((k for k in model.config.sub_configs if getattr(model.config, k, None) is text), None)
+    before = text._attn_implementation
+    model.set_attn_implementation({key: NAME} if key else NAME)
+
+    def restore() -> None:
+        model.set_attn_implementation({key: before} if key else before)
+
+    return restore
+
+
+def is_plain_layer(layer: object) -> bool:
+    """True for the growing layer of full attention, the only kind of cache layer that we replace."""
+    return type(layer) is DynamicLayer
+
+
+def new_cache(model: PreTrainedModel) -> DynamicCache:
+    """The cache that the model itself would make."""
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def is_growing_cache(cache: object) -> bool:
+    """True for DynamicCache itself; static, quantised and offloaded caches hold other layers."""
+    return type(cache) is DynamicCache and not cache.offloading
+
+
+def is_plain_causal(mask_function: Callable) -> bool:
+    """True if a mask is causal and no more: no packing, no bidirectional image tokens."""
+    return mask_function is causal_mask_function
+
+
+def dense_mask(**arguments: Any) -> torch.Tensor | None:
+    """The boolean mask that transformers would have made; None means plain causal."""
+    return sdpa_mask(**arguments)
+
+
+def own_attention(
+    module: torch.nn.Module,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the module would have computed without us: SDPA, or its own eager code where SDPA cannot do it."""
+    if options.get("softcap") is None and options.get("s_aux") is None:
+        return sdpa_attention_forward(module, q, k, v, mask, **options)
+    if mask is None:
+        n, m = q.shape[2], k.shape[2]
+        mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)[None, None]
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
+    eager = sys.modules[type(module).__module__].eager_attention_forward  # every modeling file has one
+    return eager(module, q, k, v, mask, **options)

@@ -1,0 +1,299 @@
+"""What happens in one attention layer: store the new tokens, ask the methods where to look, compute, evict."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saccade import ops
+from saccade.attach.layer import SaccadeLayer
+from saccade.attach.store import Bucket, Store, regroup
+from saccade.core.errors import CannotRun, DoesNotCompose
+from saccade.core.method import Cache, Decode, Method
+from saccade.core.selection import Selection, causal_mask
+from saccade.core.site import Seen, Site, Stage
+
+if TYPE_CHECKING:
+    from saccade.attach.run import Run
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is known of an attention module before it runs: from the probe forward."""
+
+    layer: int  # among the full-attention layers
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    scale: float
+    softcap: float | None
+
+
+class Engine:
+    """The methods at work in one attention module. Holds no per-sequence state: that lies in the cache layer."""
+
+    def __init__(self, run: Run, place: Place):
+        self.run, self.place = run, place
+        self.parts: dict[str, Method] = run.parts
+        self.pending: list[Selection] = []  # selections of the prefill, counted when somebody asks
+
+    # --- one forward ------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        layer: SaccadeLayer | None,
+        q: Float[Tensor, "b h q d"],
+        k: Float[Tensor, "b g q d"],
+        v: Float[Tensor, "b g q d"],
+        real: Bool[Tensor, "b q"] | None,
+    ) -> Float[Tensor, "b h q d"]:
+        """Attention of the new tokens over what is stored and themselves. Outputs at padding are zero."""
+        layer = layer or SaccadeLayer(self.place.layer, self)  # without a cache: one that is forgotten afterwards
+        if layer.store is None:
+            layer.store = Store(k.shape[0], k.shape[1])
+            self.run.begin(self, layer)
+        stage: Stage = "decode" if layer.prompt_done else "prefill"
+        layer.store.append(self._columns(k, v, layer, stage), real)
+        out = self._attend(layer, q, real, stage)
+        self._remember(layer, q, real)
+        if stage == "prefill" and not self.run.more_prompt:
+            layer.prompt_done = True
+        if not layer.recording:
+            self.evict(layer, prompt_end=stage == "prefill" and layer.prompt_done)
+        return out
+
+    def _columns(self, k: Tensor, v: Tensor, layer: SaccadeLayer, stage: Stage) -> dict[str, Tensor]:
+        columns = {"keys": k, "values": v}
+        reader = self.parts.get("decode")
+        if isinstance(reader, Decode):
+            columns |= reader.index(k, self._site(layer, stage, k.shape[2], k.shape[2], 0))
+        return columns
+
+    def _attend(self, layer: SaccadeLayer, q: Tensor, real: Tensor | None, stage: Stage) -> Tensor:
+        assert layer.store is not None
+        store, n = layer.store, q.shape[2]
+        counts = [n] * q.shape[0] if real is None else real.sum(-1).tolist()
+        by_row = rearrange(q, "b (g s) q d -> (b g) s q d", g=store.kv_heads)
+        out = None
+        for count, rows in store.pieces(counts):
+            if not count:
+                continue
+            tokens = None if real is None or count == n else _real_tokens(real, rows.rows // store.kv_heads, count)
+            mine = by_row if len(rows.rows) == len(by_row) else by_row.index_select(0, rows.rows)
+            mine = mine if tokens is None else mine.gather(2, _wide(tokens, mine))
+            done = self._piece(layer, rows, mine, stage)
+            if len(rows.rows) == len(by_row) and tokens is None:
+                out = done
+                break
+            if out is None:
+                out = torch.zeros(*by_row.shape[:3], done.shape[-1], dtype=q.dtype, device=q.device)
+            if tokens is None:
+                out = out.index_copy(0, rows.rows, done)
+            else:
+                out = out.index_copy(
+                    0, rows.rows, torch.zeros_like(out[rows.rows]).scatter(2, _wide(tokens, done), done)
+                )
+        if out is None:  # nothing but padding
+            return torch.zeros_like(q)
+        return rearrange(out, "(b g) s q d -> b (g s) q d", g=store.kv_heads)
+
+    def _piece(self, layer: SaccadeLayer, rows: Bucket, q: Float[Tensor, "r s q d"], stage: Stage) -> Tensor:
+        """Rows of one length, with as many new tokens each."""
+        owner = self.parts.get(stage)
+        if owner is None or (stage == "prefill" and layer.store.dropped):
+            return self._dense(layer, rows, q, stage)
+        ids = layer.store.whole_sequences(rows)
+        if ids is None:
+            raise DoesNotCompose(
+                f"attach {self.run.title}",
+                f"{owner.card.name!r} reads all heads of a sequence together, and the eviction left them unequal",
+                "Use an eviction that keeps the same number of keys in every head.",
+            )
+        g = layer.store.kv_heads
+        stored = {name: rearrange(c, "(b g) ... -> b g ...", g=g) for name, c in rows.columns.items()}
+        q = rearrange(q, "(b g) s q d -> b (g s) q d", g=g)
+        site = self._site(layer, stage, q.shape[2], rows.length, layer.store.seen[ids[0]], ids)
+        if isinstance(owner, Decode):
+            out = site.attend(q, stored["keys"], stored["values"], owner.select(q, stored, site))
+        elif isinstance(owner, Cache):
+            selection = owner.select(q, stored["keys"], site)
+            if selection is None:
+                return self._dense(layer, rows, rearrange(q, "b (g s) q d -> (b g) s q d", g=g), stage)
+            out = site.attend(q, stored["keys"], stored["values"], selection)
+        else:
+            out = owner.attend(q, stored["keys"], stored["values"], site)
+        self._keep_state(layer, owner, site, ids)
+        return rearrange(out, "b (g s) q d -> (b g) s q d", g=g)
+
+    def _dense(self, layer: SaccadeLayer, rows: Bucket, q: Float[Tensor, "r s q d"], stage: Stage) -> Tensor:
+        """Everything that is stored and that the eviction rule lets each query see."""
+        queries = q.shape[2]
+        visible = self._visible(layer, rows, queries, stage)
+        self._note_dense(rows, q, stage, visible)
+        keys, values = rows.columns["keys"], rows.columns["values"]
+        options = {"scale": self.place.scale, "softcap": self.place.softcap}
+        ids = None if visible is not None else layer.store.whole_sequences(rows)
+        if ids is None:
+            mask = None if visible is None else visible[:, None]
+            return ops.decode(q, keys[:, None], values[:, None], visible=mask, **options)[0]
+        g = layer.store.kv_heads
+        keys, values = (rearrange(x, "(b g) n d -> b g n d", g=g) for x in (keys, values))
+        out, _ = ops.decode(rearrange(q, "(b g) s q d -> b (g s) q d", g=g), keys, values, **options)
+        return rearrange(out, "b (g s) q d -> (b g) s q d", g=g)
+
+    def _visible(self, layer: SaccadeLayer, rows: Bucket, queries: int, stage: Stage) -> Tensor | None:
+        evictor = self.parts.get("evict")
+        if not isinstance(evictor, Cache) or (stage == "prefill" and "prefill" not in evictor.parts):
+            return None
+        seen = layer.store.seen[int(rows.rows[0]) // layer.store.kv_heads]
+        last = torch.tensor(layer.store.seen, device=rows.rows.device)[rows.rows // layer.store.kv_heads]
+        at = last[:, None] + torch.arange(-queries, 0, device=last.device)
+        site = self._site(layer, stage, queries, rows.length, seen)
+        return evictor.visible(at, rows.positions, rows.rows % layer.store.kv_heads, site)
+
+    # --- eviction ---------------------------------------------------------------------------------------------------
+
+    def evict(self, layer: SaccadeLayer, prompt_end: bool = False) -> None:
+        """Drop what the method gives up: after every forward if it is rolling, else once, at the end of the prompt."""
+        method = self.parts.get("evict")
+        if method is None or layer.store is None:
+            return
+        assert isinstance(method, Cache)
+        if method.rolling and (layer.prompt_done or "prefill" in method.parts):
+            self._evict_rolling(method, layer)
+        elif prompt_end and not method.rolling:
+            self._evict_by_score(method, layer)
+
+    def _evict_rolling(self, method: Cache, layer: SaccadeLayer) -> None:
+        """Keep what the next query may still see."""
+        store, kept = layer.store, []
+        for rows in store.buckets:
+            last = torch.tensor(store.seen, device=rows.rows.device)[rows.rows // store.kv_heads]
+            site = self._site(layer, "decode", 1, rows.length, max(store.seen))
+            stays = method.visible(last[:, None], rows.positions, rows.rows % store.kv_heads, site)
+            kept.extend([rows] if stays is None else store.keep(rows, stays[:, 0]))
+        store.buckets = regroup(kept)
+
+    def _evict_by_score(self, method: Cache, layer: SaccadeLayer) -> None:
+        store, kept = layer.store, []
+        for _, rows in store.pieces(store.seen):
+            ids = store.whole_sequences(rows)
+            assert ids is not None, "nothing was evicted before the end of the prompt"
+            if not rows.length:
+                kept.append(rows)
+                continue
+            site = self._site(layer, "prefill", 0, rows.length, store.seen[ids[0]], ids)
+            by_head = {n: rearrange(c, "(b g) ... -> b g ...", g=store.kv_heads) for n, c in rows.columns.items()}
+            positions = rearrange(rows.positions, "(b g) n -> b g n", g=store.kv_heads)
+            queries = torch.stack([layer.queries[i] for i in ids]) if method.observe_tokens else None
+            scores = method.score(Seen(by_head["keys"], by_head["values"], positions, queries), site)
+            counts = method.allocate(scores, site.budget, site).to(scores.device).clamp(1, rows.length)
+            self._keep_state(layer, method, site, ids)
+            rank = torch.argsort(scores, dim=-1, descending=True, stable=True).argsort(-1)
+            kept.extend(store.keep(rows, (rank < counts[..., None]).flatten(0, 1)))
+        layer.queries = []
+        store.buckets = regroup(kept)
+
+    def refuse_assisted(self) -> None:
+        """Assisted decoding verifies guesses in the prompt's own forward, and takes the wrong ones back.
+
+        Raises:
+            CannotRun: a method decides at the end of the prompt, or computes the prompt and later tokens differently.
+        """
+        stiff = {m.card.name for part, m in self.parts.items() if not (isinstance(m, Cache) and m.rolling)}
+        if stiff:
+            raise CannotRun(
+                f"assisted decoding with {', '.join(sorted(stiff))}",
+                "guessed tokens are verified together with the prompt, where the method would treat them as prompt",
+                "Use ordinary decoding, or a rolling cache such as 'streaming'.",
+            )
+
+    # --- small things -----------------------------------------------------------------------------------------------
+
+    def _remember(self, layer: SaccadeLayer, q: Tensor, real: Tensor | None) -> None:
+        """Keep the last queries of the prompt for a method that scores with them."""
+        method = self.parts.get("evict")
+        wanted = method.observe_tokens if isinstance(method, Cache) else 0
+        if not wanted or layer.prompt_done:
+            return
+        old = layer.queries or [q.new_empty(q.shape[1], 0, q.shape[3])] * q.shape[0]
+        new = [q[i, :, -wanted:] if real is None else q[i][:, real[i]][:, -wanted:] for i in range(len(q))]
+        layer.queries = [torch.cat([a, b], 1)[:, -wanted:].clone() for a, b in zip(old, new)]
+
+    def _site(
+        self, layer: SaccadeLayer, stage: Stage, queries: int, keys: int, seen: int, ids: list[int] | None = None
+    ) -> Site:
+        owner = self.parts.get("evict" if queries == 0 else stage)
+        place = self.place
+        return Site(
+            layer=place.layer, layers=place.layers, heads=place.heads, kv_heads=place.kv_heads,
+            head_size=place.head_size, stage=stage, queries=queries, keys=keys, seen=seen, scale=place.scale,
+            budget=self.run.budget, softcap=place.softcap, seed=self.run.seed, bytes_per_token=self.run.bytes_per_token,
+            state=_gather_state(layer, owner, ids), attend=functools.partial(self._compute, stage),
+        )  # fmt: skip
+
+    def _compute(self, stage: Stage, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
+        """What `Site.attend` does: compute, and note what was computed."""
+        if stage == "prefill":
+            self.pending.append(selection)
+        else:
+            self._note(
+                stage, float(selection.count().expand(*q.shape[:2]).sum()), selection.dense_pairs * q[..., 0, 0].numel()
+            )
+        return ops.attend(q, k, v, selection, scale=self.place.scale, softcap=self.place.softcap)[0]
+
+    def _note(self, stage: Stage, pairs: float, causal: float) -> None:
+        record = self.run.layer_record(self)
+        record.pairs[stage] += pairs
+        record.pairs_causal[stage] += causal
+
+    def _note_dense(self, rows: Bucket, q: Tensor, stage: Stage, visible: Tensor | None) -> None:
+        """Against what a dense cache would have computed: every token seen, not only those still stored."""
+        r, s, n, _ = q.shape
+        last = rows.positions[:, -1].double() + 1 if rows.length else torch.zeros(r).double()
+        causal = float((last * n - n * (n - 1) / 2).sum()) * s
+        if visible is None:
+            pairs = r * s * (rows.length * n - n * (n - 1) / 2)
+        else:
+            pairs = float((visible & causal_mask(n, rows.length, visible.device)).sum()) * s
+        self._note(stage, pairs, causal)
+
+    def count_pending(self) -> None:
+        """Count the selections of the prefill; put off until asked, since it can cost as much as choosing them."""
+        for selection in self.pending:
+            share = float(selection.density().mean())
+            self._note("prefill", share * selection.dense_pairs, selection.dense_pairs)
+        self.pending.clear()
+
+    def _keep_state(self, layer: SaccadeLayer, method: Method, site: Site, ids: list[int]) -> None:
+        if not site.state:
+            return
+        states = layer.states.setdefault(method.card.name, [{} for _ in range(layer.store.sequences)])
+        for place, i in enumerate(ids):
+            states[i] = {name: value[place : place + 1] for name, value in site.state.items()}
+
+
+def _gather_state(layer: SaccadeLayer, owner: Method | None, ids: list[int] | None) -> dict[str, Tensor]:
+    if owner is None or owner.card.name not in layer.states:
+        return {}
+    states = layer.states[owner.card.name]
+    mine = [states[i] for i in (range(len(states)) if ids is None else ids)]
+    shared = set(mine[0]).intersection(*mine)
+    return {name: torch.cat([state[name] for state in mine]) for name in shared}
+
+
+def _real_tokens(real: Tensor, sequence: Tensor, count: int) -> Tensor:
+    """[r count]: which of the new tokens are real, per row."""
+    return real[sequence].nonzero()[:, 1].view(len(sequence), count)
+
+
+def _wide(tokens: Tensor, like: Tensor) -> Tensor:
+    """Token numbers [r m] as an index into [r s q d]."""
+    return tokens[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[3])

@@ -1,0 +1,116 @@
+"""The cache layer that stands in for transformers' growing layer: it hands the new keys on, tagged with itself, and the
+attention function does the rest (it is the only place that has the queries)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from saccade.attach.store import Store
+from saccade.core.errors import CannotRun
+
+if TYPE_CHECKING:
+    from saccade.attach.engine import Engine
+
+
+class SaccadeLayer(CacheLayerMixin):
+    """One layer's cache. `seen` counts slots (padding included): positions, masks and prompt slicing depend on it."""
+
+    is_sliding, is_croppable, is_compileable, supports_early_init = False, True, False, False
+
+    def __init__(self, index: int, engine: Engine | None):
+        super().__init__()
+        self.index, self.engine = index, engine
+        self._clear()
+
+    def _clear(self) -> None:
+        self.seen = 0
+        self.store: Store | None = None
+        self.prompt_done = False
+        self.recording = False  # tokens may be taken back: eviction waits for crop()
+        self.queries: list[Tensor] = []  # per sequence the last queries [h w d], for methods that score with them
+        self.states: dict[str, list[dict[str, Tensor]]] = {}  # method -> per sequence
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Remember type and device."""
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The new keys and values as they came, the keys tagged with this layer."""
+        if self.engine is not None and not self.engine.run.attached:
+            raise CannotRun(
+                "use this cache",
+                f"it was filled under {self.engine.run.title}, which is detached",
+                "Start a new cache.",
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.seen += key_states.shape[2]
+        tagged = key_states.view_as(key_states)
+        tagged._saccade_layer = self
+        return tagged, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, dropped ones included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """In token coordinates; what is really stored concerns nobody outside."""
+        return self.seen + int(query_length), 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.is_initialized = False
+        self._clear()
+
+    def activate_past_recording(self) -> None:
+        """Called before assisted decoding."""
+        if self.engine is not None:
+            self.engine.refuse_assisted()
+        self.recording = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens (zero or a negative number), then do the evictions that waited."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give minus the number of tokens to take back")
+        if self.store is None:
+            return
+        if tokens_to_remove:
+            self.seen += tokens_to_remove
+            self.store.crop(-tokens_to_remove)
+            self.states.clear()
+        if self.engine is not None:
+            self.engine.evict(self)
+
+    def _select(self, index: Tensor) -> None:
+        if self.store is None:
+            return
+        index = index.to(self.store.buckets[0].rows.device)
+        self.store.select_sequences(index)
+        order = index.tolist()
+        self.states = {name: [dict(states[i]) for i in order] for name, states in self.states.items()}
+        self.queries = [self.queries[i] for i in order] if self.queries else []
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search."""
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        if self.store is not None:
+            self._select(torch.arange(self.store.sequences).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some sequences."""
+        self._select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def offload(self) -> None:
+        """Offloading swaps whole tensors; our rows are ragged."""
+        raise CannotRun("offload this cache", "saccade's cache layers are ragged", "Use the default cache.")

@@ -1,0 +1,178 @@
+"""A method at work in a model: attached, recorded, detached again."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from saccade.attach import compat
+from saccade.attach.engine import Engine
+from saccade.attach.layer import SaccadeLayer
+from saccade.attach.probe import Found
+from saccade.core.budget import Budget
+from saccade.core.errors import CannotRun
+from saccade.core.method import Method, compose
+from saccade.core.record import LayerRecord, Record
+
+
+class Run:
+    """The handle that `attach` returns: a context manager, `detach()`, and the record.
+
+    While it is attached, `model.generate()` and `model()` work as ever; caches that they make hold what the methods
+    decide. `record` is that of the last sequence.
+    """
+
+    def __init__(self, model: nn.Module, methods: Sequence[Method], budget: Budget, seed: int, found: Found):
+        self.model, self.methods, self.budget, self.seed = model, list(methods), budget, seed
+        self.parts = compose(methods)
+        self.title = " + ".join(m.card.name for m in self.methods)
+        self.bytes_per_token = found.bytes_per_token
+        self.attached = False
+        self.more_prompt = False  # the prompt goes on after this forward (chunked prefill)
+        self._record = Record()
+        self._layers: dict[int, SaccadeLayer] = {}  # the last cache layer that each engine worked on
+        self._engines = {site.module: Engine(self, site.place) for site in found.sites}
+        self._undo: list[Callable[[], None]] = []
+
+    # --- on and off -------------------------------------------------------------------------------------------------
+
+    def _enter(self) -> Run:
+        self.attached = True
+        self._undo.append(compat.switch(self.model))
+        for module, engine in self._engines.items():
+            module._saccade = engine
+            self._undo.append(functools.partial(delattr, module, "_saccade"))
+        handle = self.model.register_forward_pre_hook(self._give_cache, with_kwargs=True)
+        self._undo.append(handle.remove)
+        if hasattr(self.model, "generate"):
+            self._wrap("_prepare_cache_for_generation", self._prepare_cache)
+            self._wrap("_prefill", self._prefill)
+        self.model._saccade_run = self
+        self._undo.append(functools.partial(delattr, self.model, "_saccade_run"))
+        return self
+
+    def _wrap(self, name: str, wrapper: Callable) -> None:
+        original = getattr(self.model, name)
+        setattr(self.model, name, functools.partial(wrapper, original))
+        self._undo.append(lambda: self.model.__dict__.pop(name))
+
+    def detach(self) -> None:
+        """Put the model back exactly as it was. Doing it twice changes nothing."""
+        self.attached = False
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        state = "attached" if self.attached else "detached"
+        return f"<saccade.Run {self.title} budget={self.budget} {state}>"
+
+    # --- caches -----------------------------------------------------------------------------------------------------
+
+    def new_cache(self) -> Any:
+        """An empty cache of this run, for `past_key_values=`; `generate` and `model(use_cache=True)` make their own."""
+        return self._equip(compat.new_cache(self.model))
+
+    def _equip(self, cache: Any) -> Any:
+        """Put our layers in the place of the plain ones."""
+        if not compat.is_growing_cache(cache):
+            raise CannotRun(
+                f"run {self.title} with a {type(cache).__name__}",
+                "its layers are of a fixed size, quantised or offloaded, and cannot be replaced",
+                "Leave cache_implementation and past_key_values away.",
+            )
+        engines = {module.layer_idx: engine for module, engine in self._engines.items()}
+        layers = cache.layers or compat.new_cache(self.model).layers
+        if any(isinstance(layer, SaccadeLayer) for layer in layers):
+            return cache
+        if any(compat.is_plain_layer(layer) and layer.get_seq_length() for layer in layers):
+            raise CannotRun(
+                f"continue this cache under {self.title}",
+                "it was filled before attaching",
+                "Start with an empty cache.",
+            )
+        cache.layers = [
+            SaccadeLayer(i, engines[i]) if compat.is_plain_layer(layer) and i in engines else layer
+            for i, layer in enumerate(layers)
+        ]
+        cache.layer_class_to_replicate = None
+        return cache
+
+    def _give_cache(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        wanted = kwargs.get("use_cache")
+        wanted = getattr(model.config.get_text_config(), "use_cache", True) if wanted is None else wanted
+        if kwargs.get("past_key_values") is not None:
+            kwargs["past_key_values"] = self._equip(kwargs["past_key_values"])
+        elif wanted and not (model.training and torch.is_grad_enabled()):
+            kwargs["past_key_values"] = self.new_cache()
+        return args, kwargs
+
+    def _prepare_cache(self, original: Callable, generation_config: Any, model_kwargs: dict, *rest: Any) -> Any:
+        result = original(generation_config, model_kwargs, *rest)
+        if model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"] = self._equip(model_kwargs["past_key_values"])
+        return result
+
+    # --- the prompt -------------------------------------------------------------------------------------------------
+
+    def _prefill(
+        self, original: Callable, input_ids: Any, generation_config: Any, model_kwargs: dict, *rest: Any, **kw: Any
+    ):
+        if generation_config.prefill_chunk_size is None:
+            return original(input_ids, generation_config, model_kwargs, *rest, **kw)
+        with self.prompt():
+            return original(input_ids, generation_config, model_kwargs, *rest, **kw)
+
+    @contextlib.contextmanager
+    def prompt(self) -> Iterator[None]:
+        """Forwards in here are parts of one prompt; what happens at the end of the prompt happens on leaving.
+
+        with run.prompt():
+            for chunk in ids.split(512, dim=1):
+                out = model(chunk, past_key_values=cache)
+        """
+        self.more_prompt = True
+        try:
+            yield
+        finally:
+            self.more_prompt = False
+        for engine in self._engines.values():
+            layer = self._layers.get(engine.place.layer)
+            if layer is not None and not layer.prompt_done:
+                layer.prompt_done = True
+                engine.evict(layer, prompt_end=True)
+
+    # --- the record -------------------------------------------------------------------------------------------------
+
+    def begin(self, engine: Engine, layer: SaccadeLayer) -> None:
+        """An engine meets an empty cache: the record of that layer starts anew."""
+        index = engine.place.layer
+        self._layers[index] = layer
+        self._record.layers[index] = LayerRecord(index)
+        engine.pending.clear()
+
+    def layer_record(self, engine: Engine) -> LayerRecord:
+        """The entry of this engine's layer."""
+        return self._record.layer(engine.place.layer)
+
+    @property
+    def record(self) -> Record:
+        """What the last sequence left: tokens kept, bytes held, pairs computed, per layer and head."""
+        for engine in self._engines.values():
+            engine.count_pending()
+            layer = self._layers.get(engine.place.layer)
+            if layer is not None and layer.store is not None:
+                entry = self.layer_record(engine)
+                entry.seen, entry.kept = list(layer.store.seen), layer.store.kept()
+                entry.bytes_held = layer.store.bytes_held()
+        return self._record
