@@ -27,7 +27,7 @@ class DuoAttention(Cache):
     highest alpha in the whole model are full, as many as the budget pays for:  F n + (H - F)(sink + recent) <= budget.
 
     sink_tokens, recent_tokens: of a streaming head (the paper deploys 64 and 256); fewer where the budget is smaller
-    prefill: "lambda", streaming heads look at sinks and window from the start; "dense", a first forward is computed whole
+    prefill: "lambda": streaming heads look at sinks and window from the start; "dense": a first forward is whole
     full_term: whose full attention the gated stream mixes in while training; "teacher" as in the authors' code
     train_steps, learning_rate, gate_weight: of the gate training (AdamW, L1)
 
@@ -44,22 +44,22 @@ class DuoAttention(Cache):
         authors="Xiao, Tang, Zuo, Guo, Yang, Tang, Fu, Han",
         official="mit-han-lab/duo-attention",
         licence_of_official="MIT",
-        summary="Heads that retrieve keep everything, the others sinks and recent tokens; trained gates tell them apart.",
+        summary="Heads that retrieve keep everything, the others sinks and recent tokens; gates are trained for it.",
         equation="o = alpha full + (1 - alpha) streaming;  min (h_full - h_duo)^2 + 0.05 |alpha|",
         budget="mean keys per head over the whole model at the end of the prompt; it sets how many heads are full",
         calibrated=True,
         departures=(
-            "The share of full heads follows from the budget and the prompt's length; the paper fixes it (half, a quarter).",
+            "The share of full heads follows from budget and prompt length; the paper fixes it (a half, a quarter).",
             "Scaled to small contexts: 16 sinks and 64 recent tokens unless asked for; the paper deploys 64 and 256.",
-            "The prefill uses the streaming mask from the first token. The authors' code computes the first forward dense"
-            " (prefill='dense' does that).",
+            "The prefill uses the streaming mask from the first token; the authors' code computes the first forward"
+            " dense (prefill='dense' does that).",
             "Gates are trained in float32 on one device; the authors' bfloat16 loses updates near 1.",
             "Training data: passkeys in our own shipped prose, not BookSum; fewer keys and shorter texts.",
             "Weights are not reordered: rows of equal length are stored together instead, which changes no output.",
         ),
         lacks={
-            "chunks": "which heads are full depends on the prompt's length, known only at the end of a first chunk; tokens"
-            " read after the prompt agree exactly, however they are cut",
+            "chunks": "which heads are full depends on the prompt's length, known only at the end of a first chunk;"
+            " tokens read after the prompt agree exactly, however they are cut",
         },
     )
 
@@ -78,9 +78,9 @@ class DuoAttention(Cache):
     def check(self, site: Site) -> list[str]:
         if self.artefact is None:
             return ["no gates were trained for this model: saccade calibrate duo-attention"]
-        found, wanted = tuple(self._gates().shape), (site.layers, site.kv_heads)
-        if found[0] != wanted[0] or found[1] != wanted[1]:
-            return [f"its gates are for {found[0]} layers of {found[1]} key/value heads, here are {wanted[0]} of {wanted[1]}"]
+        found, here = tuple(self._gates().shape), (site.layers, site.kv_heads)
+        if found != here:
+            return [f"its gates are for {found[0]} layers of {found[1]} key/value heads, here: {here[0]} of {here[1]}"]
         return []
 
     def select(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Selection:
@@ -125,8 +125,8 @@ class DuoAttention(Cache):
     def _split(self, prompt: int, site: Site) -> tuple[int, int, Bool[Tensor, " g"]]:
         """Sinks and recent tokens of a streaming head, and which heads of this layer are full.
 
-        The budget buys  F = floor(H (budget - c) / (n - c))  full heads of H, c = sink + recent being what every streaming
-        head holds. With c below sink + recent, the budget is smaller than that and pays for no full head.
+        The budget buys  F = floor(H (budget - c) / (n - c))  full heads of H, c = sink + recent being what a streaming
+        head holds. A budget below that is all c, and pays for no full head.
         """
         gates = self._gates()
         held = site.budget.tokens(prompt, site.bytes_per_token)

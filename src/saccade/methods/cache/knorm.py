@@ -42,7 +42,7 @@ class KNorm(Cache):
             "Compressed once, at the end of the prompt; the authors also compress while generating.",
             "dense_layers is 0 unless asked for. The authors leave layers 0 and 1 whole, outside the count; here what"
             " they hold is part of the budget.",
-            "The norm is that of the key after the rotary embedding, which does not change it where the whole key turns.",
+            "The norm is taken after the rotary embedding, which turns keys and leaves their length.",
         ),
         lacks={"chunks": "a prompt continued after its end finds the keys of high norm already forgotten"},
     )

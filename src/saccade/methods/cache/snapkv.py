@@ -47,16 +47,16 @@ class SnapKV(Cache):
         budget="keys per head that remain of the prompt, the window included",
         needs=("queries",),
         departures=(
-            "Query heads of one key/value head agree by mean or max, and one copy is stored; the authors repeat the keys"
-            " first and store a copy per query head, which costs the memory that grouped heads save ('repeat' cannot be"
-            " stored per key/value head).",
+            "Query heads of one key/value head agree by mean or max, and one copy is stored. The authors repeat the"
+            " keys first and store a copy per query head, which costs the memory that grouped heads save; that"
+            " 'repeat' cannot be stored per key/value head.",
             "Votes are summed in float32; the authors cast to the model's precision first, where ties are common.",
             "The capacity follows from the budget and may be smaller than the window: then the most recent keys stay.",
             "A prompt exactly as long as the capacity is left as it is; the authors permute its rows.",
         ),
         lacks={
-            "chunks": "the votes come from the last prompt tokens, and what they dismiss is gone: a prompt continued after"
-            " its end is scored at the first end",
+            "chunks": "the last prompt tokens vote and what they dismiss is gone: tokens read later find less than one"
+            " pass over everything would; a prompt given in chunks is scored at its end and agrees",
         },
     )
 

@@ -20,9 +20,9 @@ from saccade.core.site import Site
 class Streaming(Cache):
     """Remember the first `sink_tokens` tokens and a window of recent ones; what leaves the window is gone.
 
-    Softmax must put its weight somewhere, and trained models put it on the first tokens: without these a window collapses.
-    Query t sees key j  iff  j < s  or  t - j <= w,  where s + w is the budget. The prompt is computed under the same rule,
-    so a cache of s + w keys is all that is ever held.
+    Softmax must put its weight somewhere, and models learn to put it on the first tokens: a window alone collapses.
+    Query t sees key j  iff  j < s  or  t - j <= w,  where s + w is the budget. The prompt is computed under the same
+    rule, so a cache of s + w keys is all that is ever held.
 
     sink_tokens: first tokens that stay; fewer where the budget is smaller
 
@@ -41,16 +41,16 @@ class Streaming(Cache):
         licence_of_official="MIT",
         summary="The first few tokens and the most recent ones stay; nothing in between.",
         equation="query t sees key j iff j < s or t - j <= w",
-        budget="keys per head that are held: sinks and window; in tokens it is constant, a fraction grows with the text",
+        budget="keys per head that are held, sinks and window; constant in tokens, a fraction grows with the text",
         baseline=True,
         departures=(
-            "Keys keep their true positions. The authors store them before the rotary embedding and number them anew inside"
-            " the cache, which lets a text run past the trained context; here it ends where the model's positions end.",
+            "Keys keep their true positions. The authors store them before the rotary embedding and number them anew"
+            " inside the cache, so that a text may run past the trained context; here it ends there.",
             "The query's own token comes on top of the budget, so that a budget of one key still has a sink.",
         ),
         lacks={
-            "chunks": "a fraction is taken of the tokens so far, which a first chunk does not know; with a budget in tokens"
-            " chunks, steps and one pass agree exactly",
+            "chunks": "a fraction is taken of the tokens so far, and a first chunk does not know how many come; with"
+            " a budget in tokens, chunks, steps and one pass agree exactly",
         },
     )
 

@@ -1,0 +1,155 @@
+"""What a method's `calibrate` is given: the model's post-RoPE tensors, gate training, and a stamp for the artefact."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from saccade import __version__, ops
+from saccade.attach.engine import Place
+from saccade.attach.fingerprint import fingerprint
+from saccade.attach.gates import Gating, Progress
+from saccade.attach.listening import listening
+from saccade.attach.probe import Found, probe
+from saccade.core.artefact import Artefact
+from saccade.core.errors import BadInput, CannotRun
+from saccade.core.method import Method, options
+from saccade.core.selection import dense
+
+Captured = tuple[int, Tensor, Tensor, Tensor]
+
+
+class Subject:
+    """A model under calibration. It computes as ever and is left as it was found.
+
+    layers, heads, kv_heads, head_size: of its full-attention layers
+    fingerprint: what artefacts are found by
+
+    Raises:
+        CannotRun: the model is not served, or something is attached to it.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        found = probe(model)
+        busy = getattr(model, "_saccade_run", None)
+        reasons = found.reasons + ([] if busy is None else [f"{busy.title} is attached; detach it first"])
+        if reasons:
+            raise CannotRun(f"calibrate on {type(model).__name__}", reasons, "See also: saccade explain")
+        self.found: Found = found
+        place = found.sites[0].place
+        self.layers, self.heads, self.kv_heads = place.layers, place.heads, place.kv_heads
+        self.head_size = place.head_size
+        self.fingerprint = fingerprint(model)
+
+    @property
+    def name(self) -> str:
+        """The model's name; of a local folder only the last part."""
+        path = str(self.model.name_or_path)
+        return Path(path).name if Path(path).exists() else path
+
+    def capture_qkv(self, samples: Sequence[Tensor]) -> Iterator[Captured]:
+        """(layer, q [1 h n d], k [1 g n d], v [1 g n d]) after RoPE: every layer of every sample [1 n], in that order.
+
+        One sample's tensors are held at a time.
+
+        Raises:
+            BadInput: no samples, or a sample that is not [1 n].
+        """
+        for ids in checked(samples):
+            held: list[Captured] = []
+            with listening(self.model, self.found, lambda spot: _Tap(spot.place, held)), torch.no_grad():  # noqa: B023
+                self.model(input_ids=ids.to(self.model.device), use_cache=False)
+            yield from held
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer that lies beside the model.
+
+        Raises:
+            CannotRun: there is none.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(self.model.name_or_path)
+        except (OSError, ValueError) as e:
+            name = self.name or type(self.model).__name__
+            raise CannotRun(
+                f"calibrate on {name}", "no tokenizer lies beside it, and recall texts are made of words", "Load both."
+            ) from e
+
+    def train_gates(
+        self,
+        samples: Sequence[Tensor],
+        *,
+        sink_tokens: int,
+        recent_tokens: int,
+        full_term: Literal["teacher", "student"],
+        steps: int,
+        learning_rate: float,
+        gate_weight: float,
+        progress: Progress | None = None,
+    ) -> tuple[Float[Tensor, "layers g"], dict[str, float]]:
+        """A gate per key/value head, full (1) or streaming (0) or between, and figures of the training.
+
+        Recall texts are made of the samples, which are the haystack; `attach.gates` says how.
+        """
+        gating = Gating(self, sink_tokens, recent_tokens, full_term, gate_weight)
+        return gating.train(checked(samples), steps, learning_rate, progress)
+
+    def artefact(
+        self, method: Method, tensors: Mapping[str, Tensor], samples: Sequence[Tensor], figures: Mapping[str, Any]
+    ) -> Artefact:
+        """The tensors, stamped with the model, the method's options and a hash of the samples."""
+        return Artefact(
+            method=method.card.name,
+            tensors={name: t.detach().cpu() for name, t in tensors.items()},
+            model=self.name,
+            fingerprint=self.fingerprint,
+            options=options(method),
+            data=_describe(samples),
+            version=__version__,
+            figures=figures,
+        )
+
+
+class _Tap:
+    """Dense attention that keeps what came in."""
+
+    def __init__(self, place: Place, held: list[Captured]):
+        self.place, self.held, self.run = place, held, SimpleNamespace(title="calibrate")
+
+    def forward(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
+        self.held.append((self.place.layer, q, k, v))
+        whole = dense(q.shape[2], k.shape[2])
+        return ops.attend(q, k, v, whole, scale=self.place.scale, softcap=self.place.softcap)[0]
+
+
+def checked(samples: Sequence[Tensor]) -> list[Tensor]:
+    """The samples, all of them rows of token ids.
+
+    Raises:
+        BadInput: no samples, or a sample that is not [1 n].
+    """
+    rows = list(samples)
+    if not rows:
+        raise BadInput("calibrate", "there are no samples", "Give rows of token ids [1 n].")
+    for i, row in enumerate(rows):
+        if row.dim() != 2 or row.shape[0] != 1 or row.shape[1] == 0 or row.is_floating_point():
+            raise BadInput(f"calibration sample {i}", f"it is {row.dtype} {tuple(row.shape)}", "Give token ids [1 n].")
+    return rows
+
+
+def _describe(samples: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for row in samples:
+        digest.update(row.cpu().to(torch.int64).numpy().tobytes())
+    return f"{len(samples)} rows, {sum(r.shape[1] for r in samples)} tokens, sha256 {digest.hexdigest()[:16]}"
