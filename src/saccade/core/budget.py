@@ -83,6 +83,32 @@ class Budget:
             return self.amount
         return self.tokens(n, bytes_per_token) / max(n, 1)
 
+    def layer_tokens(self, n: int, layer: int, layers: int, dense_layers: int, bytes_per_token: int = 0) -> int:
+        """Tokens per head in one layer, where the first `dense_layers` keep all `n` and the others pay for it.
+
+        So few tokens that a fraction of them cannot pay are shared out evenly.
+
+        Raises:
+            BadBudget: a budget in tokens or bytes that the dense layers alone exceed.
+        """
+        even = self.tokens(n, bytes_per_token)
+        left, others = even * layers - n * dense_layers, layers - dense_layers
+        if even == n or dense_layers == 0 or (self.unit == "fraction" and left < others):
+            return even
+        if left < others:
+            raise BadBudget(
+                f"budget={self} with dense_layers={dense_layers}",
+                f"{n} tokens in {dense_layers} of {layers} layers leave less than one token for each of the others",
+                "Give a larger budget or fewer dense layers.",
+            )
+        return n if layer < dense_layers else left // others
+
+    def unpaid(self, layers: int, dense_layers: int) -> list[str]:
+        """Why a fraction cannot pay for the first `dense_layers` being dense; [] if it can."""
+        if self.unit != "fraction" or self.amount == 1 or self.amount * layers > dense_layers or dense_layers == 0:
+            return []
+        return [f"dense_layers={dense_layers} of {layers} layers alone exceed budget={self}; give more, or fewer of them"]
+
     def row_tokens(self, n: int) -> int:
         """Keys per query row so that a causal pass over `n` tokens computes at most the budget's share of the pairs.
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from saccade.core.budget import Budget
 from saccade.core.card import Card
-from saccade.core.errors import BadBudget
 from saccade.core.method import Cache
 from saccade.core.site import Seen, Site
 
@@ -22,8 +21,10 @@ class KNorm(Cache):
     Keys that many queries attend to have a small norm in most heads of most layers, so  s_j = -||k_j||_2  ranks keys
     without looking at one query. The first layers are the exception; `dense_layers` of them can be left whole.
 
-    dense_layers: first layers that keep everything. The others pay for it, so that the whole cache fits the budget.
+    dense_layers: first layers that keep everything. The others pay for it, so that the whole cache fits the budget
 
+    Raises:
+        BadBudget: at the end of the prompt, a budget in tokens or bytes that the dense layers alone exceed.
     Source: arXiv 2406.11430, section 3; alessiodevoto/l2compress.
     """
 
@@ -50,33 +51,12 @@ class KNorm(Cache):
     dense_layers: int = 0
 
     def check(self, site: Site) -> list[str]:
-        share = site.budget.fraction(max(site.seen, 1), site.bytes_per_token) if site.budget.unit == "fraction" else 1.0
-        if self.dense_layers == 0 or share == 1 or share * site.layers > self.dense_layers:
-            return []
-        return [
-            f"dense_layers={self.dense_layers} of {site.layers} layers alone exceed the budget {site.budget}; "
-            f"give a larger budget or fewer dense layers"
-        ]
+        return site.budget.unpaid(site.layers, self.dense_layers)
 
     def score(self, seen: Seen, site: Site) -> Float[Tensor, "b g k"]:
         return -seen.keys.float().norm(dim=-1)
 
     def allocate(self, scores: Float[Tensor, "b g k"], budget: Budget, site: Site) -> Int[Tensor, "b g"]:
         b, g, k = scores.shape
-        return torch.full((b, g), min(k, self._keys(budget, site)), dtype=torch.long)
-
-    def _keys(self, budget: Budget, site: Site) -> int:
-        """Keys per head in this layer, so that all layers together hold what the budget allows."""
-        even = budget.tokens(site.seen, site.bytes_per_token)
-        if self.dense_layers == 0 or even == site.seen:
-            return even
-        if site.layer < self.dense_layers:
-            return site.seen
-        left = even * site.layers - site.seen * self.dense_layers
-        if left < site.layers - self.dense_layers:
-            raise BadBudget(
-                f"knorm with budget={budget} and dense_layers={self.dense_layers}",
-                f"{self.dense_layers} whole layers of {site.seen} tokens leave less than a key for each other layer",
-                "Give a larger budget or fewer dense layers.",
-            )
-        return left // (site.layers - self.dense_layers)
+        kept = budget.layer_tokens(site.seen, site.layer, site.layers, self.dense_layers, site.bytes_per_token)
+        return torch.full((b, g), min(k, kept), dtype=torch.long)
