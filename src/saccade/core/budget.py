@@ -107,7 +107,7 @@ class Budget:
         """Why a fraction cannot pay for the first `dense_layers` being dense; [] if it can."""
         if self.unit != "fraction" or self.amount == 1 or self.amount * layers > dense_layers or dense_layers == 0:
             return []
-        return [f"dense_layers={dense_layers} of {layers} layers alone exceed budget={self}; give more, or fewer of them"]
+        return [f"dense_layers={dense_layers} of {layers} layers alone exceed budget={self}; change one of the two"]
 
     def row_tokens(self, n: int) -> int:
         """Keys per query row so that a causal pass over `n` tokens computes at most the budget's share of the pairs.
