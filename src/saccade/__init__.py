@@ -6,7 +6,9 @@ The public names are loaded on first use, so that `saccade --help` and `saccade 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -36,6 +38,17 @@ def __getattr__(name: str):
 
 def __dir__():
     return sorted(__all__ + ["__version__"])
+
+
+class _Package(ModuleType):
+    """`attach` and `report` are functions here and folders too: importing the folder must not hide the function."""
+
+    def __setattr__(self, name: str, value: Any):
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 if TYPE_CHECKING:
