@@ -56,5 +56,5 @@ def test_decoding_sees_the_kept_keys_and_nothing_else():
 def test_dense_layers_that_cannot_be_paid_are_refused():
     with pytest.raises(CannotRun, match=r"dense_layers=2 of 2 layers alone exceed budget=0.5; change one of the two"):
         attach(tiny(), KNorm(dense_layers=2), budget=0.5)
-    with pytest.raises(BadBudget, match=r"100 tokens in 2 of 4 layers leave less than one token for each of the others"):
+    with pytest.raises(BadBudget, match=r"100 tokens in 2 of 4 layers leave less than one token for each"):
         Budget.of("40tok").layer_tokens(100, 3, 4, 2)

@@ -74,7 +74,7 @@ class Gating:
                 optimiser.zero_grad()
                 schedule.step()
                 if progress is not None:
-                    progress(step + 1, steps, f"distance {losses[-1]:.4f}, mean gate {float(self.alpha.mean()):.3f}")
+                    progress(step + 1, steps, f"distance {losses[-1]:.4f}, mean gate {self.alpha.detach().mean():.3f}")
         gates = self.alpha.detach().clamp(0, 1)
         last = losses[-max(1, steps // 10) :]
         decided = ((gates < 0.2) | (gates > 0.8)).float().mean()

@@ -97,7 +97,7 @@ class DoubleSparsity(Decode):
 
     def select(self, q: Float[Tensor, "b h q d"], stored: Mapping[str, Tensor], site: Site) -> Selection:
         counts = self._counts(site)
-        if counts[0] == site.offset + 1 and counts[-1] == site.keys:
+        if counts == list(range(site.offset + 1, site.keys + 1)):
             return dense(site.queries, site.keys)
         asked = self._labels(q, site)
         if self.label_bits == 16:
@@ -110,12 +110,6 @@ class DoubleSparsity(Decode):
         index = score.topk(max(counts), -1).indices
         spare = torch.arange(max(counts), device=q.device) >= torch.tensor(counts, device=q.device)[:, None]
         return Gather(index=index.masked_fill(spare, -1).int(), queries=site.queries, keys=site.keys)
-
-    def attend(
-        self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], v: Float[Tensor, "b g k d"], site: Site
-    ) -> Float[Tensor, "b h q d"]:
-        """The prompt's own attention, where `prefill` asks for it."""
-        return site.attend(q, k, v, self.select(q, {"keys": k, **self.index(k, site)}, site))
 
     def calibrate(self, model: Any, samples: Sequence[Tensor], progress: Any = None) -> Artefact:
         sums = {name: torch.zeros(model.layers, model.kv_heads, model.head_size) for name in ("q", "k", "qk")}
