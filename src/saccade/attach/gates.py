@@ -143,13 +143,13 @@ def recall_text(
     answers = [tokens(f" {s}.") for s in secrets]
     rows = sample[0].tolist()
     extra = sum(map(len, (*needles, *asked, *answers)))
-    if len(rows) * SHORTEST < extra + keys:
+    if len(rows) < extra + keys:
         raise BadInput(
             f"a recall text of {len(rows)} tokens",
             f"{keys} pass keys and their questions take {extra}",
-            f"Give samples of at least {int((extra + keys) / SHORTEST) + 1} tokens.",
+            f"Give samples of at least {extra + keys} tokens; twice that leaves room between the keys.",
         )
-    room = draw.randint(int(len(rows) * SHORTEST), len(rows)) - extra
+    room = draw.randint(max(int(len(rows) * SHORTEST), extra + keys), len(rows)) - extra
     cuts = sorted(draw.randint(0, room) for _ in range(keys))
     text: list[int] = []
     for start, end, needle in zip([0, *cuts], cuts, needles):
