@@ -1,0 +1,290 @@
+"""The figures, as plain plotly data. Every number in them stands in the run; colours that follow the theme are names.
+
+A figure has variants, one for each choice of its choosers; page.js draws the chosen one and puts the theme's colours
+in for "$fg", "$muted" and "$band". Intervals are drawn as lines from low to high, so nothing need be subtracted.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from saccade.report import tables
+from saccade.report.run import Run
+from saccade.report.words import interval, say
+
+# Okabe and Ito's palette without black and grey, which are `full` and `random`; yellow last: it is faint on white
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+SYMBOLS = {
+    "circle": "●",
+    "square": "■",
+    "diamond": "◆",
+    "triangle-up": "▲",
+    "triangle-down": "▼",
+    "cross": "✚",
+    "star": "★",
+    "square-open": "□",
+}
+FONT_PX = 13
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one label looks in every figure and in the legend. Seven colours and eight symbols: 56 pairs."""
+
+    colour: str
+    symbol: str
+    glyph: str
+    dash: str = "solid"
+
+
+FULL = Style("$fg", "line-ew-open", "━")
+CHANCE = (
+    Style("$muted", "x", "✕", "dot"),
+    Style("$muted", "asterisk-open", "✱", "dash"),
+    Style("$muted", "hash-open", "⌗", "dashdot"),
+)
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """A list from which the reader picks one: (value, text) pairs."""
+
+    title: str
+    options: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What plotly draws, under the values of the choosers joined by "|"."""
+
+    name: str
+    title: str
+    variants: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Plots:
+    """Figures that follow the same choosers, and the tables that they were drawn from."""
+
+    name: str
+    choosers: Sequence[Chooser]
+    figures: Sequence[Figure]
+    tables: Sequence[tables.Table] = ()
+
+
+def styles(run: Run) -> dict[str, Style]:
+    """label -> style; the same label looks the same everywhere. What chooses at random is grey."""
+    looks = (
+        Style(colour, *symbol) for colour, symbol in zip(itertools.cycle(COLOURS), itertools.cycle(SYMBOLS.items()))
+    )
+    by_chance = itertools.cycle(CHANCE)
+    kinds = {"full": itertools.repeat(FULL), "random": by_chance}
+    methods = {row["label"]: row["method"] for row in run.rows}
+    return {label: next(kinds.get(method, looks)) for label, method in methods.items()}
+
+
+def _layout(x: str, y: str, xaxis: dict, yaxis: dict) -> dict[str, Any]:
+    line = {"gridcolor": "$grid", "linecolor": "$muted", "zeroline": False, "ticks": "outside", "tickcolor": "$muted"}
+    return {
+        "font": {"size": FONT_PX, "color": "$fg", "family": "inherit"},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "showlegend": False,
+        "hovermode": "closest",
+        "margin": {"l": 64, "r": 16, "t": 16, "b": 56},
+        "xaxis": line | {"title": {"text": x, "font": {"size": FONT_PX}}, "automargin": True} | xaxis,
+        "yaxis": line | {"title": {"text": y, "font": {"size": FONT_PX}}, "automargin": True} | yaxis,
+    }
+
+
+def _series(label: str, style: Style, x: list, y: list, hover: list[str]) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": html.escape(label),
+        "meta": label,
+        "x": x,
+        "y": y,
+        "text": [html.escape(h) for h in hover],
+        "hovertemplate": f"<b>{html.escape(label)}</b><br>%{{text}}<extra></extra>",
+        "line": {"color": style.colour, "width": 1.5, "dash": style.dash},
+        "marker": {"color": style.colour, "symbol": style.symbol, "size": 9, "line": {"color": "$fg", "width": 0.5}},
+    }
+
+
+def _bars(label: str, style: Style, rows: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
+    """Intervals (x, low, high) as vertical strokes."""
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "meta": label,
+        "x": [v for x, _, _ in rows for v in (x, x, None)],
+        "y": [v for _, low, high in rows for v in (low, high, None)],
+        "line": {"color": style.colour, "width": 1.5},
+        "opacity": 0.55,
+        "hoverinfo": "skip",
+    }
+
+
+# --- quality against what was kept ---------------------------------------------------------------------------------
+
+# name: (field of a row, or None for the share kept; title of the choice; title of the axis; its ticks)
+AXES: dict[str, tuple[str | None, str, str, dict[str, Any]]] = {
+    "kept": (None, "Share kept", "kept, of what the method's part may use", {"tickformat": ".0%"}),
+    "bytes": ("bytes_held", "Cache, bytes", "bytes held in the cache", {"tickformat": ".3s", "ticksuffix": "B"}),
+    "seconds": ("seconds_prefill", "Prefill, seconds", "seconds of prefill, median", {"tickformat": "~g"}),
+}
+
+
+def frontier(run: Run, looks: dict[str, Style]) -> Plots:
+    """Paired difference to `full` against what was kept; up is better."""
+    variants = {f"{task}|{axis}": _frontier(run, task, axis, looks) for task in run.tasks for axis in AXES}
+    choosers = [
+        Chooser("Task", [(t, run.summary["tasks"][t].get("title", t)) for t in run.tasks]),
+        Chooser("Against", [(axis, words[1]) for axis, words in AXES.items()]),
+    ]
+    figure = Figure("frontier", "Difference to full against what was kept", variants)
+    return Plots("frontier", choosers, [figure], [tables.points(run), tables.noise(run)])
+
+
+def _frontier(run: Run, task: str, axis: str, looks: dict[str, Style]) -> dict[str, Any]:
+    field, _, title, ticks = AXES[axis]
+    points: dict[str, list[tuple[float, dict]]] = {}
+    for row in run.rows:
+        x = tables.kept(row) if field is None else row.get(field)
+        if row["task"] == task and row["method"] != "full" and x is not None:
+            points.setdefault(row["label"], []).append((x, row))
+    data = [trace for label in points for trace in _with_intervals(label, looks[label], points[label])]
+    lower = run.summary["tasks"][task]["metric"] == "nll"
+    y = "loss above full, nats per token" if lower else "hit rate, difference to full"
+    layout = _layout(title, y, {"rangemode": "tozero"} | ticks, {"autorange": "reversed"} if lower else {})
+    return {
+        "data": data,
+        "layout": layout | (_full_line(run, task) if points else _nothing("This task holds no cache.")),
+    }
+
+
+def _nothing(why: str) -> dict[str, Any]:
+    middle = {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5, "showarrow": False}
+    return {"annotations": [middle | {"text": why}]}
+
+
+def _with_intervals(label: str, style: Style, points: list[tuple[float, dict]]) -> list[dict]:
+    points = sorted(points, key=lambda p: p[0])
+    hover = [f"budget {r['budget']}: {interval(r)}, kept {say(tables.kept(r), 'share')}" for _, r in points]
+    xs, ys = [x for x, _ in points], [r["diff"] for _, r in points]
+    spans = [(x, r["diff_low"], r["diff_high"]) for x, r in points if r["diff_low"] is not None]
+    return [_bars(label, style, spans), _series(label, style, xs, ys, hover)]
+
+
+def _full_line(run: Run, task: str) -> dict[str, Any]:
+    across = {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "layer": "below"}
+    shapes = [across | {"type": "line", "y0": 0, "y1": 0, "line": {"color": "$fg", "width": 1.5}}]
+    spread = run.summary["noise"].get(task)
+    if spread:
+        shapes.append(across | {"y0": -spread, "y1": spread, "fillcolor": "$band", "line": {"width": 0}})
+    full = next((r for r in run.rows if r["method"] == "full" and r["task"] == task), None)
+    words = f"full = {say(full['mean'], 'score')}" if full else "full"
+    note = {"text": words, "xref": "paper", "x": 1, "xanchor": "right", "y": 0, "yanchor": "bottom", "showarrow": False}
+    return {"shapes": shapes, "annotations": [note]}
+
+
+# --- seconds and bytes against length ------------------------------------------------------------------------------
+
+PANELS = (
+    ("prefill", "Prefill", "prefill_seconds", "seconds", "seconds"),
+    ("decode", "Decode, one token", "decode_seconds", "seconds per token", "seconds"),
+    ("bytes", "Cache", "bytes_held", "bytes", "bytes"),
+    ("warmup", "Warm-up: the first run, compilation and set-up included", "warmup_seconds", "seconds", "seconds"),
+)
+
+
+def speeds(run: Run, looks: dict[str, Style]) -> Plots:
+    """One panel for each of prefill, decode, bytes and warm-up, with the budget chosen for all at once."""
+    rows = run.summary["speed"]
+    budgets = list(dict.fromkeys(r["budget"] for r in rows if r["method"] != "full"))
+    figures = [
+        Figure(panel[0], panel[1], {b: _panel(run, panel, b, looks) for b in budgets})
+        for panel in PANELS
+        if any(r.get(panel[2]) is not None for r in rows)
+    ]
+    return Plots("speed", [Chooser("Budget", [(b, b) for b in budgets])], figures, [tables.speed(run)])
+
+
+def _panel(run: Run, panel: tuple[str, ...], budget: str, looks: dict[str, Style]) -> dict[str, Any]:
+    name, _, value, unit, kind = panel
+    rows = [r for r in run.summary["speed"] if r.get(value) is not None]
+    rows = [r for r in rows if r["budget"] == budget or r["method"] == "full"]
+    data = []
+    for label in dict.fromkeys(r["label"] for r in rows):
+        mine = sorted((r for r in rows if r["label"] == label), key=lambda r: r["tokens"])
+        hover = [f"{say(r['tokens'], 'count')} tokens: {say(r[value], kind)}" for r in mine]
+        data.append(_series(label, looks[label], [r["tokens"] for r in mine], [r[value] for r in mine], hover))
+    full = {r["tokens"]: r[value] for r in rows if r["method"] == "full"}
+    x = {"type": "log"} | _ticks(list(full) or [r["tokens"] for r in rows], "count")
+    y = {"type": "log"} | (_ticks(list(full.values()), kind) if kind == "bytes" else {"tickformat": "~g"})
+    return {"data": data, "layout": _layout("tokens", unit, xaxis=x, yaxis=y) | _crossings(run, name, budget, looks)}
+
+
+def _ticks(values: Sequence[float], kind: str) -> dict[str, Any]:
+    """Ticks at the values themselves."""
+    return {"tickvals": sorted(set(values)), "ticktext": [say(v, kind) for v in sorted(set(values))]}
+
+
+def _crossings(run: Run, stage: str, budget: str, looks: dict[str, Style]) -> dict[str, Any]:
+    """A dotted line where a method becomes faster than `full`; none for what is faster at every length."""
+    shortest = min(r["tokens"] for r in run.summary["speed"])
+    found = [c for c in run.summary["crossover"] if c["stage"] == stage and c["budget"] == budget]
+    found = [c for c in found if c["tokens"] is not None and c["tokens"] > shortest]
+    return {
+        "shapes": [_upright(c["tokens"], looks[c["label"]]) for c in found],
+        "annotations": [_flag(i, c["tokens"], looks[c["label"]]) for i, c in enumerate(found)],
+    }
+
+
+def _upright(tokens: float, look: Style) -> dict[str, Any]:
+    line = {"color": look.colour, "width": 1.5, "dash": "dot"}
+    return {"type": "line", "x0": tokens, "x1": tokens, "yref": "paper", "y0": 0, "y1": 1, "line": line}
+
+
+def _flag(i: int, tokens: float, look: Style) -> dict[str, Any]:
+    # the x of an annotation on a logarithmic axis is the exponent: page.js takes the logarithm
+    at = {"x": tokens, "xanchor": "right", "yref": "paper", "y": 1, "yanchor": "top", "yshift": -18 * i}
+    return at | {"text": f"{look.glyph} {say(tokens, 'count')}", "showarrow": False, "font": {"color": look.colour}}
+
+
+# --- what was kept -------------------------------------------------------------------------------------------------
+
+
+def heat_map(run: Run) -> Plots:
+    """Share kept of each stretch of the prompt, layer by layer and head by head."""
+    variants: dict[str, dict[str, Any]] = {}
+    for cell in run.cells:
+        name = f"{cell['label']} at {cell['budget']}"
+        if cell.get("kept") and name not in variants:
+            variants[name] = _heat(cell["kept"])
+    figures = [Figure("kept-map", "Layer by head by position", variants)] if variants else []
+    return Plots("kept", [Chooser("Method", [(n, n) for n in variants])], figures)
+
+
+def _heat(kept: dict) -> dict[str, Any]:
+    heads = [head for layer in kept["share"] for head in layer]
+    names = [f"{i}.{j}" for i, layer in enumerate(kept["share"]) for j in range(len(layer))]
+    trace = {"type": "heatmap", "z": _packed(heads), "y": names, "zmin": 0, "zmax": 100, "colorscale": "Cividis"}
+    trace |= {"colorbar": {"ticksuffix": " %", "thickness": 12, "outlinewidth": 0, "title": {"text": "kept"}}}
+    trace |= {"hovertemplate": "layer.head %{y}, stretch %{x}: %{z} % kept<extra></extra>"}
+    firsts = [name for name in names if name.endswith(".0")]
+    y = {"type": "category", "autorange": "reversed", "tickvals": firsts, "ticktext": [n[:-2] for n in firsts]}
+    layout = _layout("position in the prompt, oldest left", "layer (a row is a head)", {"showticklabels": False}, y)
+    return {"data": [trace], "layout": layout}
+
+
+def _packed(rows: list[list[float]]) -> dict[str, str]:
+    """Shares as whole per cents, one byte each: a tenth of the same in JSON."""
+    percents = bytes(round(100 * share) for row in rows for share in row)
+    return {"dtype": "u1", "bdata": base64.b64encode(percents).decode(), "shape": f"{len(rows)}, {len(rows[0])}"}

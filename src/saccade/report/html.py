@@ -1,0 +1,87 @@
+"""One HTML file: everything in it, nothing loaded, light and dark."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import jinja2
+from plotly.offline import get_plotlyjs
+
+from saccade.report import figures, tables
+from saccade.report.run import Run
+from saccade.report.verdicts import verdicts
+from saccade.report.words import say
+
+
+@functools.cache
+def _templates() -> jinja2.Environment:
+    loader = jinja2.PackageLoader("saccade.report")
+    found = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return found
+
+
+def render(run: Run) -> str:
+    """The page as text."""
+    looks = figures.styles(run)
+    templates = _templates()
+    return templates.get_template("report.html.jinja").render(
+        run=run,
+        looks=looks,
+        verdicts=verdicts(run),
+        facts=facts(run),
+        frontier=figures.frontier(run, looks),
+        speeds=figures.speeds(run, looks),
+        kept=figures.heat_map(run),
+        crossover=tables.crossover(run),
+        absent=tables.absent(run),
+        overview=tables.overview(run),
+        results=[(task, tables.traits(run, task), tables.results(run, task)) for task in run.tasks],
+        environment=environment(run),
+        cards=run.cards(),
+        say=say,
+        style=_source("style.css"),
+        script=_source("page.js"),
+        plotly=get_plotlyjs(),
+    )
+
+
+def _source(name: str) -> str:
+    loader = _templates().loader
+    assert loader is not None
+    return loader.get_source(_templates(), name)[0]
+
+
+ASKED = {
+    "tokens": "Tokens of a sample",
+    "lengths": "Tokens timed",
+    "dtype": "Precision",
+    "device": "Device",
+    "seed": "Seed",
+}
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """What was run, in a few words."""
+    budgets = list(dict.fromkeys(r["budget"] for r in run.rows if r["method"] != "full"))
+    return [
+        ("Model", str(run.summary["model"])),
+        ("Methods", ", ".join(run.labels)),
+        ("Budgets, share kept", ", ".join(budgets)),
+        ("Tasks", ", ".join(run.tasks)),
+        *[(title, _flat(run.run[name])) for name, title in ASKED.items() if name in run.run],
+    ]
+
+
+def environment(run: Run) -> list[tuple[str, str]]:
+    """Every line of env.json."""
+    return [(name, _flat(value)) for name, value in run.env.items()]
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_flat(v) for v in value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,40 @@
+"""The report as Markdown: tables to paste."""
+
+from __future__ import annotations
+
+from saccade.report import tables
+from saccade.report.run import Run
+from saccade.report.verdicts import verdicts
+
+MARKS = {tables.NOISE: "_{}_", tables.BELOW: "**{}** (below random)"}
+_SPECIAL = str.maketrans({c: f"\\{c}" for c in "\\`*_[]|~"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " "})
+
+
+def render(run: Run) -> str:
+    """The whole report as Markdown."""
+    parts = [
+        f"# saccade: {_safe(str(run.summary['model']))}",
+        "_In italics_: not to be told from `full`. **Bold**: worse than spending the same budget at random.",
+        table(tables.overview(run)),
+    ]
+    for task in run.tasks:
+        parts += [f"## {_safe(task)}: {', '.join(tables.traits(run, task))}", table(tables.results(run, task))]
+    parts += ["## Claims", table(tables.claims(verdicts(run)))]
+    for found in (tables.speed(run), tables.crossover(run), tables.noise(run), tables.absent(run)):
+        parts += [f"## {found.caption}", table(found)] if found.rows else []
+    return "\n\n".join(parts) + "\n"
+
+
+def table(t: tables.Table) -> str:
+    """One table in GitHub's Markdown."""
+    lines = [list(t.heads), ["---", *["---:"] * (len(t.heads) - 1)]]
+    lines += [[_cell(c) for c in row] for row in t.rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _safe(text: str) -> str:
+    return text.translate(_SPECIAL)
+
+
+def _cell(c: tables.Cell) -> str:
+    return MARKS.get(c.mark, "{}").format(_safe(c.text))
