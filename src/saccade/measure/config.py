@@ -1,0 +1,134 @@
+"""What a comparison is asked to do, resolved to the last default: run.json says it all, and a line repeats it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from saccade import tasks as all_tasks
+from saccade.core.budget import Budget
+from saccade.core.errors import BadOption
+from saccade.measure.contestants import Contestant, Spec, parse, usual, with_baselines
+from saccade.measure.environment import digest
+from saccade.measure.speed import STEPS
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured: tokens of a sample, samples per task, lengths and rounds of the timing."""
+
+    tokens: int
+    counts: dict[str, int]
+    lengths: tuple[int, ...]
+    rounds: int
+
+
+# chosen so that the default ends within 5 minutes on 2 cores, quick within 90 seconds
+USUAL = Size(512, {"loss": 4, "continuation-loss": 4, "passkey": 6}, (256, 1024), 3)
+QUICK = Size(256, {"continuation-loss": 2, "passkey": 4}, (512,), 2)
+COUNT = 4  # of a task that the sizes do not name
+BASELINES = ("random", "streaming", "oracle-topk")
+BUDGETS = (0.5, 0.25, 0.1)
+USUAL_BUDGET = 0.25  # the one that is timed and drawn is the nearest to it
+
+
+@dataclass(frozen=True)
+class Config:
+    """A comparison with nothing left open. `contestants` are objects; everything else is plain data."""
+
+    model: str
+    contestants: tuple[Contestant, ...]
+    asked: tuple[str, ...] | None  # labels of the methods that were named; None: all that can run
+    budgets: tuple[Budget, ...]
+    counts: dict[str, int]  # task -> samples
+    tokens: int
+    lengths: tuple[int, ...]
+    rounds: int
+    dtype: str
+    device: str
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        model: str | Path = "smollm2",
+        methods: Sequence[Spec] | None = None,
+        budgets: Sequence[float | str | Budget] = BUDGETS,
+        tasks: Sequence[str] | None = None,
+        tokens: int | None = None,
+        quick: bool = False,
+        seed: int = 0,
+        lengths: Sequence[int] | None = None,
+        count: int | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+    ) -> Config:
+        """Fill in what was left open.
+
+        Raises:
+            UnknownName, BadOption, BadBudget, DoesNotCompose: of what was asked.
+        """
+        size = QUICK if quick else USUAL
+        chosen = usual() if methods is None else [parse(m) for m in methods]
+        names = list(tasks) if tasks is not None else list(size.counts)
+        counts = {all_tasks.get(t).name: size.counts.get(t, COUNT) if count is None else count for t in names}
+        config = cls(
+            model=str(model),
+            contestants=tuple(with_baselines(chosen, BASELINES)),
+            asked=None if methods is None else tuple(c.label for c in chosen),
+            budgets=tuple(Budget.of(b) for b in budgets),
+            counts=counts,
+            tokens=size.tokens if tokens is None else tokens,
+            lengths=size.lengths if lengths is None else tuple(sorted(set(lengths))),
+            rounds=size.rounds,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+        )
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        low = {"tokens": self.tokens, **{f"count of {t}": n for t, n in self.counts.items()}}
+        wrong = {name: value for name, value in low.items() if value < 1}
+        if wrong:
+            raise BadOption(f"compare({wrong})", "there is nothing to measure", "Give numbers from 1.")
+        short = [n for n in self.lengths if n < 2 * STEPS]
+        if short:
+            raise BadOption(f"lengths={short}", f"{STEPS} tokens are decoded at each", f"Give {2 * STEPS} or more.")
+        if not self.budgets:
+            raise BadOption("budgets=()", "nothing to compare at", "Give at least one, such as 0.25.")
+
+    @property
+    def timed_budget(self) -> Budget:
+        """The budget that is timed and drawn."""
+        return min(self.budgets, key=lambda b: abs(b.fraction(self.tokens) - USUAL_BUDGET) if b.unit != "bytes" else 1)
+
+    def public(self) -> dict[str, Any]:
+        """The same as plain data for run.json, without the path of a model on this machine."""
+        out = asdict(self) | {"model": self.model_name, "budgets": [str(b) for b in self.budgets]}
+        return out | {"contestants": [c.label for c in self.contestants], "timed_budget": str(self.timed_budget)}
+
+    @property
+    def model_name(self) -> str:
+        """A known or hub name as it is; of a path only the last part."""
+        return Path(self.model).name if Path(self.model).exists() else self.model
+
+    @property
+    def name(self) -> str:
+        """The same for the same request; the folder of a run is called so."""
+        return f"compare-{digest(self.public())[:8]}"
+
+    def command(self) -> str:
+        """The line that repeats it."""
+        parts = ["saccade", "compare", "--model", self.model_name]
+        if self.asked is not None:
+            parts += ["--methods", *self.asked]
+        parts += ["--budgets", *map(str, self.budgets), "--tasks", *self.counts, "--tokens", str(self.tokens)]
+        if len(set(self.counts.values())) == 1:
+            parts += ["--count", str(next(iter(self.counts.values())))]
+        parts += ["--lengths", *map(str, self.lengths), "--dtype", self.dtype, "--device", self.device]
+        return shlex.join([*parts, "--seed", str(self.seed)])

@@ -1,0 +1,166 @@
+"""Who is compared: `full`, methods with options, compositions. From names to objects and back."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saccade.attach import attach, explain
+from saccade.core import registry
+from saccade.core.artefact import Artefact
+from saccade.core.budget import Budget
+from saccade.core.errors import BadOption
+from saccade.core.method import Method, compose, configure, options
+
+FULL = "full"
+ATTACHED = ("sparse", "cache", "decode")  # families that work in a loaded model
+PART_TITLES = {"prefill": "prefill", "evict": "cache", "decode": "decode"}
+Spec = str | Method | Sequence[Method]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One line of a comparison. No methods at all is `full`: the model as it is, with nothing attached."""
+
+    methods: tuple[Method, ...] = ()
+
+    @property
+    def names(self) -> str:
+        """Registry names, "a+b" where methods compose."""
+        return "+".join(m.card.name for m in self.methods) or FULL
+
+    @property
+    def label(self) -> str:
+        """What tells it apart: names, and the options that are not the defaults. `parse` reads it back."""
+        return "+".join(_spec(m) for m in self.methods) or FULL
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the model's work that it takes over."""
+        return tuple(compose(self.methods))
+
+    @property
+    def part(self) -> str | None:
+        """The same in words, for tables: "cache", "prefill+decode"; None for full."""
+        return "+".join(PART_TITLES.get(p, p) for p in self.parts) or None
+
+    @property
+    def baseline(self) -> bool:
+        """Proves nothing by itself, but belongs into every comparison."""
+        return all(m.card.baseline for m in self.methods)
+
+    @property
+    def timed(self) -> bool:
+        """Whether its speed is anybody's concern: of full, and of what a paper proposes."""
+        return not self.methods or any(m.card.paper for m in self.methods)
+
+    def exercised(self, one_pass: bool) -> bool:
+        """Whether a task has any of its parts to do: a single pass has a prefill and nothing else."""
+        return not self.methods or not one_pass or "prefill" in self.parts
+
+    def equipped(self, mark: str) -> Contestant:
+        """With the artefacts that belong to the model of this fingerprint, where there are any."""
+        return Contestant(tuple(_equipped(m, mark) for m in self.methods))
+
+    def reasons(self, model: Any, budget: Budget) -> list[str]:
+        """Why it cannot run in this model; [] means that it will."""
+        return explain(model, list(self.methods), budget=budget) if self.methods else []
+
+    @contextlib.contextmanager
+    def working(self, model: Any, budget: Budget, seed: int) -> Iterator[Any]:
+        """Attach for as long as the block lasts; gives the run, None for full."""
+        if not self.methods:
+            yield None
+            return
+        with attach(model, list(self.methods), budget=budget, seed=seed) as run:
+            yield run
+
+    def identity(self) -> list[Any]:
+        """What determines its results: names, options, artefacts, and the source of the methods' own files."""
+        return [[m.card.name, repr(options(m)), _artefact_mark(m.artefact), _source_mark(m)] for m in self.methods]
+
+
+def parse(spec: Spec) -> Contestant:
+    """Read "full", "snapkv", "snapkv:window_tokens=16,pooling=avg", "minference+snapkv", a Method or several.
+
+    Raises:
+        UnknownName: no method of that name.
+        BadOption: no such option, or a value it does not take.
+        DoesNotCompose: two methods need the same part.
+    """
+    if spec == FULL:
+        return Contestant()
+    if isinstance(spec, str):
+        return _composed(tuple(_read(part) for part in spec.split("+")))
+    return _composed(tuple([spec] if isinstance(spec, Method) else spec))
+
+
+def _composed(methods: tuple[Method, ...]) -> Contestant:
+    compose(methods)
+    return Contestant(methods)
+
+
+def _read(text: str) -> Method:
+    name, _, given = text.strip().partition(":")
+    method = registry.get(name)()
+    changes = {}
+    for pair in filter(None, given.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise BadOption(f"method {text!r}", f"{pair!r} is no option=value", "Write NAME:OPTION=VALUE,OPTION=VALUE.")
+        changes[key.strip()] = value.strip()
+    return configure(method, changes)
+
+
+def _spec(method: Method) -> str:
+    usual = options(type(method))
+    changed = [f"{k}={v}" for k, v in options(method).items() if v != usual[k]]
+    return method.card.name + (":" + ",".join(changed) if changed else "")
+
+
+def _equipped(method: Method, mark: str) -> Method:
+    if not method.card.calibrated or method.artefact is not None:
+        return method
+    return dataclasses.replace(method, artefact=Artefact.find(method.card.name, mark))
+
+
+def _artefact_mark(artefact: Artefact | None) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(artefact.tensors.items()) if artefact else ():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16] if artefact else ""
+
+
+def _source_mark(method: Method) -> str:
+    return hashlib.sha256(Path(inspect.getfile(type(method))).read_bytes()).hexdigest()[:16]
+
+
+# --- who takes part by default ----------------------------------------------------------------------------------------
+
+
+def usual() -> list[Contestant]:
+    """Every registered method that attaches to a model and is no baseline, with its default options."""
+    cards = [registry.card(name) for name in registry.list_methods()]
+    return [parse(card.name) for card in cards if card.family in ATTACHED and not card.baseline]
+
+
+def with_baselines(chosen: Sequence[Contestant], baselines: Sequence[str]) -> list[Contestant]:
+    """`full` first, the chosen, then baselines; of several with one label the first stays.
+
+    `random` joins once for every part that the chosen take over, alone in that part, so that each has its own chance.
+    """
+    parts = dict.fromkeys(p for c in chosen if not c.baseline for p in c.parts)
+    more = []
+    for name in baselines:
+        more += [parse(f"random:part={p}") for p in parts] if name == "random" else [parse(name)]
+    every = [Contestant(), *chosen, *more]
+    return list({c.label: c for c in reversed(every)}.values())[::-1]

@@ -1,0 +1,62 @@
+"""On what a run was made. Nothing personal: no user, host, path or environment variable is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import saccade
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Versions, processor, threads and precision flags; written to env.json and part of every cell's key."""
+    place = torch.device(device)
+    return {
+        "saccade": saccade.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": memory_bytes(),
+        "device": place.type,
+        "device_name": torch.cuda.get_device_name(place) if place.type == "cuda" else cpu_name(),
+        "cuda": torch.version.cuda,
+        "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
+        "tf32_cudnn": torch.backends.cudnn.allow_tf32,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def digest(value: Any) -> str:
+    """Sixteen hexadecimal digits of any JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it, with what its vector units can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.processor() or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def memory_bytes() -> int | None:
+    """Of the machine; None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemTotal"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None

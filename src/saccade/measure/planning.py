@@ -1,0 +1,100 @@
+"""What a comparison will cost, before anything heavy begins: recorded costs, scaled by how fast this machine is now."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from saccade import models
+from saccade.measure.cells import Cell
+from saccade.measure.config import Config
+from saccade.measure.contestants import FULL, Contestant
+from saccade.measure.speed import STEPS
+
+# Recorded on two cores (AMD EPYC, AVX-512) with smollm2 in float32, by the default comparison: time of a sample over
+# that of `full`, by the part that a method takes over.
+COSTS = {"evict": 1.2, "prefill": 1.5, "decode": 2.0}
+ORACLE = 4.0  # chooses by looking at everything
+OVERHEAD = 1.6  # time of a forward over that of its matrix products alone, at a few hundred tokens
+STEP_TOKENS = 24  # one decoding step costs as much as a forward over so many tokens: it reads all weights
+LOADING_SECONDS = 6.0
+LIBRARY_BYTES = 900 * 2**20  # torch and transformers themselves, and what a forward needs meanwhile
+DOWNLOAD_BYTES_PER_SECOND = 5e6
+CALIBRATION_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An estimate. None where the model's size is not known before it is loaded."""
+
+    cells: int
+    minutes: float | None
+    memory_bytes: int | None
+    download_bytes: int
+    disk_bytes: int
+    machine_flops: float
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def estimate(config: Config, cells: Sequence[Cell]) -> Plan:
+    """Of all cells, as if none were finished. Takes about a second, in which the machine is timed."""
+    known = models.KNOWN.get(config.model)
+    speed = machine_flops(config.dtype)
+    load = known is not None and not models.is_cached(known.name)
+    download = known.download_bytes if load and known else 0
+    field = {c.label: c for c in config.contestants}
+    per_token = OVERHEAD * 2 * known.parameters / speed if known else None
+    seconds = None if per_token is None else {c.key: per_token * weigh(c, field) for c in cells}
+    total = LOADING_SECONDS + download / DOWNLOAD_BYTES_PER_SECOND + sum(seconds.values()) if seconds else None
+    return Plan(
+        cells=len(cells),
+        minutes=total and total / 60,
+        memory_bytes=known and LIBRARY_BYTES + known.parameters * getattr(torch, config.dtype).itemsize,
+        download_bytes=download,
+        disk_bytes=known.needed_bytes if load and known else 0,
+        machine_flops=speed,
+        rows=_rows(cells, seconds, config),
+    )
+
+
+def _rows(cells: Sequence[Cell], seconds: Mapping[str, float] | None, config: Config) -> list[dict[str, Any]]:
+    """One per task, and one for the timing."""
+    rows = []
+    for task in [*config.counts, "speed"]:
+        mine = [c for c in cells if c.task == task]
+        spent = None if seconds is None else sum(seconds[c.key] for c in mine)
+        lengths = sorted({c.tokens for c in mine})
+        row = {"task": task, "cells": len(mine), "samples": config.counts.get(task, 1), "tokens": lengths}
+        rows.append(row | {"seconds": spent})
+    return rows
+
+
+def weigh(cell: Cell, contestants: Mapping[str, Contestant]) -> float:
+    """How many tokens of a plain forward a cell is worth."""
+    if cell.kind == "speed":
+        timed = [c for c in contestants.values() if c.timed]
+        return sum((cell.tokens + STEPS * STEP_TOKENS) * _cost(c) for c in timed)
+    return cell.count * (1 + (cell.repeat == 1) * 0.2) * cell.tokens * _cost(contestants[cell.label])
+
+
+def _cost(who: Contestant) -> float:
+    if who.label == FULL:
+        return 1.0
+    if not who.timed and len(who.parts) > 1:
+        return ORACLE
+    return max(COSTS.get(part, max(COSTS.values())) for part in who.parts)
+
+
+def machine_flops(dtype: str) -> float:
+    """Operations per second of a matrix product of a small model's shape, measured for a second."""
+    a, b = (torch.ones(shape, dtype=getattr(torch, dtype)) for shape in ((512, 576), (576, 1536)))
+    a @ b
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < CALIBRATION_SECONDS:
+        a @ b
+        done += 1
+    return done * 2 * 512 * 576 * 1536 / (time.perf_counter() - start)

@@ -1,0 +1,195 @@
+"""Score one contestant on the samples of one task, and see what it kept, computed and held meanwhile."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saccade.attach import Run
+from saccade.core.budget import Budget
+from saccade.core.errors import BadInput
+from saccade.core.record import Record
+from saccade.measure.bytes import cache_bytes, full_cache_bytes
+from saccade.measure.contestants import Contestant
+
+WARMUP_TOKENS = 64
+BINS = 64  # of the picture of what was kept
+ASKED_TOKENS = 48  # end of the prompt that is shown beside a wrong answer
+
+
+@dataclass(frozen=True)
+class Passed:
+    """Logits of the continuation, how long they took, and what the cache held when the context had been read."""
+
+    logits: Float[Tensor, "b m vocab"]
+    seconds_prefill: float
+    seconds_decode: float = 0.0
+    bytes_held: int | None = None
+    kept_fraction: float | None = None
+    picture: dict[str, Any] | None = None
+
+
+class Subject:
+    """A model with its tokenizer; remembers how large its own cache is at a length."""
+
+    def __init__(self, model: Any, tokenizer: Any):
+        self.model, self.tokenizer = model, tokenizer
+        self.device = model.get_input_embeddings().weight.device
+        self.full_bytes = functools.lru_cache(functools.partial(full_cache_bytes, model))
+
+    def text(self, ids: Tensor) -> str:
+        """Tokens as text."""
+        return self.tokenizer.decode(ids.tolist())
+
+
+def quality(
+    subject: Subject, who: Contestant, budget: Budget, task: Any, samples: Sequence[Any], seed: int, again: bool = False
+) -> dict[str, Any]:
+    """The measured part of a quality cell's line.
+
+    again: in reverse order and two rows at a time, which changes nothing but rounding: the noise of the machine.
+    """
+    outcomes: dict[str, dict[str, Any]] = {}
+    kept = None
+    with who.working(subject.model, budget, seed) as run, torch.no_grad():
+        warmup = _warm_up(subject, samples[0])
+        for rows in _in_pairs(samples) if again else ([s] for s in samples):
+            passed = forward(subject, rows, run, draw=kept is None and "evict" in who.parts)
+            kept = kept or passed.picture
+            for i, sample in enumerate(rows):
+                outcomes[sample.id] = _outcome(subject, task, sample, passed, i, len(rows)) | _densities(run, sample)
+        back_ends = run.record.back_ends if run else []
+    ordered = [outcomes[s.id] for s in samples]
+    return {
+        "method": who.names,
+        "part": who.part,
+        "baseline": who.baseline,
+        "samples": ordered,
+        "achieved": {name: _mean([o[name] for o in ordered if o.get(name) is not None]) for name in ACHIEVED},
+        "seconds_warmup": warmup,
+        "back_ends": back_ends,
+        "kept": kept,
+    }
+
+
+ACHIEVED = ("kept_fraction", "prefill_density", "decode_density", "bytes_held", "bytes_full")
+
+
+def _in_pairs(samples: Sequence[Any]) -> Iterator[list[Any]]:
+    """Backwards, two of one shape at a time; one that is left over is its own neighbour."""
+    waiting: dict[tuple[int, int], Any] = {}
+    for sample in reversed(samples):
+        shape = (sample.context.shape[1], sample.continuation.shape[1])
+        if shape in waiting:
+            yield [waiting.pop(shape), sample]
+        else:
+            waiting[shape] = sample
+    for sample in waiting.values():
+        yield [sample, sample]
+
+
+# --- one pass ---------------------------------------------------------------------------------------------------------
+
+
+def forward(subject: Subject, rows: Sequence[Any], run: Run | None, draw: bool = False) -> Passed:
+    """Samples of one shape through the model. One pass where they say so; else context first, then the continuation
+    in one forward on that cache, which gives the same as token by token. `draw`: make the picture of what was kept."""
+    context = torch.cat([s.context for s in rows]).to(subject.device)
+    continuation = torch.cat([s.continuation for s in rows]).to(subject.device)
+    if rows[0].one_pass:
+        return _one_pass(subject, context, continuation)
+    return _two_stages(subject, context, continuation, run, draw)
+
+
+def _one_pass(subject: Subject, context: Int[Tensor, "b n"], continuation: Int[Tensor, "b m"]) -> Passed:
+    ids = torch.cat([context, continuation], 1)
+    start = clock(subject.device)
+    out = subject.model(ids, use_cache=False, logits_to_keep=continuation.shape[1] + 1)
+    return Passed(out.logits[:, :-1], clock(subject.device) - start)
+
+
+def _two_stages(
+    subject: Subject, context: Int[Tensor, "b n"], continuation: Int[Tensor, "b m"], run: Run | None, draw: bool
+) -> Passed:
+    start = clock(subject.device)
+    first = subject.model(context, use_cache=True, logits_to_keep=1)
+    seconds_prefill = clock(subject.device) - start
+    cache, logits = first.past_key_values, first.logits
+    held, kept = cache_bytes(cache), run.record.kept_fraction if run else 1.0
+    drawn = picture(run.record) if run and draw else None
+    start = clock(subject.device)
+    if continuation.shape[1] > 1:
+        rest = subject.model(continuation[:, :-1], past_key_values=cache, use_cache=True)
+        logits = torch.cat([logits, rest.logits], 1)
+    return Passed(logits, seconds_prefill, clock(subject.device) - start, held, kept, drawn)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _warm_up(subject: Subject, sample: Any) -> float:
+    """Seconds of a first short forward: what is loaded, compiled or allocated only once is not timed with the rest."""
+    ids = torch.cat([sample.context, sample.continuation], 1)[:, :WARMUP_TOKENS].to(subject.device)
+    start = clock(subject.device)
+    subject.model(ids, use_cache=not sample.one_pass, logits_to_keep=1)
+    return round(clock(subject.device) - start, 4)
+
+
+# --- what came of it --------------------------------------------------------------------------------------------------
+
+
+def _outcome(subject: Subject, task: Any, sample: Any, passed: Passed, row: int, rows: int) -> dict[str, Any]:
+    logits = passed.logits[row].float()
+    score = float(task.score(logits, sample))
+    if not math.isfinite(score):
+        raise BadInput(f"sample {sample.id}", f"its score is {score}", "The method or the model made NaN or infinity.")
+    out = {"id": sample.id, "facts": dict(sample.facts), "score": score}
+    if task.metric == "hit":
+        out |= _answer(subject, logits, sample)
+    if not sample.one_pass:
+        held = passed.bytes_held // rows
+        out |= {"bytes_held": held, "bytes_full": subject.full_bytes(sample.context.shape[1])}
+        out["kept_fraction"] = round(passed.kept_fraction, 6)
+    times = {"seconds_prefill": passed.seconds_prefill / rows, "seconds_decode": passed.seconds_decode / rows}
+    return out | {name: round(value, 5) for name, value in times.items()}
+
+
+def _answer(subject: Subject, logits: Float[Tensor, "m vocab"], sample: Any) -> dict[str, str]:
+    said, expected = logits[sample.scored].argmax(-1), sample.continuation[0, sample.scored]
+    asked = sample.context[0, -ASKED_TOKENS:]
+    return {"asked": subject.text(asked), "expected": subject.text(expected), "said": subject.text(said)}
+
+
+def _densities(run: Run | None, sample: Any) -> dict[str, float]:
+    stages = ("prefill",) if sample.one_pass else ("prefill", "decode")
+    return {f"{stage}_density": round(run.record.density(stage), 6) if run else 1.0 for stage in stages}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def picture(record: Record) -> dict[str, Any]:
+    """What was kept of the last sequence: per layer and head, the share of each of 64 stretches of the text."""
+    layers = sorted(record.layers.values(), key=lambda layer: layer.layer)
+    share = [[_stretches(head, layer.seen[0]) for head in layer.kept[0]] for layer in layers]
+    return {"seen": layers[0].seen[0], "share": share}
+
+
+def _stretches(positions: Int[Tensor, " kept"], seen: int) -> list[float]:
+    bins = min(BINS, seen)
+    held = torch.bincount(positions.long() * bins // seen, minlength=bins)
+    there = torch.bincount(torch.arange(seen) * bins // seen, minlength=bins)
+    return [round(float(x), 1) for x in held / there]
