@@ -38,7 +38,7 @@ def make(
     """Write the four files of a run; `text` is added wherever a stranger's words can come in."""
     draw = rng.python("test", seed)
     cells = [_quality(draw, label, b, task, breaks, kept, text) for label, b in FIELD for task in _tasks_of(label)]
-    cells += [cell | {"key": cell["key"] + "-again", "repeat": 1} for cell in cells if cell["label"] == "full"]
+    cells += [_again(cell) for cell in cells if cell["label"] == "full"]
     cells += [_speed(draw, n, i, text) for n in LENGTHS for i in range(3)] if speed else []
     lines = {cell["key"]: cell for cell in cells}
     run = {"schema": 1, "model": "smollm2" + text, "command": "saccade compare" + text, "seed": seed, "tasks": TASKS}
@@ -51,6 +51,11 @@ def make(
     (folder / "cells.jsonl").write_text("".join(json.dumps(line) + "\n" for line in cells))
     (folder / "summary.json").write_text(json.dumps(summarise(run, lines)))
     return folder
+
+
+def _again(cell: dict) -> dict:
+    samples = [s | {"score": s["score"] + i / 5000} for i, s in enumerate(cell["samples"])]
+    return cell | {"key": cell["key"] + "-again", "repeat": 1, "samples": samples}
 
 
 def _tasks_of(label: str) -> list[str]:

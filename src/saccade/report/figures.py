@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ FULL = Style("$fg", "line-ew-open", "━")
 CHANCE = (
     Style("$muted", "x", "✕", "dot"),
     Style("$muted", "asterisk-open", "✱", "dash"),
-    Style("$muted", "hash-open", "⌗", "dashdot"),
+    Style("$muted", "hash-open", "#", "dashdot"),
 )
 
 
@@ -133,11 +134,11 @@ def _bars(label: str, style: Style, rows: Sequence[tuple[float, float, float]]) 
 
 # --- quality against what was kept ---------------------------------------------------------------------------------
 
-# name: (field of a row, or None for the share kept; title of the choice; title of the axis; its ticks)
-AXES: dict[str, tuple[str | None, str, str, dict[str, Any]]] = {
-    "kept": (None, "Share kept", "kept, of what the method's part may use", {"tickformat": ".0%"}),
-    "bytes": ("bytes_held", "Cache, bytes", "bytes held in the cache", {"tickformat": ".3s", "ticksuffix": "B"}),
-    "seconds": ("seconds_prefill", "Prefill, seconds", "seconds of prefill, median", {"tickformat": "~g"}),
+# name: (title of the choice, title of the axis)
+AXES = {
+    "kept": ("Share kept", "kept, of what the method's part may use"),
+    "bytes": ("Cache, bytes", "bytes held in the cache"),
+    "seconds": ("Prefill, seconds", "seconds of prefill, median"),
 }
 
 
@@ -146,27 +147,34 @@ def frontier(run: Run, looks: dict[str, Style]) -> Plots:
     variants = {f"{task}|{axis}": _frontier(run, task, axis, looks) for task in run.tasks for axis in AXES}
     choosers = [
         Chooser("Task", [(t, run.summary["tasks"][t].get("title", t)) for t in run.tasks]),
-        Chooser("Against", [(axis, words[1]) for axis, words in AXES.items()]),
+        Chooser("Against", [(axis, title) for axis, (title, _) in AXES.items()]),
     ]
     figure = Figure("frontier", "Difference to full against what was kept", variants)
     return Plots("frontier", choosers, [figure], [tables.points(run), tables.noise(run)])
 
 
 def _frontier(run: Run, task: str, axis: str, looks: dict[str, Style]) -> dict[str, Any]:
-    field, _, title, ticks = AXES[axis]
-    points: dict[str, list[tuple[float, dict]]] = {}
-    for row in run.rows:
-        x = tables.kept(row) if field is None else row.get(field)
-        if row["task"] == task and row["method"] != "full" and x is not None:
-            points.setdefault(row["label"], []).append((x, row))
-    data = [trace for label in points for trace in _with_intervals(label, looks[label], points[label])]
+    points = [(_place(row, axis), row) for row in run.rows if row["task"] == task and row["method"] != "full"]
+    points = sorted(((x, row) for x, row in points if x is not None), key=lambda p: p[0])
     lower = run.summary["tasks"][task]["metric"] == "nll"
     y = "loss above full, nats per token" if lower else "hit rate, difference to full"
-    layout = _layout(title, y, {"rangemode": "tozero"} | ticks, {"autorange": "reversed"} if lower else {})
-    return {
-        "data": data,
-        "layout": layout | (_full_line(run, task) if points else _nothing("This task holds no cache.")),
-    }
+    scale = _scale(axis, [x for x, _ in points])
+    layout = _layout(AXES[axis][1], y, scale, {"autorange": "reversed"} if lower else {})
+    if not points:
+        return {"data": [], "layout": layout | _nothing("This task runs in one pass: no cache is held.")}
+    labels = dict.fromkeys(row["label"] for _, row in points)
+    traces = [_with_intervals(label, looks[label], [p for p in points if p[1]["label"] == label]) for label in labels]
+    return {"data": list(itertools.chain(*traces)), "layout": layout | _full_line(run, task)}
+
+
+def _place(row: dict, axis: str) -> float | None:
+    return tables.kept(row) if axis == "kept" else row.get({"bytes": "bytes_held", "seconds": "seconds_prefill"}[axis])
+
+
+def _scale(axis: str, values: Sequence[float]) -> dict[str, Any]:
+    if axis == "bytes" and values:
+        return _byte_ticks(values)
+    return {"rangemode": "tozero", "tickformat": ".0%" if axis == "kept" else "~g"}
 
 
 def _nothing(why: str) -> dict[str, Any]:
@@ -175,7 +183,6 @@ def _nothing(why: str) -> dict[str, Any]:
 
 
 def _with_intervals(label: str, style: Style, points: list[tuple[float, dict]]) -> list[dict]:
-    points = sorted(points, key=lambda p: p[0])
     hover = [f"budget {r['budget']}: {interval(r)}, kept {say(tables.kept(r), 'share')}" for _, r in points]
     xs, ys = [x for x, _ in points], [r["diff"] for _, r in points]
     spans = [(x, r["diff_low"], r["diff_high"]) for x, r in points if r["diff_low"] is not None]
@@ -188,8 +195,8 @@ def _full_line(run: Run, task: str) -> dict[str, Any]:
     spread = run.summary["noise"].get(task)
     if spread:
         shapes.append(across | {"y0": -spread, "y1": spread, "fillcolor": "$band", "line": {"width": 0}})
-    full = next((r for r in run.rows if r["method"] == "full" and r["task"] == task), None)
-    words = f"full = {say(full['mean'], 'score')}" if full else "full"
+    full = next(r for r in run.rows if r["method"] == "full" and r["task"] == task)
+    words = f"full = {say(full['mean'], 'score')}"
     note = {"text": words, "xref": "paper", "x": 1, "xanchor": "right", "y": 0, "yanchor": "bottom", "showarrow": False}
     return {"shapes": shapes, "annotations": [note]}
 
@@ -225,15 +232,20 @@ def _panel(run: Run, panel: tuple[str, ...], budget: str, looks: dict[str, Style
         mine = sorted((r for r in rows if r["label"] == label), key=lambda r: r["tokens"])
         hover = [f"{say(r['tokens'], 'count')} tokens: {say(r[value], kind)}" for r in mine]
         data.append(_series(label, looks[label], [r["tokens"] for r in mine], [r[value] for r in mine], hover))
-    full = {r["tokens"]: r[value] for r in rows if r["method"] == "full"}
-    x = {"type": "log"} | _ticks(list(full) or [r["tokens"] for r in rows], "count")
-    y = {"type": "log"} | (_ticks(list(full.values()), kind) if kind == "bytes" else {"tickformat": "~g"})
+    lengths = sorted({r["tokens"] for r in rows})
+    x = {"type": "log", "tickvals": lengths, "ticktext": [say(n, "count") for n in lengths]}
+    y = {"bytes": _byte_ticks([r[value] for r in rows]), "warmup": {"rangemode": "tozero"}}.get(name, SECONDS)
     return {"data": data, "layout": _layout("tokens", unit, xaxis=x, yaxis=y) | _crossings(run, name, budget, looks)}
 
 
-def _ticks(values: Sequence[float], kind: str) -> dict[str, Any]:
-    """Ticks at the values themselves."""
-    return {"tickvals": sorted(set(values)), "ticktext": [say(v, kind) for v in sorted(set(values))]}
+SECONDS = {"type": "log", "tickformat": "~g"}
+
+
+def _byte_ticks(values: Sequence[float]) -> dict[str, Any]:
+    """A logarithmic axis with ticks at powers of two, or of four where those were too many."""
+    least, most = (math.floor(math.log2(f(values))) for f in (min, max))
+    ticks = [2**k for k in range(least, most + 2, 1 if most - least < 6 else 2)]
+    return {"type": "log", "tickvals": ticks, "ticktext": [say(t, "bytes") for t in ticks]}
 
 
 def _crossings(run: Run, stage: str, budget: str, looks: dict[str, Style]) -> dict[str, Any]:
@@ -241,6 +253,7 @@ def _crossings(run: Run, stage: str, budget: str, looks: dict[str, Style]) -> di
     shortest = min(r["tokens"] for r in run.summary["speed"])
     found = [c for c in run.summary["crossover"] if c["stage"] == stage and c["budget"] == budget]
     found = [c for c in found if c["tokens"] is not None and c["tokens"] > shortest]
+    found.sort(key=lambda c: c["tokens"])
     return {
         "shapes": [_upright(c["tokens"], looks[c["label"]]) for c in found],
         "annotations": [_flag(i, c["tokens"], looks[c["label"]]) for i, c in enumerate(found)],
@@ -255,7 +268,12 @@ def _upright(tokens: float, look: Style) -> dict[str, Any]:
 def _flag(i: int, tokens: float, look: Style) -> dict[str, Any]:
     # the x of an annotation on a logarithmic axis is the exponent: page.js takes the logarithm
     at = {"x": tokens, "xanchor": "right", "yref": "paper", "y": 1, "yanchor": "top", "yshift": -18 * i}
-    return at | {"text": f"{look.glyph} {say(tokens, 'count')}", "showarrow": False, "font": {"color": look.colour}}
+    return at | {
+        "text": f"{look.glyph} {say(tokens, 'count')}",
+        "showarrow": False,
+        "bgcolor": "$bg",
+        "font": {"color": look.colour},
+    }
 
 
 # --- what was kept -------------------------------------------------------------------------------------------------

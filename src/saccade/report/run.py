@@ -50,7 +50,7 @@ class Run:
         if not (folder / "run.json").is_file():
             raise BadInput(f"a report on {folder}", _no_run(folder), "Make a run: saccade compare --out DIR")
         if not (folder / "summary.json").is_file():
-            raise BadInput(f"a report on {folder}", "it has no summary.json: the run is not finished", "Run it on.")
+            raise BadInput(f"a report on {folder}", "it has no summary.json: the run is not finished", AGAIN)
         run, env, summary = (_load(folder / f"{name}.json") for name in ("run", "env", "summary"))
         missing = [part for part in SUMMARY_PARTS if part not in summary]
         if missing:

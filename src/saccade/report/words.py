@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 MISSING = "–"
 _BYTES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
-_SECONDS = ((1.0, "s", 1), (1e-3, "ms", 1e3), (0.0, "µs", 1e6))
+_SECONDS = ((1.0, "s", 1), (1e-3, "ms", 1e3))
 
 
 def _plain(x: float) -> str:
@@ -22,7 +22,7 @@ def _bytes(x: float) -> str:
 
 
 def _seconds(x: float) -> str:
-    unit, factor = next((u, f) for least, u, f in _SECONDS if x >= least)
+    unit, factor = next(((u, f) for least, u, f in _SECONDS if x >= least), ("µs", 1e6))
     return f"{_plain(x * factor)} {unit}"
 
 
@@ -40,7 +40,7 @@ KINDS = tuple(_SAY)
 
 
 def say(x: float | str | None, kind: str = "text") -> str:
-    """A value as text. `kind`: text, or one of KINDS; "share" is of one, "difference" has a sign, "short" three digits."""
+    """A value as text. `kind`: text or one of KINDS; "share" is of one, "difference" signed, "short" three digits."""
     if x is None or (isinstance(x, float) and not math.isfinite(x)):
         return MISSING
     return str(x) if isinstance(x, str) else _SAY[kind](x).replace("-", "−")

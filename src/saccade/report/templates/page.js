@@ -10,7 +10,7 @@ const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : dark.
 const probe = document.body.appendChild(document.createElement("i"));
 probe.hidden = true;
 const ink = name => { probe.style.color = `var(--${name})`; return getComputedStyle(probe).color; };
-const inked = text => text.replace(/\$(fg|muted|grid|band)\b/g, (_, name) => ink(name));
+const inked = text => text.replace(/\$(bg|fg|muted|grid|band)\b/g, (_, name) => ink(name));
 
 const hidden = new Set();
 const groups = [...document.querySelectorAll(".plots")].map(box => ({
