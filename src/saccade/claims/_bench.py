@@ -1,0 +1,108 @@
+"""What claims on a real model share: samples of a task, scores of contestants on them, checks with intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from saccade import models, tasks
+from saccade.attach import attach, fingerprint
+from saccade.claims._contract import Check, Evidence
+from saccade.core import rng
+from saccade.core.budget import Budget
+from saccade.core.method import Method
+from saccade.measure.contestants import Contestant, parse
+from saccade.measure.score import Subject, quality
+from saccade.measure.stats import Estimate, hit_rate, mean_interval, paired
+
+Progress = Callable[[int, int, str], None]
+Spec = str | Method
+
+
+class Bench:
+    """One model, and the samples of a task at some lengths; each contestant is scored once on each sample."""
+
+    def __init__(self, task: str, lengths: Sequence[int], count: int, progress: Progress | None, loaded: Any = None):
+        self.model, self.tokenizer = loaded or models.load("smollm2")
+        self.task, self.lengths, self.progress = tasks.get(task), tuple(lengths), progress
+        self.samples = [s for n in lengths for s in self.task.samples(self.tokenizer, n, count, 0)]
+        self.count, self.mark = count, fingerprint(self.model)
+        self.done: dict[tuple[str, str], list[float]] = {}
+
+    def scores(self, spec: Spec, budget: float | str = 1.0, name: str = "") -> list[float]:
+        """Score of each sample, in order. `name` tells methods apart that differ in their artefact only."""
+        who, budget = parse(spec).equipped(self.mark), Budget.of(budget)
+        key = (name or who.label, str(budget))
+        if key not in self.done:
+            if self.progress is not None:
+                self.progress(len(self.done), len(self.done) + 1, f"{key[0]} at {key[1]}: {self.task.name}")
+            self.done[key] = self._score(who, budget)
+        return self.done[key]
+
+    def _score(self, who: Contestant, budget: Budget) -> list[float]:
+        subject = Subject(self.model, self.tokenizer)
+        return [s["score"] for s in quality(subject, who, budget, self.task, self.samples, 0)["samples"]]
+
+    def difference(self, ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
+        """Ours minus theirs, over the same samples."""
+        return paired(ours, theirs, self.task.metric == "hit")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All that was scored, for the table."""
+        estimate = hit_rate if self.task.metric == "hit" else mean_interval
+        out = []
+        for (who, budget), values in self.done.items():
+            e = estimate(values)
+            row = {"task": self.task.name, "who": who, "budget": budget, "n": e.n, "mean": e.mean}
+            out.append(row | {"low": e.low, "high": e.high})
+        return out
+
+
+def at_least(name: str, found: Estimate, bar: float) -> Check:
+    """Holds if the mean reaches the bar."""
+    return Check(name, found.mean, found.low, found.high, bar, found.mean >= bar)
+
+
+def at_most(name: str, found: Estimate, bar: float) -> Check:
+    """Holds if the mean stays within the bar."""
+    return Check(name, found.mean, found.low, found.high, bar, found.mean <= bar)
+
+
+def machinery(method: Method, budget: float = 0.5) -> Evidence:
+    """The smoke tier: on a tiny random model a full budget changes nothing, and a smaller one is kept and bites.
+
+    It says nothing about the paper; quality needs a trained model.
+    """
+    model = models.tiny("llama").double()
+    method = dataclasses.replace(method, artefact=method.artefact and _stamped(method, model))
+    ids = torch.randint(3, models.families.VOCAB, (1, 96), generator=rng.generator("smoke"))
+    dense = _logits(model, ids)
+    with attach(model, method, budget=1.0):
+        same = float((_logits(model, ids) - dense).abs().max())
+    with attach(model, method, budget=budget) as run:
+        other = float((_logits(model, ids) - dense).abs().max())
+        used = run.record.kept_fraction if "evict" in method.parts else run.record.density("decode")
+    with attach(model, parse(f"random:part={method.parts[-1]}").methods[0], budget=budget):
+        chance = float((_logits(model, ids) - dense).abs().max())
+    rounding = float((_logits(model.float(), ids).double() - dense).abs().max())
+    checks = [
+        Check("full budget: largest difference from dense", same, same, same, rounding, same <= rounding),
+        Check(f"budget {budget}: share used", used, used, used, budget, used <= budget),
+        Check(f"budget {budget}: largest difference from dense", other, other, other, rounding, other > rounding),
+    ]
+    table = [{"who": "full", "difference": 0.0}, {"who": "random", "difference": chance}]
+    return Evidence(checks, "tiny random Llama, 96 tokens: the machinery, not the paper", table=table)
+
+
+def _stamped(method: Method, model: Any) -> Any:
+    return dataclasses.replace(method.artefact, fingerprint=fingerprint(model))
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    first = model(ids[:, :64], use_cache=True)
+    rest = model(ids[:, 64:], past_key_values=first.past_key_values, use_cache=True)
+    return torch.cat([first.logits, rest.logits], 1)
