@@ -1,0 +1,100 @@
+"""Random selection: the same budget, spent blindly. What every method must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saccade.core import rng
+from saccade.core.card import Card
+from saccade.core.method import Cache
+from saccade.core.selection import Blocks, Gather, Selection
+from saccade.core.site import Seen, Site
+
+
+@dataclass(frozen=True)
+class Random(Cache):
+    """Spend the budget on keys drawn uniformly, without looking at them.
+
+    part: which work it does: "evict" remembers random keys of the prompt, "prefill" computes random blocks of keys for
+        each block of queries, "decode" reads random keys for each new query. The newest key, or the diagonal block, is
+        always among them, so that no query sees nothing.
+    block_tokens: of "prefill"; a smaller power of two where four of them exceed the keys that a row may read
+
+    It is a `Cache` for all three parts: the engine asks a cache method's `score` when it owns "evict", and its `select`
+    when it owns "prefill" or "decode". Key/value heads draw for themselves; their query heads share in "evict".
+    """
+
+    card = Card(
+        name="random",
+        title="Random selection",
+        family="sparse",
+        paper="",
+        year=2017,
+        summary="The same budget on keys drawn at random: evicted, computed in the prefill, or read in decoding.",
+        budget="keys per head that remain (evict), pairs computed (prefill), keys each new query reads (decode)",
+        baseline=True,
+        lacks={"chunks": "what is drawn at the end of a prompt, or for its blocks, depends on where the prompt ends"},
+    )
+
+    part: Literal["evict", "prefill", "decode"] = "evict"
+    block_tokens: int = 64
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (self.part,)
+
+    def score(self, seen: Seen, site: Site) -> Float[Tensor, "b g k"]:
+        b, g, k, _ = seen.keys.shape
+        draw = _draw(site, "evict", g, k)
+        draw[:, -1:] = torch.inf
+        return draw.expand(b, g, k).to(seen.keys.device)
+
+    def select(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Selection:
+        return self._blocks(site, q.device) if self.part == "prefill" else _keys(site, q.device)
+
+    def _blocks(self, site: Site, device: torch.device) -> Blocks:
+        """For each query block its diagonal, and as many earlier key blocks as the budget pays for."""
+        row = site.budget.row_tokens(site.keys)
+        block = min(self.block_tokens, 1 << max(0, (row // 4).bit_length() - 1))
+        first = torch.arange(0, site.queries, block) + site.offset
+        last = (first + block).clamp(max=site.keys) - 1
+        start = torch.arange(0, site.keys, block)
+        draw = _draw(site, "prefill", site.heads, len(first), len(start))
+        draw.masked_fill_((start + block > first[:, None]) & (start <= last[:, None]), 2.0)
+        draw.masked_fill_(start > last[:, None], -1.0)
+        count = min(_affordable(site, row, block), len(start))
+        top = draw.topk(count, -1).indices
+        keep = torch.zeros_like(draw, dtype=torch.bool).scatter_(-1, top, True) & (draw >= 0)
+        shape = {"queries": site.queries, "keys": site.keys, "q_block": block, "k_block": block}
+        return Blocks.of(keep[None].to(device), **shape)
+
+
+def _affordable(site: Site, row: int, block: int) -> int:
+    """Key blocks per query block: one more than fit into `row` keys where the missing half of the diagonal pays for it."""
+    position = torch.arange(site.offset, site.keys)
+    last = (torch.arange(site.queries) // block * block + block + site.offset).clamp(max=site.keys) - 1
+    more = row // block + 1
+    pairs = position + 1 - (last // block - more + 1).clamp(min=0) * block
+    return more if pairs.sum() <= (position + 1).clamp(max=row).sum() else row // block
+
+
+def _keys(site: Site, device: torch.device) -> Gather:
+    """For each query itself and random earlier keys, drawn by its true position: the same in one forward or in many."""
+    index = torch.full((1, site.heads, site.queries, site.budget.tokens(site.keys)), -1, dtype=torch.int32)
+    for i in range(site.queries):
+        there = site.offset + i + 1
+        count = site.budget.tokens(there)
+        draw = _draw(site, "decode", site.heads, there, at=site.seen - site.queries + i)
+        draw[:, -1] = 2.0
+        index[0, :, i, :count] = draw.topk(count, -1).indices.int()
+    return Gather(index=index.to(device), queries=site.queries, keys=site.keys)
+
+
+def _draw(site: Site, what: str, *shape: int, at: int = 0) -> Tensor:
+    """Uniform numbers in [0, 1) for this seed, layer and query position."""
+    return torch.rand(shape, generator=rng.generator(f"random/{what}", site.seed, site.layer, at))
