@@ -207,7 +207,7 @@ PANELS = (
     ("prefill", "Prefill", "prefill_seconds", "seconds", "seconds"),
     ("decode", "Decode, one token", "decode_seconds", "seconds per token", "seconds"),
     ("bytes", "Cache", "bytes_held", "bytes", "bytes"),
-    ("warmup", "Warm-up: the first run, compilation and set-up included", "warmup_seconds", "seconds", "seconds"),
+    ("warmup", "Warm-up, not counted above", "warmup_seconds", "seconds", "seconds"),
 )
 
 
@@ -220,7 +220,9 @@ def speeds(run: Run, looks: dict[str, Style]) -> Plots:
         for panel in PANELS
         if any(r.get(panel[2]) is not None for r in rows)
     ]
-    return Plots("speed", [Chooser("Budget", [(b, b) for b in budgets])], figures, [tables.speed(run)])
+    return Plots(
+        "speed", [Chooser("Budget", [(b, b) for b in budgets])], figures, [tables.speed(run), tables.crossover(run)]
+    )
 
 
 def _panel(run: Run, panel: tuple[str, ...], budget: str, looks: dict[str, Style]) -> dict[str, Any]:
@@ -268,12 +270,8 @@ def _upright(tokens: float, look: Style) -> dict[str, Any]:
 def _flag(i: int, tokens: float, look: Style) -> dict[str, Any]:
     # the x of an annotation on a logarithmic axis is the exponent: page.js takes the logarithm
     at = {"x": tokens, "xanchor": "right", "yref": "paper", "y": 1, "yanchor": "top", "yshift": -18 * i}
-    return at | {
-        "text": f"{look.glyph} {say(tokens, 'count')}",
-        "showarrow": False,
-        "bgcolor": "$bg",
-        "font": {"color": look.colour},
-    }
+    text = f'<span style="color:{look.colour}">{look.glyph}</span> {say(tokens, "count")}'
+    return at | {"text": text, "showarrow": False, "bgcolor": "$bg"}
 
 
 # --- what was kept -------------------------------------------------------------------------------------------------

@@ -36,7 +36,6 @@ def render(run: Run) -> str:
         frontier=figures.frontier(run, looks),
         speeds=figures.speeds(run, looks),
         kept=figures.heat_map(run),
-        crossover=tables.crossover(run),
         absent=tables.absent(run),
         overview=tables.overview(run),
         results=[(task, tables.traits(run, task), tables.results(run, task)) for task in run.tasks],

@@ -75,8 +75,13 @@ for (const button of document.querySelectorAll(".legend button")) {
     drawAll();
   };
 }
-addEventListener("beforeprint", drawAll);
-addEventListener("afterprint", drawAll);
+let before;
+addEventListener("beforeprint", () => { before = root.dataset.theme; root.dataset.theme = "light"; drawAll(); });
+addEventListener("afterprint", () => {
+  if (before) root.dataset.theme = before;
+  else delete root.dataset.theme;
+  drawAll();
+});
 
 // Sorting: numbers by value, words by alphabet, empty cells last; a second press turns it round.
 const isNumber = text => text !== "" && !Number.isNaN(Number(text));
