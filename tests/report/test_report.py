@@ -202,7 +202,7 @@ def test_grey_where_nothing_was_seen_and_red_below_random(folder):
 def test_looks_differ():
     labels = [f"m{i}" for i in range(40)]
     rows = [{"label": label, "method": label, "task": "t"} for label in [*labels, "full", "random"]]
-    looks = figures.styles(Run({}, {}, [], {"rows": rows}))
+    looks = figures.styles(Run({}, {}, [], {"rows": rows, "speed": []}))
     assert len({(s.colour, s.symbol) for s in looks.values()}) == 42
 
 
@@ -242,6 +242,19 @@ def test_empty_sections_say_so(tmp_path):
     assert "Speed was not measured in this run." in bare.text("speed")
     assert "No sample was right under full and wrong under a method." in bare.text("breaks")
     assert "No picture of what was kept was taken in this run." in bare.text("kept")
+
+
+def test_a_run_in_which_everything_failed(tmp_path):
+    make(tmp_path, speed=False)
+    summary = json.loads((tmp_path / "summary.json").read_text()) | {"rows": [], "noise": {}}
+    summary["failed"] = [
+        {"label": "full", "budget": "1", "task": "loss", "tokens": 9, "type": "BadInput", "text": "NaN"}
+    ]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    page = page_of(tmp_path)
+    assert "Quality was not measured in this run." in page.text("quality")
+    assert "BadInput: NaN" in page.text("tasks")
+    assert saccade.report(tmp_path, format="terminal") and saccade.report(tmp_path, format="markdown")
 
 
 def test_a_torn_last_line_and_foreign_cells_are_left_out(tmp_path):

@@ -80,13 +80,11 @@ class Plots:
 
 def styles(run: Run) -> dict[str, Style]:
     """label -> style; the same label looks the same everywhere. What chooses at random is grey."""
-    looks = (
-        Style(colour, *symbol) for colour, symbol in zip(itertools.cycle(COLOURS), itertools.cycle(SYMBOLS.items()))
-    )
-    by_chance = itertools.cycle(CHANCE)
-    kinds = {"full": itertools.repeat(FULL), "random": by_chance}
-    methods = {row["label"]: row["method"] for row in run.rows}
-    return {label: next(kinds.get(method, looks)) for label, method in methods.items()}
+    pairs = zip(itertools.cycle(COLOURS), itertools.cycle(SYMBOLS.items()))
+    others = (Style(colour, symbol, glyph) for colour, (symbol, glyph) in pairs)
+    fixed = {"full": itertools.repeat(FULL), "random": itertools.cycle(CHANCE)}
+    methods = {row["label"]: row["method"] for row in [*run.rows, *run.summary["speed"]]}
+    return {label: next(fixed.get(method, others)) for label, method in methods.items()}
 
 
 def _layout(x: str, y: str, xaxis: dict, yaxis: dict) -> dict[str, Any]:
@@ -149,8 +147,8 @@ def frontier(run: Run, looks: dict[str, Style]) -> Plots:
         Chooser("Task", [(t, run.summary["tasks"][t].get("title", t)) for t in run.tasks]),
         Chooser("Against", [(axis, title) for axis, (title, _) in AXES.items()]),
     ]
-    figure = Figure("frontier", "Difference to full against what was kept", variants)
-    return Plots("frontier", choosers, [figure], [tables.points(run), tables.noise(run)])
+    figures = [Figure("frontier", "Difference to full against what was kept", variants)] if variants else []
+    return Plots("frontier", choosers, figures, [tables.points(run), tables.noise(run)])
 
 
 def _frontier(run: Run, task: str, axis: str, looks: dict[str, Style]) -> dict[str, Any]:
@@ -236,11 +234,12 @@ def _panel(run: Run, panel: tuple[str, ...], budget: str, looks: dict[str, Style
         data.append(_series(label, looks[label], [r["tokens"] for r in mine], [r[value] for r in mine], hover))
     lengths = sorted({r["tokens"] for r in rows})
     x = {"type": "log", "tickvals": lengths, "ticktext": [say(n, "count") for n in lengths]}
-    y = {"bytes": _byte_ticks([r[value] for r in rows]), "warmup": {"rangemode": "tozero"}}.get(name, SECONDS)
+    y = _byte_ticks([r[value] for r in rows]) if kind == "bytes" else SCALES[name]
     return {"data": data, "layout": _layout("tokens", unit, xaxis=x, yaxis=y) | _crossings(run, name, budget, looks)}
 
 
 SECONDS = {"type": "log", "tickformat": "~g"}
+SCALES = {"prefill": SECONDS, "decode": SECONDS, "warmup": {"rangemode": "tozero"}}
 
 
 def _byte_ticks(values: Sequence[float]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     return [
         ("Model", str(run.summary["model"])),
         ("Methods", ", ".join(run.labels)),
-        ("Budgets, share kept", ", ".join(budgets)),
+        ("Budgets", ", ".join(budgets)),
         ("Tasks", ", ".join(run.tasks)),
         *[(title, _flat(run.run[name])) for name, title in ASKED.items() if name in run.run],
     ]
