@@ -20,6 +20,7 @@ from saccade.measure.stats import Estimate, hit_rate, mean_interval, paired
 
 Progress = Callable[[int, int, str], None]
 Spec = str | Method
+PROMPT = 64  # tokens of the smoke tier's prompt
 
 
 class Bench:
@@ -84,7 +85,10 @@ def machinery(method: Method, budget: float = 0.5) -> Evidence:
         same = float((_logits(model, ids) - dense).abs().max())
     with attach(model, method, budget=budget) as run:
         other = float((_logits(model, ids) - dense).abs().max())
-        used = run.record.kept_fraction if "evict" in method.parts else run.record.density("decode")
+        used = run.record.density("decode")
+        if "evict" in method.parts:
+            _logits(model, ids[:, :PROMPT])
+            used = run.record.kept_fraction
     with attach(model, parse(f"random:part={method.parts[-1]}").methods[0], budget=budget):
         chance = float((_logits(model, ids) - dense).abs().max())
     rounding = float((_logits(model.float(), ids).double() - dense).abs().max())
@@ -103,6 +107,9 @@ def _stamped(method: Method, model: Any) -> Any:
 
 @torch.no_grad()
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    first = model(ids[:, :64], use_cache=True)
-    rest = model(ids[:, 64:], past_key_values=first.past_key_values, use_cache=True)
+    """A prompt, and what follows it on the same cache."""
+    first = model(ids[:, :PROMPT], use_cache=True)
+    if ids.shape[1] == PROMPT:
+        return first.logits
+    rest = model(ids[:, PROMPT:], past_key_values=first.past_key_values, use_cache=True)
     return torch.cat([first.logits, rest.logits], 1)
