@@ -12,6 +12,7 @@ from saccade.attach.calibration import Subject
 from saccade.core.artefact import Artefact
 from saccade.core.budget import Budget
 from saccade.core.errors import BadOption, CannotRun
+from saccade.core.paths import SHIPPED
 from saccade.methods.decode.double_sparsity import DoubleSparsity, dequantise, quantise
 from tests.methods.handmade import in_pieces, noise, site, tiny, tokens, under_mask
 
@@ -123,6 +124,14 @@ def test_statistics_are_accumulated_over_all_samples():
     for name, total in totals.items():
         assert torch.equal(found.tensors[name].long(), total.argsort(-1, descending=True))
     assert found.fingerprint == fingerprint(model) and found.data.startswith("2 rows, 14 tokens, sha256 ")
+
+
+def test_shipped_channels_are_rankings_of_smollm2():
+    shipped = Artefact.load(SHIPPED / "double-sparsity" / "smollm2")
+    assert shipped.method == "double-sparsity" and set(shipped.tensors) == {"q", "k", "qk"}
+    for order in shipped.tensors.values():
+        assert order.shape == (30, 3, 64)
+        assert torch.equal(order.long().sort(-1).values, torch.arange(64).expand(30, 3, 64))
 
 
 def test_what_cannot_run_says_why():
