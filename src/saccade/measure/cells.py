@@ -8,6 +8,7 @@ from typing import Any, Literal
 from saccade.measure.environment import digest
 
 SCHEMA = 1
+FULL = "full"  # the model as it is, which all others are held against
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from saccade.attach import fingerprint
 from saccade.core.budget import FULL as WHOLE
 from saccade.core.budget import Budget
 from saccade.core.errors import BadInput, BadOption, CannotRun
-from saccade.measure.cells import SCHEMA, Cell
+from saccade.measure.cells import FULL, SCHEMA, Cell
 from saccade.measure.config import BUDGETS, Config
-from saccade.measure.contestants import FULL, Contestant, Spec
+from saccade.measure.contestants import Contestant, Spec
 from saccade.measure.environment import digest, environment
 from saccade.measure.planning import Plan, estimate, weigh
 from saccade.measure.runner import Event, Progress, Results, run_cells, write_json
@@ -155,7 +155,7 @@ def not_exercised(config: Config, contestants: Sequence[Contestant]) -> list[dic
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Bench:
     """The loaded model, and what the work on a cell looks up."""
 

@@ -19,8 +19,8 @@ from saccade.core.artefact import Artefact
 from saccade.core.budget import Budget
 from saccade.core.errors import BadOption
 from saccade.core.method import Method, compose, configure, options
+from saccade.measure.cells import FULL
 
-FULL = "full"
 ATTACHED = ("sparse", "cache", "decode")  # families that work in a loaded model
 PART_TITLES = {"prefill": "prefill", "evict": "cache", "decode": "decode"}
 Spec = str | Method | Sequence[Method]

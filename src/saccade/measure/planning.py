@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from saccade import models
-from saccade.measure.cells import Cell
+from saccade.measure.cells import FULL, Cell
 from saccade.measure.config import Config
-from saccade.measure.contestants import FULL, Contestant
+from saccade.measure.contestants import Contestant
 from saccade.measure.speed import STEPS
 
 # Recorded on two cores (AMD EPYC, AVX-512) with smollm2 in float32, by the default comparison: time of a sample over

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saccade.core.errors import CorruptResult
-from saccade.measure.cells import Cell
+from saccade.measure.cells import FULL, Cell
 
 log = logging.getLogger("saccade")
 
@@ -90,7 +90,8 @@ class Results:
 def run_cells(cells: Sequence[Cell], work: Work, results: Results, weigh: Callable[[Cell], float], progress: Progress):
     """Do what is not done yet. `weigh` says how much work a cell is, in any unit; only the time left depends on it.
 
-    An exception inside a cell becomes the cell's `error`. Ctrl-C passes through, and what was finished is kept.
+    An exception inside a cell becomes the cell's `error`, but for `full`: without it nothing can be compared. That and
+    Ctrl-C pass through, and what was finished is kept.
     """
     left = [cell for cell in cells if not results.has(cell)]
     total, begun, spent = len(cells), time.monotonic(), 0.0
@@ -113,6 +114,8 @@ def _one(cell: Cell, work: Work) -> dict[str, Any]:
     try:
         measured = work(cell)
     except Exception as e:  # whatever a method raises is a result of this comparison, and is shown as one
+        if cell.label == FULL:
+            raise
         log.warning("%s failed", cell, exc_info=True)
         error = {"type": type(e).__name__, "text": str(e)}
     times = {"started": started.isoformat(timespec="seconds"), "seconds": round(time.monotonic() - clock, 3)}

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saccade.measure import stats
-from saccade.measure.cells import SCHEMA
-from saccade.measure.contestants import FULL
+from saccade.measure.cells import FULL, SCHEMA
 
 Line = Mapping[str, Any]
 BREAKS = 24  # at most so many are shown
