@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
@@ -18,6 +19,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     letters = {chr(i): i for i in range(3, 127)} | {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 127}
     inner = Tokenizer(WordLevel(letters, unk_token="<unk>"))
     inner.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    inner.decoder = Fuse()
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
 

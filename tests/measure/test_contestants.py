@@ -66,7 +66,9 @@ def test_every_attachable_method_takes_part_by_default_and_no_baseline():
     assert not [n for n in names if card(n).baseline]
 
 
-@pytest.mark.parametrize("name, one_pass, served", [("snapkv", True, False), ("minference", True, True), ("snapkv", False, True)])
+@pytest.mark.parametrize(
+    "name, one_pass, served", [("snapkv", True, False), ("minference", True, True), ("snapkv", False, True)]
+)
 def test_a_single_pass_has_nothing_for_a_cache_method_to_do(name, one_pass, served):
     assert parse(name).exercised(one_pass) is served
     assert Contestant().exercised(one_pass)

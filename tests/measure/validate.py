@@ -27,7 +27,9 @@ def problems(value: Any, rule: Any, where: str = "$") -> list[str]:
     found = [] if "const" not in rule or value == rule["const"] else [f"{where}: {value!r} is not {rule['const']!r}"]
     if "enum" in rule and value not in rule["enum"]:
         found.append(f"{where}: {value!r} is none of {rule['enum']}")
-    if "type" in rule and not any(_is(value, t) for t in ([rule["type"]] if isinstance(rule["type"], str) else rule["type"])):
+    if "type" in rule and not any(
+        _is(value, t) for t in ([rule["type"]] if isinstance(rule["type"], str) else rule["type"])
+    ):
         return [*found, f"{where}: {value!r} is no {rule['type']}"]
     if isinstance(value, dict):
         found += _object(value, rule, where)

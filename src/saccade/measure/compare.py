@@ -45,7 +45,7 @@ def compare(
     *,
     lengths: Sequence[int] | None = None,
     count: int | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     device: str = "cpu",
 ) -> Path:
     """Measure, and return the folder that holds run.json, env.json, cells.jsonl and summary.json.
@@ -54,6 +54,7 @@ def compare(
         use), `streaming` and `oracle-topk` always take part
     out: the folder; asked for the same again, finished cells are not computed anew
     tokens, count, lengths: length and number of samples, and the lengths that are timed
+    dtype: None: bfloat16 where the device computes in it natively, else float32
 
     Raises:
         UnknownName, BadOption, BadBudget, DoesNotCompose: of what was asked, before anything is loaded.
@@ -76,7 +77,7 @@ def plan(
     *,
     lengths: Sequence[int] | None = None,
     count: int | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     device: str = "cpu",
 ) -> Plan:
     """What the same call of `compare` will cost: minutes, memory, downloads and cells; nothing heavy is loaded.

@@ -12,7 +12,7 @@ from saccade import tasks as all_tasks
 from saccade.core.budget import Budget
 from saccade.core.errors import BadOption
 from saccade.measure.contestants import Contestant, Spec, parse, usual, with_baselines
-from saccade.measure.environment import digest
+from saccade.measure.environment import digest, usual_dtype
 from saccade.measure.speed import STEPS
 
 
@@ -63,7 +63,7 @@ class Config:
         seed: int = 0,
         lengths: Sequence[int] | None = None,
         count: int | None = None,
-        dtype: str = "float32",
+        dtype: str | None = None,
         device: str = "cpu",
     ) -> Config:
         """Fill in what was left open.
@@ -84,7 +84,7 @@ class Config:
             tokens=size.tokens if tokens is None else tokens,
             lengths=size.lengths if lengths is None else tuple(sorted(set(lengths))),
             rounds=size.rounds,
-            dtype=dtype,
+            dtype=dtype or usual_dtype(device),
             device=device,
             seed=seed,
         )

@@ -51,6 +51,14 @@ def cpu_name() -> str:
     return f"{name or platform.processor() or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
+def usual_dtype(device: str) -> str:
+    """bfloat16 where the device computes in it natively, which is then the faster; else float32."""
+    if torch.device(device).type != "cpu":
+        return "bfloat16"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if native else "float32"
+
+
 def memory_bytes() -> int | None:
     """Of the machine; None where the system does not say."""
     try:

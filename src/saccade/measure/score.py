@@ -58,7 +58,7 @@ def quality(
     again: in reverse order and two rows at a time, which changes nothing but rounding: the noise of the machine.
     """
     outcomes: dict[str, dict[str, Any]] = {}
-    kept = None
+    kept, whole = None, _whole_caches(subject, samples)  # counted before anything is attached
     with who.working(subject.model, budget, seed) as run, torch.no_grad():
         warmup = _warm_up(subject, samples[0])
         for rows in _in_pairs(samples) if again else ([s] for s in samples):
@@ -67,7 +67,7 @@ def quality(
             for i, sample in enumerate(rows):
                 outcomes[sample.id] = _outcome(subject, task, sample, passed, i, len(rows)) | _densities(run, sample)
         back_ends = run.record.back_ends if run else []
-    ordered = [outcomes[s.id] for s in samples]
+    ordered = [outcomes[s.id] | whole[s.id] for s in samples]
     return {
         "method": who.names,
         "part": who.part,
@@ -81,6 +81,11 @@ def quality(
 
 
 ACHIEVED = ("kept_fraction", "prefill_density", "decode_density", "bytes_held", "bytes_full")
+
+
+def _whole_caches(subject: Subject, samples: Sequence[Any]) -> dict[str, dict[str, int]]:
+    sizes = {s.id: s.context.shape[1] for s in samples if not s.one_pass}
+    return {s.id: {"bytes_full": subject.full_bytes(sizes[s.id])} if s.id in sizes else {} for s in samples}
 
 
 def _in_pairs(samples: Sequence[Any]) -> Iterator[list[Any]]:
@@ -159,9 +164,7 @@ def _outcome(subject: Subject, task: Any, sample: Any, passed: Passed, row: int,
     if task.metric == "hit":
         out |= _answer(subject, logits, sample)
     if not sample.one_pass:
-        held = passed.bytes_held // rows
-        out |= {"bytes_held": held, "bytes_full": subject.full_bytes(sample.context.shape[1])}
-        out["kept_fraction"] = round(passed.kept_fraction, 6)
+        out |= {"bytes_held": passed.bytes_held // rows, "kept_fraction": round(passed.kept_fraction, 6)}
     times = {"seconds_prefill": passed.seconds_prefill / rows, "seconds_decode": passed.seconds_decode / rows}
     return out | {name: round(value, 5) for name, value in times.items()}
 
