@@ -1,7 +1,7 @@
 """Where to look: which (query, key) pairs are computed. Every sparse method says it in one of these kinds.
 
-Rows: `queries` queries ask, the last of `keys` keys, so query i has key index `offset + i`. Query blocks are counted from
-the first query, key blocks from the first key. A size of 1 in the batch or head axis stands for all. Index tensors are
+Rows: `queries` queries ask, the last of `keys` keys, so query i has key index `offset + i`. Query blocks are
+counted from the first query, key blocks from the first key. A size of 1 in the batch or head axis stands for all. Index tensors are
 int32, -1 where there is nothing. With `causal`, no query sees a key behind it, whatever the lists say.
 """
 
@@ -125,7 +125,7 @@ class Blocks(Selection):
         crow = torch.nn.functional.pad(count.cumsum(-1), (1, 0)).int()
         longest = int(crow[..., -1].max()) if crow.numel() else 0
         col = torch.full((*keep.shape[:2], longest), -1, dtype=torch.int32, device=keep.device)
-        b, h, i, j = keep.nonzero(as_tuple=True)
+        b, h, _, j = keep.nonzero(as_tuple=True)
         # rank of each kept block inside its own (b, h): nonzero runs in row-major order
         first = torch.nn.functional.pad(crow[..., -1].flatten().cumsum(0), (1, 0))[b * keep.shape[1] + h]
         col[b, h, torch.arange(len(b), device=keep.device) - first] = j.int()
@@ -298,9 +298,11 @@ class Lines(Selection):
         """The same pairs as key lists and ranges."""
         tiles = self.tiles()
         start, end = tiles, torch.where(tiles >= 0, tiles + self.block, -1).clamp(max=self.keys)
-        covered = self._covered(tiles)
-        column = self.verticals[:, :, None].expand(-1, -1, tiles.shape[2], -1)
-        inside = covered.gather(-1, column.clamp(min=0).long())
+        column = self.verticals[:, :, None].expand(-1, -1, tiles.shape[2], -1).contiguous()
+        # the last run that starts at or before the column; -1, the filler, goes to the end of the order
+        ordered = torch.nn.functional.pad(torch.where(tiles >= 0, tiles, self.keys), (1, 0), value=-self.block)
+        nearest = ordered.gather(-1, torch.searchsorted(ordered, column, right=True) - 1)
+        inside = column < nearest + self.block
         limit = (torch.arange(1, tiles.shape[2] + 1, device=tiles.device) * self.block + self.offset)[:, None]
         use = (column >= 0) & ~inside & (column < limit if self.causal else column < self.keys)
         ranges = torch.stack([start.clamp(min=0), end.clamp(min=0)], -1).int()
@@ -312,14 +314,6 @@ class Lines(Selection):
             keys=self.keys,
             causal=self.causal,
         )
-
-    def _covered(self, tiles: Tensor) -> Tensor:
-        b, h, nqb, _ = tiles.shape
-        edge = torch.zeros(b, h, nqb, self.keys + 1, dtype=torch.int16, device=tiles.device)
-        some = (tiles >= 0).to(torch.int16)
-        start = tiles.clamp(0, self.keys).long()
-        edge.scatter_add_(-1, start, some).scatter_add_(-1, (start + self.block).clamp(max=self.keys), -some)
-        return edge.cumsum(-1, dtype=torch.int16)[..., : self.keys] > 0
 
     def _pairs(self) -> Tensor:
         return self.gather()._pairs()

@@ -8,7 +8,18 @@ the oracle), and back ends. A method calls the op, never a back end.
 from saccade.ops.attend.api import attend
 from saccade.ops.column_scores.api import column_scores
 from saccade.ops.decode.api import decode
+from saccade.ops.lines.api import draw_lines, fit_lines, line_scores
 from saccade.ops.merge_lse.api import merge_lse
 from saccade.ops.pool_and_select.api import pool_and_select, pool_blocks
 
-__all__ = ["attend", "column_scores", "decode", "merge_lse", "pool_and_select", "pool_blocks"]
+__all__ = [
+    "attend",
+    "column_scores",
+    "decode",
+    "draw_lines",
+    "fit_lines",
+    "line_scores",
+    "merge_lse",
+    "pool_and_select",
+    "pool_blocks",
+]

@@ -75,7 +75,7 @@ class Random(Cache):
 
 
 def _affordable(site: Site, row: int, block: int) -> int:
-    """Key blocks per query block: one more than fit into `row` keys where the missing half of the diagonal pays for it."""
+    """Key blocks per query block: one more than `row` keys hold, if the uncomputed half of the diagonal pays."""
     position = torch.arange(site.offset, site.keys)
     last = (torch.arange(site.queries) // block * block + block + site.offset).clamp(max=site.keys) - 1
     more = row // block + 1

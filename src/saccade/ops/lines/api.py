@@ -1,0 +1,147 @@
+"""Columns and diagonals: how much attention lies on each, and how many of them a number of pairs pays for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saccade.core.selection import Lines, causal_mask
+
+
+def line_scores(
+    q: Float[Tensor, "b h w d"],
+    k: Float[Tensor, "b g k d"],
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> tuple[Float[Tensor, "b h k"], Float[Tensor, "b h k"]]:
+    """Attention of the last `w` queries, float32, summed over each column and over each diagonal.
+
+    A diagonal is numbered by how far its keys are behind their queries. Far ones have fewer rows; sums stay sums.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    last, n = q.shape[2], k.shape[2]
+    rows = q.float().unflatten(1, (k.shape[1], -1))
+    logits = torch.einsum("bgsld,bgkd->bgslk", rows, k.float()).flatten(1, 2) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits[..., -last:].masked_fill_(~causal_mask(last, last, q.device), -torch.inf)
+    p = logits.softmax(-1)
+    columns = torch.zeros_like(p[:, :, 0])
+    diagonals = torch.nn.functional.pad(columns, (0, last))
+    for r in range(last):  # row by row: no temporary of the size of p. Key j is n - last + r - j behind row r
+        columns += p[:, :, r]
+        diagonals[..., last - 1 - r : n + last - 1 - r] += p[:, :, r]
+    return columns, diagonals[..., :n].flip(-1)
+
+
+def draw_lines(
+    columns: Int[Tensor, "b h v"],
+    diagonals: Int[Tensor, "b h s"],
+    counts: Int[Tensor, "b h 2"],
+    *,
+    block: int,
+    queries: int,
+    keys: int,
+) -> Lines:
+    """The first `counts` columns and diagonals of each head's ranking."""
+
+    def first(ranked: Tensor, count: Tensor) -> Tensor:
+        most = int(count.max())
+        return torch.where(torch.arange(most, device=count.device) < count[..., None], ranked[..., :most], -1).int()
+
+    v, s = counts.unbind(-1)
+    return Lines(verticals=first(columns, v), slashes=first(diagonals, s), block=block, queries=queries, keys=keys)
+
+
+def fit_lines(
+    columns: Int[Tensor, "b h k"],
+    diagonals: Int[Tensor, "b h k"],
+    sizes: Float[Tensor, "h 2"],
+    *,
+    row_tokens: int,
+    block: int,
+    queries: int,
+) -> Lines:
+    """As many columns and diagonals of each ranking as fit into `row_tokens` keys a row, in the proportion of `sizes`.
+
+    The number of diagonals comes from an estimate of the pairs; what they then really cost is counted, and columns take
+    the rest. The first diagonal is always there, even where it alone costs more.
+    """
+    keys = columns.shape[-1]
+    shape = {"block": block, "queries": queries, "keys": keys}
+    seen = torch.arange(keys - queries + 1, keys + 1, device=columns.device).double()
+    allowed = seen.clamp(max=row_tokens).sum()
+    share = sizes / sizes.amax(-1, keepdim=True)
+    pairs = _Pairs(columns, diagonals, block, queries)
+    v, s = _counts(_largest(lambda t: pairs(_counts(t, share)) <= allowed, keys, columns[..., 0]), share).unbind(-1)
+    tried = min(keys, 2 * int(v.max()) + block)
+    while True:
+        runs, cost = _paid(draw_lines(columns, diagonals, torch.stack([torch.full_like(s, tried), s], -1), **shape))
+        if not ((runs > allowed) & (s > 1)).any():
+            break
+        s = torch.where(runs > allowed, (0.95 * s * allowed / runs).long().clamp(min=1), s)
+    v = (cost.cumsum(-1) <= (allowed - runs)[..., None]).sum(-1)
+    return draw_lines(columns, diagonals, torch.stack([v, s], -1), **shape)
+
+
+def _paid(lines: Lines) -> tuple[Float[Tensor, "b h"], Float[Tensor, "b h v"]]:
+    """Pairs that the diagonals' runs compute, and what each column adds: the rows of blocks that do not cover it."""
+    drawn = lines.gather()
+    runs = replace(drawn, index=drawn.index[..., :0]).count()
+    rows = torch.full(drawn.index.shape[2:3], lines.block, device=runs.device)
+    rows[-1] = lines.queries - lines.block * (len(rows) - 1)
+    return runs, ((drawn.index >= 0) * rows[:, None]).sum(-2).double()
+
+
+def _counts(scale: Int[Tensor, "b h"], share: Float[Tensor, "h 2"]) -> Int[Tensor, "b h 2"]:
+    """Columns and diagonals at a scale; one diagonal at least."""
+    counts = (scale[..., None] * share).long()
+    counts[..., 1].clamp_(min=1)
+    return counts
+
+
+def _largest(fits: Callable[[Tensor], Tensor], most: int, like: Int[Tensor, "b h"]) -> Int[Tensor, "b h"]:
+    """The largest number in 0 .. most that fits, for each element, by bisection; 0 if none does."""
+    low = torch.zeros_like(like)
+    high = low + most
+    for _ in range(most.bit_length()):
+        middle = (low + high + 1) // 2
+        good = fits(middle)
+        low, high = torch.where(good, middle, low), torch.where(good, high, middle - 1)
+    return low
+
+
+class _Pairs:
+    """Estimates how many pairs the first v columns and s diagonals compute, for any v and s.
+
+    In a block of `w` rows that ends before key `end`, a diagonal o covers the keys end - x with x in (o, o + w]. So a
+    coordinate x is covered as soon as a diagonal in [x - w, x) is: its entry is the best rank among those, and all
+    blocks alike pay for it. A column is paid for in the rows where its coordinate is not covered.
+    """
+
+    def __init__(self, columns: Tensor, diagonals: Tensor, block: int, queries: int):
+        n, at = columns.shape[-1], columns.device
+        self.columns, self.keys, self.offset = columns, n, n - queries
+        rank = torch.empty(diagonals.shape, device=at)
+        rank.scatter_(-1, diagonals, torch.arange(n, device=at, dtype=rank.dtype).expand_as(rank))
+        best = torch.nn.functional.pad(-rank, (block - 1, 0), value=-torch.inf)
+        self.entry = -torch.nn.functional.max_pool1d(best, block, stride=1)  # of x = 1 .. n
+        x = torch.arange(1, n + 1, device=at)
+        reach = -(-queries // block) + 1 - ((x - self.offset).clamp(min=1) + block - 1) // block  # blocks this deep
+        weight = (x.clamp(max=block) * reach).double().expand_as(rank)
+        paid = torch.zeros(*rank.shape, dtype=torch.float64, device=at).scatter_add_(-1, self.entry.long(), weight)
+        self.diagonal_pairs = paid.cumsum(-1)
+
+    def __call__(self, counts: Int[Tensor, "b h 2"]) -> Float[Tensor, "b h"]:
+        v, s = counts.unbind(-1)
+        covered = self.diagonal_pairs.gather(-1, s[..., None] - 1)[..., 0]
+        free = torch.nn.functional.pad((self.entry >= s[..., None]).float().cumsum(-1), (1, 0))  # of coordinates to x
+        # the rows that ask see column j from x = n - j down to offset - j
+        rows = free.gather(-1, self.keys - self.columns) - free.gather(-1, (self.offset - self.columns).clamp(min=0))
+        taken = torch.nn.functional.pad(rows.double().cumsum(-1), (1, 0)).gather(-1, v[..., None])[..., 0]
+        return covered + taken
