@@ -13,6 +13,7 @@ from saccade.attach import attach, fingerprint
 from saccade.core.artefact import Artefact
 from saccade.core.budget import Budget
 from saccade.core.errors import CannotRun
+from saccade.core.paths import SHIPPED
 from saccade.methods.cache.duo_attention import DuoAttention
 from tests.methods.handmade import in_pieces, site, tiny, tokens, under_mask
 
@@ -103,3 +104,10 @@ def test_gates_that_are_missing_or_foreign_are_refused():
     ]
     with pytest.raises(CannotRun, match="saccade calibrate duo-attention"):
         attach(tiny(), DuoAttention(), budget=0.5)
+
+
+def test_shipped_gates_are_those_of_smollm2():
+    shipped = Artefact.load(SHIPPED / "duo-attention" / "smollm2")
+    gates = shipped.tensors["gates"]
+    assert shipped.method == "duo-attention" and gates.shape == (30, 3) and gates.dtype == torch.float32
+    assert ((gates >= 0) & (gates <= 1)).all()
