@@ -18,6 +18,7 @@ import saccade
 from saccade.core.errors import BadInput, BadOption, CorruptResult
 from saccade.report import figures, tables, words
 from saccade.report.run import SUMMARY_PARTS, Run
+from tests.measure.validate import problems, schema
 from tests.report.synthetic import make
 
 HOSTILE = "</script><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>|`*&"
@@ -76,6 +77,10 @@ def numbers(value) -> set[float]:
     if isinstance(value, list):
         return set().union(*map(numbers, value))
     return {value} if isinstance(value, (int, float)) and not isinstance(value, bool) else set()
+
+
+def test_the_made_up_run_is_what_measure_publishes(folder):
+    assert problems(json.loads((folder / "summary.json").read_text()), schema("summary")) == []
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
