@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Config:
     dtype: str
     device: str
     seed: int
+    quick: bool
+    count: int | None  # samples per task if they were given
 
     @classmethod
     def of(
@@ -87,6 +89,8 @@ class Config:
             dtype=dtype or usual_dtype(device),
             device=device,
             seed=seed,
+            quick=quick,
+            count=count,
         )
         config._check()
         return config
@@ -109,8 +113,9 @@ class Config:
 
     def public(self) -> dict[str, Any]:
         """The same as plain data for run.json, without the path of a model on this machine."""
-        out = asdict(self) | {"model": self.model_name, "budgets": [str(b) for b in self.budgets]}
-        return out | {"contestants": [c.label for c in self.contestants], "timed_budget": str(self.timed_budget)}
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain |= {"model": self.model_name, "contestants": [c.label for c in self.contestants]}
+        return plain | {"budgets": [str(b) for b in self.budgets], "timed_budget": str(self.timed_budget)}
 
     @property
     def model_name(self) -> str:
@@ -128,7 +133,7 @@ class Config:
         if self.asked is not None:
             parts += ["--methods", *self.asked]
         parts += ["--budgets", *map(str, self.budgets), "--tasks", *self.counts, "--tokens", str(self.tokens)]
-        if len(set(self.counts.values())) == 1:
-            parts += ["--count", str(next(iter(self.counts.values())))]
+        parts += [] if self.count is None else ["--count", str(self.count)]
+        parts += ["--quick"] if self.quick else []
         parts += ["--lengths", *map(str, self.lengths), "--dtype", self.dtype, "--device", self.device]
         return shlex.join([*parts, "--seed", str(self.seed)])

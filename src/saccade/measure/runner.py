@@ -73,9 +73,9 @@ class Results:
             os.fsync(file.fileno())
 
     def has(self, cell: Cell) -> bool:
-        """Whether a cell is finished. One that failed is tried again."""
+        """Whether a cell is finished. One that failed, or in which a timing failed, is tried again."""
         line = self.lines.get(cell.key)
-        return line is not None and line["error"] is None
+        return line is not None and not line["error"] and not any(m["error"] for m in line.get("measures", ()))
 
     def append(self, line: dict[str, Any]) -> None:
         """Put a line on disk, and only then into memory."""
