@@ -132,6 +132,12 @@ class Sparse(Method):
     def parts(self) -> tuple[str, ...]:
         return ("prefill",)
 
+    def check(self, site: Site) -> list[str]:
+        if site.budget.unit == "bytes":
+            unit = f"the budget {site.budget} is in bytes"
+            return [f"it leaves out pairs, not memory, and {unit}; give a fraction or tokens"]
+        return []
+
     def select(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Selection:
         """Where these queries look."""
         raise NotImplementedError
@@ -175,8 +181,8 @@ class Cache(Method):
     ) -> Bool[Tensor, "r q k"] | None:
         """Which stored keys a query may still see, where eviction depends on the query's position; None: all.
 
-        Rows are (sequence, key/value head) pairs. It lets many tokens be read in one forward with the same result as
-        one at a time.
+        Rows are (sequence, key/value head) pairs, and so are the rows of `site.state` here. It lets many tokens be read
+        in one forward with the same result as one at a time.
         """
         return None
 

@@ -118,7 +118,7 @@ class MInference(Sparse):
         Budget(self.search_density)
 
     def check(self, site: Site) -> list[str]:
-        reasons = []
+        reasons = super().check(site)
         if self.sizes == "pattern" and site.budget != Budget(1.0):
             reasons.append(f"sizes='pattern' computes what was searched, and would ignore the budget {site.budget}")
         here = (site.layers, site.heads)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saccade.core import rng
 from saccade.core.card import Card
+from saccade.core.errors import BadOption
 from saccade.core.method import Cache
 from saccade.core.selection import Blocks, Gather, Selection
 from saccade.core.site import Seen, Site
@@ -44,9 +45,22 @@ class Random(Cache):
     part: Literal["evict", "prefill", "decode"] = "evict"
     block_tokens: int = 64
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.block_tokens < 1:
+            raise BadOption("random.block_tokens=0", "it takes at least 1", "Leave it away for 64.")
+
     @property
     def parts(self) -> tuple[str, ...]:
         return (self.part,)
+
+    def check(self, site: Site) -> list[str]:
+        if self.part == "evict" or site.budget.unit != "bytes":
+            return []
+        return [
+            f"part={self.part!r} leaves out pairs, not memory, and the budget {site.budget} is in bytes; "
+            f"give a fraction or tokens"
+        ]
 
     def score(self, seen: Seen, site: Site) -> Float[Tensor, "b g k"]:
         b, g, k, _ = seen.keys.shape
@@ -67,20 +81,25 @@ class Random(Cache):
         draw = _draw(site, "prefill", site.heads, len(first), len(start))
         draw.masked_fill_((start + block > first[:, None]) & (start <= last[:, None]), 2.0)
         draw.masked_fill_(start > last[:, None], -1.0)
-        count = min(_affordable(site, row, block), len(start))
-        top = draw.topk(count, -1).indices
-        keep = torch.zeros_like(draw, dtype=torch.bool).scatter_(-1, top, True) & (draw >= 0)
+        count = last // block - first // block + 1 + _affordable(first, last, row, block)
+        rank = draw.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        keep = (rank < count[:, None]) & (draw >= 0)
         shape = {"queries": site.queries, "keys": site.keys, "q_block": block, "k_block": block}
         return Blocks.of(keep[None].to(device), **shape)
 
 
-def _affordable(site: Site, row: int, block: int) -> int:
-    """Key blocks per query block: one more than `row` keys hold, if the uncomputed half of the diagonal pays."""
-    position = torch.arange(site.offset, site.keys)
-    last = (torch.arange(site.queries) // block * block + block + site.offset).clamp(max=site.keys) - 1
-    more = row // block + 1
-    pairs = position + 1 - (last // block - more + 1).clamp(min=0) * block
-    return more if pairs.sum() <= (position + 1).clamp(max=row).sum() else row // block
+def _affordable(first: Int[Tensor, " n"], last: Int[Tensor, " n"], row: int, block: int) -> Int[Tensor, " n"]:
+    """Key blocks, beside the diagonal, of each block of queries, if a query may read `row` keys.
+
+    What is left of a key block is carried on to the next queries, so that the budget is spent.
+    """
+    position = torch.arange(int(first[0]), int(last[-1]) + 1)
+    mine = (position - first[0]) // block
+    diagonal = first // block * block
+    spare = (position + 1).clamp(max=row) - (position + 1 - diagonal[mine])
+    blocks = torch.zeros(len(first), dtype=torch.float64).index_add_(0, mine, spare.double())
+    whole = (blocks / (block * (last - first + 1))).cumsum(0).add(1e-6).floor().long()
+    return whole.diff(prepend=whole.new_zeros(1))
 
 
 def _keys(site: Site, device: torch.device) -> Gather:
