@@ -14,6 +14,7 @@ from saccade.core.errors import BadOption
 from saccade.measure.contestants import Contestant, Spec, parse, usual, with_baselines
 from saccade.measure.environment import digest, usual_dtype
 from saccade.measure.speed import STEPS
+from saccade.models.loading import DTYPES
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ class Config:
         return config
 
     def _check(self) -> None:
+        if self.dtype not in DTYPES:
+            raise BadOption(f"dtype {self.dtype!r}", "there is none of that name", f"Say one of: {', '.join(DTYPES)}.")
         low = {"tokens": self.tokens, **{f"count of {t}": n for t, n in self.counts.items()}}
         wrong = {name: value for name, value in low.items() if value < 1}
         if wrong:

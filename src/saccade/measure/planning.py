@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from saccade import models
-from saccade.measure.cells import FULL, Cell
+from saccade.measure.cells import Cell
 from saccade.measure.config import Config
 from saccade.measure.contestants import Contestant
+from saccade.measure.program import Entry, everybody, timed
 from saccade.measure.speed import STEPS
 
 # Recorded on two cores (AMD EPYC, AVX-512) with smollm2 in float32, by the default comparison: time of a sample over
@@ -46,9 +47,9 @@ def estimate(config: Config, cells: Sequence[Cell]) -> Plan:
     speed = machine_flops(config.dtype)
     load = known is not None and not models.is_cached(known.name)
     download = known.download_bytes if load and known else 0
-    field = {c.label: c for c in config.contestants}
+    entries = everybody(config)
     per_token = OVERHEAD * 2 * known.parameters / speed if known else None
-    seconds = None if per_token is None else {c.key: per_token * weigh(c, field) for c in cells}
+    seconds = None if per_token is None else {c.key: per_token * weigh(config, entries, c) for c in cells}
     total = LOADING_SECONDS + download / DOWNLOAD_BYTES_PER_SECOND + sum(seconds.values()) if seconds else None
     return Plan(
         cells=len(cells),
@@ -73,16 +74,16 @@ def _rows(cells: Sequence[Cell], seconds: Mapping[str, float] | None, config: Co
     return rows
 
 
-def weigh(cell: Cell, contestants: Mapping[str, Contestant]) -> float:
+def weigh(config: Config, entries: Sequence[Entry], cell: Cell) -> float:
     """How many tokens of a plain forward a cell is worth."""
     if cell.kind == "speed":
-        timed = [c for c in contestants.values() if c.timed]
-        return sum((cell.tokens + STEPS * STEP_TOKENS) * _cost(c) for c in timed)
-    return cell.count * (1 + (cell.repeat == 1) * 0.2) * cell.tokens * _cost(contestants[cell.label])
+        return sum((cell.tokens + STEPS * STEP_TOKENS) * _cost(who) for who, _ in timed(config, entries))
+    who = next(e.who for e in entries if e.who.label == cell.label)
+    return cell.count * cell.tokens * _cost(who)
 
 
 def _cost(who: Contestant) -> float:
-    if who.label == FULL:
+    if not who.methods:
         return 1.0
     if not who.timed and len(who.parts) > 1:
         return ORACLE
