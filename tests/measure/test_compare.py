@@ -152,7 +152,7 @@ def test_methods_without_their_artefact_are_left_out_with_reasons(tiny, tmp_path
     out = compare(tiny, out=tmp_path / "c", progress=events.append, **(SMALL | {"count": 1, "tasks": ["passkey"]}))
     left = {x["label"]: x["reasons"] for x in read(out, "summary")["left_out"]}
     assert "saccade calibrate duo-attention" in " ".join(left["duo-attention"])
-    assert any("duo-attention at 0.5 is left out: " in e.text for e in events)
+    assert any("duo-attention at 0.5, 0.25 is left out: " in e.text for e in events)
     assert "duo-attention" not in {r["label"] for r in read(out, "summary")["rows"]}
 
 

@@ -142,7 +142,7 @@ def execute(config: Config, folder: Path, progress: Progress) -> Path:
     _check_lengths(config, subject.model)
     entries, left_out = entrants(config, subject.model)
     for entry in left_out:
-        progress(Event("note", f"{entry['label']} at {entry['budget']} is left out: {entry['reasons'][0]}"))
+        progress(Event("note", f"{entry['label']} at {', '.join(entry['budgets'])} is left out: {entry['reasons'][0]}"))
     env = environment(config.device)
     identity = digest([fingerprint(subject.model), env, _sources()])
     cells = all_cells(config, entries, identity)

@@ -45,8 +45,16 @@ def entrants(config: Config, model: Any) -> tuple[list[Entry], list[dict[str, An
             every = list(dict.fromkeys(r for found in reasons.values() for r in found))
             raise CannotRun(f"compare {who.label!r} on {config.model_name}", every, "Leave it out of methods.")
         present += [Entry(who, can)] if can else []
-        left_out += [{"label": who.label, "budget": str(b), "reasons": r} for b, r in reasons.items() if r]
+        left_out += _refusals(who, reasons)
     return present, left_out
+
+
+def _refusals(who: Contestant, reasons: dict[Budget, list[str]]) -> list[dict[str, Any]]:
+    """One per list of reasons, with the budgets that it concerns."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for budget, why in reasons.items():
+        found.setdefault(tuple(why), []).append(str(budget))
+    return [{"label": who.label, "budgets": b, "reasons": list(why)} for why, b in found.items() if why]
 
 
 def all_cells(config: Config, entries: Sequence[Entry], identity: str = "") -> list[Cell]:
