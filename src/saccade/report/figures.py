@@ -142,9 +142,9 @@ AXES = {
 
 def frontier(run: Run, looks: dict[str, Style]) -> Plots:
     """Paired difference to `full` against what was kept; up is better."""
-    variants = {f"{task}|{axis}": _frontier(run, task, axis, looks) for task in run.tasks for axis in AXES}
+    variants = {f"{task}|{axis}": _frontier(run, task, axis, looks) for task in run.compared for axis in AXES}
     choosers = [
-        Chooser("Task", [(t, run.summary["tasks"][t].get("title", t)) for t in run.tasks]),
+        Chooser("Task", [(t, run.summary["tasks"][t].get("title", t)) for t in run.compared]),
         Chooser("Against", [(axis, title) for axis, (title, _) in AXES.items()]),
     ]
     figures = [Figure("frontier", "Difference to full against what was kept", variants)] if variants else []
@@ -159,7 +159,7 @@ def _frontier(run: Run, task: str, axis: str, looks: dict[str, Style]) -> dict[s
     scale = _scale(axis, [x for x, _ in points])
     layout = _layout(AXES[axis][1], y, scale, {"autorange": "reversed"} if lower else {})
     if not points:
-        return {"data": [], "layout": layout | _nothing("This task runs in one pass: no cache is held.")}
+        return {"data": [], "layout": layout | _nothing("This task runs in one pass: it holds no cache.")}
     labels = dict.fromkeys(row["label"] for _, row in points)
     traces = [_with_intervals(label, looks[label], [p for p in points if p[1]["label"] == label]) for label in labels]
     return {"data": list(itertools.chain(*traces)), "layout": layout | _full_line(run, task)}
@@ -177,7 +177,7 @@ def _scale(axis: str, values: Sequence[float]) -> dict[str, Any]:
 
 def _nothing(why: str) -> dict[str, Any]:
     middle = {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5, "showarrow": False}
-    return {"annotations": [middle | {"text": why}]}
+    return {"annotations": [middle | {"text": why}], "xaxis": {"visible": False}, "yaxis": {"visible": False}}
 
 
 def _with_intervals(label: str, style: Style, points: list[tuple[float, dict]]) -> list[dict]:
@@ -295,7 +295,9 @@ def _heat(kept: dict) -> dict[str, Any]:
     trace |= {"hovertemplate": "layer.head %{y}, stretch %{x}: %{z} % kept<extra></extra>"}
     firsts = [name for name in names if name.endswith(".0")]
     y = {"type": "category", "autorange": "reversed", "tickvals": firsts, "ticktext": [n[:-2] for n in firsts]}
-    layout = _layout("position in the prompt, oldest left", "layer (a row is a head)", {"showticklabels": False}, y)
+    layout = _layout(
+        "position in the prompt, oldest left", "layer (a row is a head)", {"ticks": "", "showticklabels": False}, y
+    )
     return {"data": [trace], "layout": layout}
 
 

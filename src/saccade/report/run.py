@@ -73,6 +73,11 @@ class Run:
         return list(dict.fromkeys(row["task"] for row in self.rows))
 
     @property
+    def compared(self) -> list[str]:
+        """Tasks that had something to do for more than `full`."""
+        return list(dict.fromkeys(row["task"] for row in self.rows if row["method"] != "full"))
+
+    @property
     def methods(self) -> list[str]:
         """Registry names of all that took part; what composes is taken apart."""
         return list(dict.fromkeys(name for row in self.rows for name in row["method"].split("+")))

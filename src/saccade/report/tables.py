@@ -71,10 +71,10 @@ def overview(run: Run) -> Table:
     """Method and budget down, tasks across: the paired difference to `full`, marked."""
     found = {(row["label"], row["budget"], row["task"]): row for row in run.rows if row["method"] != "full"}
     lines = [
-        [cell(label), cell(budget)] + [_difference(run, found.get((label, budget, task))) for task in run.tasks]
+        [cell(label), cell(budget)] + [_difference(run, found.get((label, budget, task))) for task in run.compared]
         for label, budget in dict.fromkeys(key[:2] for key in found)
     ]
-    return Table("Paired difference to full, with its interval", ("Method", "Budget", *run.tasks), lines)
+    return Table("Paired difference to full, with its interval", ("Method", "Budget", *run.compared), lines)
 
 
 def _difference(run: Run, row: dict | None) -> Cell:
