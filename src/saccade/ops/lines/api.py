@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -78,24 +77,35 @@ def fit_lines(
     allowed = seen.clamp(max=row_tokens).sum()
     share = sizes / sizes.amax(-1, keepdim=True)
     pairs = _Pairs(columns, diagonals, block, queries)
-    v, s = _counts(_largest(lambda t: pairs(_counts(t, share)) <= allowed, keys, columns[..., 0]), share).unbind(-1)
-    tried = min(keys, 2 * int(v.max()) + block)
+    s = _counts(_largest(lambda t: pairs(_counts(t, share)) <= allowed, keys, columns[..., 0]), share)[..., 1]
     while True:
-        runs, cost = _paid(draw_lines(columns, diagonals, torch.stack([torch.full_like(s, tried), s], -1), **shape))
-        if not ((runs > allowed) & (s > 1)).any():
+        runs, cost = _paid(draw_lines(columns[..., :0], diagonals, torch.stack([s * 0, s], -1), **shape))
+        over = (runs > allowed) & (s > 1)
+        if not over.any():
             break
-        s = torch.where(runs > allowed, (0.95 * s * allowed / runs).long().clamp(min=1), s)
-    v = (cost.cumsum(-1) <= (allowed - runs)[..., None]).sum(-1)
+        s = torch.where(over, (0.95 * s * allowed / runs).long().clamp(min=1), s)
+    v = (cost.gather(-1, columns).cumsum(-1) <= (allowed - runs)[..., None]).sum(-1)
     return draw_lines(columns, diagonals, torch.stack([v, s], -1), **shape)
 
 
-def _paid(lines: Lines) -> tuple[Float[Tensor, "b h"], Float[Tensor, "b h v"]]:
-    """Pairs that the diagonals' runs compute, and what each column adds: the rows of blocks that do not cover it."""
+def _paid(lines: Lines) -> tuple[Float[Tensor, "b h"], Float[Tensor, "b h k"]]:
+    """Pairs that the diagonals' runs compute, and what each column would add: the rows behind it that do not cover it.
+
+    The latter for all columns at once, from the steps of a staircase: up where rows begin to pay, down where they end.
+    """
     drawn = lines.gather()
-    runs = replace(drawn, index=drawn.index[..., :0]).count()
-    rows = torch.full(drawn.index.shape[2:3], lines.block, device=runs.device)
-    rows[-1] = lines.queries - lines.block * (len(rows) - 1)
-    return runs, ((drawn.index >= 0) * rows[:, None]).sum(-2).double()
+    assert drawn.ranges is not None
+    start, end = drawn.ranges.long().unbind(-1)
+    first = torch.arange(0, lines.queries, lines.block, device=start.device)
+    rows = (lines.queries - first).clamp(max=lines.block).double()
+    limit = first + rows.long() + lines.offset
+    free = (rows[:, None] * (end > start)).flatten(2)
+    step = torch.zeros(*start.shape[:2], lines.keys + 1, dtype=torch.float64, device=start.device)
+    step.scatter_add_(-1, start.flatten(2), -free)
+    step.scatter_add_(-1, torch.minimum(end, limit[:, None]).flatten(2), free)
+    step[..., 0] += lines.queries
+    step.index_add_(-1, limit, -rows.expand(*start.shape[:2], -1))
+    return drawn.count(), step.cumsum(-1)[..., :-1]
 
 
 def _counts(scale: Int[Tensor, "b h"], share: Float[Tensor, "h 2"]) -> Int[Tensor, "b h 2"]:
