@@ -129,7 +129,8 @@ def test_searched_sizes_are_those_of_the_pattern():
     assert (lines.verticals.shape[-1], lines.slashes.shape[-1]) == (int(v), int(s)) == (66, 406)
     few = method.select(*tensors(200), site(queries=200, keys=200))
     assert (few.verticals.shape[-1], few.slashes.shape[-1]) == (30, 100)
-    spans = dataclasses.replace(with_patterns([4] * 4), sizes="pattern").select(*tensors(256), site(queries=256, keys=256))
+    ends = dataclasses.replace(with_patterns([4] * 4), sizes="pattern")
+    spans = ends.select(*tensors(256), site(queries=256, keys=256))
     assert spans.sinks.tolist() == [2] * 4 and spans.window.tolist() == [12] * 4
 
 
@@ -169,7 +170,8 @@ def test_the_search_finds_what_was_planted():
     )
     MInference(recent_tokens=1, sink_tokens=0).calibrate(model, [torch.zeros(1, n)])
     assert CANDIDATES[int(seen["tensors"]["pattern"][0, 0])][:3] == ("lines", 1500, 64)
-    assert seen["figures"]["heads"][3] == 2 and seen["figures"]["kept_mass_of_best"] == max(seen["figures"]["kept_mass"])
+    figures = seen["figures"]
+    assert figures["heads"][3] == 2 and figures["kept_mass_of_best"] == max(figures["kept_mass"])
 
 
 def test_a_calibrated_model_runs_under_its_patterns():
@@ -198,7 +200,7 @@ def test_a_full_budget_is_dense():
 
 
 def test_what_cannot_run_is_refused():
-    with pytest.raises(BadOption, match="minference.last_queries=0: it takes at least 1"):
+    with pytest.raises(BadOption, match=r"minference\.last_queries=0: it takes at least 1"):
         MInference(last_queries=0)
     with pytest.raises(BadBudget, match="a fraction kept cannot exceed 1"):
         MInference(search_density=2.0)
