@@ -112,8 +112,14 @@ def _series(label: str, style: Style, x: list, y: list, hover: list[str]) -> dic
         "text": [html.escape(h) for h in hover],
         "hovertemplate": f"<b>{html.escape(label)}</b><br>%{{text}}<extra></extra>",
         "line": {"color": style.colour, "width": 1.5, "dash": style.dash},
-        "marker": {"color": style.colour, "symbol": style.symbol, "size": 9, "line": {"color": "$fg", "width": 0.5}},
+        "marker": _marker(style),
     }
+
+
+def _marker(style: Style) -> dict[str, Any]:
+    # what is open is drawn by its line alone; what is filled gets a thin one, so that yellow is seen on white
+    line = {"color": style.colour, "width": 2} if style.symbol.endswith("-open") else {"color": "$fg", "width": 0.5}
+    return {"color": style.colour, "symbol": style.symbol, "size": 9, "line": line}
 
 
 def _bars(label: str, style: Style, rows: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
@@ -195,7 +201,7 @@ def _full_line(run: Run, task: str) -> dict[str, Any]:
         shapes.append(across | {"y0": -spread, "y1": spread, "fillcolor": "$band", "line": {"width": 0}})
     full = next(r for r in run.rows if r["method"] == "full" and r["task"] == task)
     words = f"full = {say(full['mean'], 'score')}"
-    note = {"text": words, "xref": "paper", "x": 1, "xanchor": "right", "y": 0, "yanchor": "bottom", "showarrow": False}
+    note = {"text": words, "xref": "paper", "x": 0, "xanchor": "left", "y": 0, "yanchor": "bottom", "showarrow": False}
     return {"shapes": shapes, "annotations": [note]}
 
 
