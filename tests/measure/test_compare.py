@@ -92,7 +92,7 @@ def test_budgets_are_kept_and_bytes_follow(run):
 def test_speed_is_of_full_and_of_what_papers_propose(run):
     summary = read(run[0], "summary")
     assert {r["label"] for r in summary["speed"]} == {"full", *METHODS, "streaming"}
-    assert {r["tokens"] for r in summary["speed"]} == {64, 128} and {r["rounds"] for r in summary["speed"]} == {3}
+    assert {r["tokens"] for r in summary["speed"]} == {64, 128} and {r["rounds"] for r in summary["speed"]} == {2}
     assert {c["stage"] for c in summary["crossover"]} == {"prefill", "decode"}
 
 

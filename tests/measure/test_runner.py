@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saccade.core.errors import CorruptResult
+from saccade.core.errors import CannotRun, CorruptResult
 from saccade.measure.cells import Cell
 from saccade.measure.runner import Event, Results, run_cells, write_json
 
@@ -122,6 +124,22 @@ def test_an_interruption_leaves_what_was_finished(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, work)
     assert len(Results(tmp_path / "cells.jsonl").lines) == 3
+
+
+def test_a_full_disk_is_said_and_what_was_finished_stays(tmp_path, monkeypatch):
+    run(tmp_path, cells=CELLS[:2])
+    before = (tmp_path / "cells.jsonl").read_bytes()
+
+    def fsync(handle):
+        os.truncate(handle, len(before) + 10)  # as a disk without room for the rest
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(CannotRun, match=r"cells\.jsonl: No space left on device\. Mend that and start again"):
+        run(tmp_path)
+    monkeypatch.undo()
+    assert len(Results(tmp_path / "cells.jsonl").lines) == 2
+    assert (tmp_path / "cells.jsonl").read_bytes() == before
 
 
 def test_nan_never_reaches_the_file(tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from saccade import models
 from saccade.core import rng
 from saccade.core.budget import Budget
 from saccade.core.errors import BadInput
@@ -96,6 +97,16 @@ def test_a_cache_method_is_seen_at_the_end_of_the_context(subject):
     assert one["prefill_density"] == 1 and one["decode_density"] < 0.6
     assert result["achieved"]["kept_fraction"] == 0.25 and result["part"] == "cache"
     assert not hasattr(model(), "_saccade_run"), "detached again"
+
+
+def test_sliding_layers_are_counted_on_both_sides():
+    subject, sample = Subject(models.tiny("gemma3", window=8), tokenizer()), draw(80, 8)
+    full, knorm = (
+        quality(subject, parse(name), Budget(0.25), Loss(), [sample], 0)["samples"][0] for name in ("full", "knorm")
+    )
+    assert full["bytes_held"] == full["bytes_full"] == knorm["bytes_full"]
+    # transformers' sliding layer holds a view of the whole prompt until the next token, so it is half of all bytes
+    assert 0.5 + 0.25 / 2 <= knorm["bytes_held"] / knorm["bytes_full"] < 0.5 + 0.35 / 2
 
 
 def test_a_single_pass_has_no_cache_to_speak_of(subject):

@@ -18,7 +18,7 @@ from saccade.attach import fingerprint
 from saccade.core.budget import Budget
 from saccade.core.errors import BadInput, BadOption
 from saccade.measure.cells import SCHEMA, Cell
-from saccade.measure.config import BUDGETS, Config
+from saccade.measure.config import Config
 from saccade.measure.contestants import Spec
 from saccade.measure.environment import digest, environment
 from saccade.measure.planning import Plan, estimate, weigh
@@ -35,7 +35,7 @@ SOURCES = ("core", "ops", "attach", "models", "tasks", "measure/score.py", "meas
 def compare(
     model: str | Path = "smollm2",
     methods: Sequence[Spec] | None = None,
-    budgets: Sequence[float | str | Budget] = BUDGETS,
+    budgets: Sequence[float | str | Budget] | None = None,
     tasks: Sequence[str] | None = None,
     tokens: int | None = None,
     out: str | Path | None = None,
@@ -52,8 +52,9 @@ def compare(
 
     methods: names, "name:option=value", "a+b", or Methods; None: all that can run. `full`, `random` (once per part in
         use), `streaming` and `oracle-topk` always take part
+    budgets, tasks, tokens, count, lengths: what is kept; what on, its length and number of samples; lengths to time.
+        None: sizes that end within 5 minutes on 2 cores, `quick`: at one budget within 90 seconds
     out: the folder; asked for the same again, finished cells are not computed anew
-    tokens, count, lengths: length and number of samples, and the lengths that are timed
     dtype: None: bfloat16 where the device computes in it natively, else float32
 
     Raises:
@@ -69,7 +70,7 @@ def compare(
 def plan(
     model: str | Path = "smollm2",
     methods: Sequence[Spec] | None = None,
-    budgets: Sequence[float | str | Budget] = BUDGETS,
+    budgets: Sequence[float | str | Budget] | None = None,
     tasks: Sequence[str] | None = None,
     tokens: int | None = None,
     quick: bool = False,

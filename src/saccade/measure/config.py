@@ -19,20 +19,20 @@ from saccade.models.loading import DTYPES
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured: tokens of a sample, samples per task, lengths and rounds of the timing."""
+    """How much is measured: budgets, tokens of a sample, samples per task, lengths and rounds of the timing."""
 
+    budgets: tuple[float, ...]
     tokens: int
     counts: dict[str, int]
     lengths: tuple[int, ...]
     rounds: int
 
 
-# chosen so that the default ends within 5 minutes on 2 cores, quick within 90 seconds
-USUAL = Size(512, {"loss": 4, "continuation-loss": 4, "passkey": 6}, (256, 1024), 3)
-QUICK = Size(256, {"continuation-loss": 2, "passkey": 4}, (512,), 2)
+# chosen so that on 2 cores the default ends within 5 minutes, and quick within 90 seconds
+USUAL = Size((0.5, 0.25, 0.1), 512, {"loss": 2, "continuation-loss": 2, "passkey": 3}, (256, 1024), 2)
+QUICK = Size((0.25,), 256, {"continuation-loss": 4, "passkey": 4}, (256,), 2)
 COUNT = 4  # of a task that the sizes do not name
 BASELINES = ("random", "streaming", "oracle-topk")
-BUDGETS = (0.5, 0.25, 0.1)
 USUAL_BUDGET = 0.25  # the one that is timed and drawn is the nearest to it
 
 
@@ -59,7 +59,7 @@ class Config:
         cls,
         model: str | Path = "smollm2",
         methods: Sequence[Spec] | None = None,
-        budgets: Sequence[float | str | Budget] = BUDGETS,
+        budgets: Sequence[float | str | Budget] | None = None,
         tasks: Sequence[str] | None = None,
         tokens: int | None = None,
         quick: bool = False,
@@ -82,7 +82,7 @@ class Config:
             model=str(model),
             contestants=tuple(with_baselines(chosen, BASELINES)),
             asked=None if methods is None else tuple(c.label for c in chosen),
-            budgets=tuple(Budget.of(b) for b in budgets),
+            budgets=tuple(Budget.of(b) for b in (size.budgets if budgets is None else budgets)),
             counts=counts,
             tokens=size.tokens if tokens is None else tokens,
             lengths=size.lengths if lengths is None else tuple(sorted(set(lengths))),

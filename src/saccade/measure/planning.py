@@ -14,13 +14,15 @@ from saccade.measure.cells import Cell
 from saccade.measure.config import Config
 from saccade.measure.contestants import Contestant
 from saccade.measure.program import Entry, everybody, timed
-from saccade.measure.speed import STEPS
+from saccade.measure.speed import STEPS, WARMUP_TOKENS
 
-# Recorded on two cores (AMD EPYC, AVX-512) with smollm2 in float32, by the default comparison: time of a sample over
+# Recorded on two cores (AMD EPYC, AVX-512) with smollm2 in bfloat16, by the default comparison: time of a sample over
 # that of `full`, by the part that a method takes over.
-COSTS = {"evict": 1.4, "prefill": 1.7, "decode": 2.4}
-ORACLE = 2.7  # chooses by looking at everything
-OVERHEAD = 1.6  # time of a forward over that of its matrix products alone, at a few hundred tokens
+COSTS = {"evict": 1.5, "prefill": 1.8, "decode": 1.8}
+ORACLE = 2.8  # chooses by looking at everything
+OVERHEAD = 1.2  # time of a forward over that of its matrix products alone, at a few hundred tokens
+ATTENTION_TOKENS = 4000  # length at which full attention costs as much as all matrix products
+CELL_TOKENS = 150  # attaching, its probe and the warm-up cost as much as a forward over so many tokens
 STEP_TOKENS = 24  # one decoding step costs as much as a forward over so many tokens: it reads all weights
 LOADING_SECONDS = 6.0
 LIBRARY_BYTES = 900 * 2**20  # torch and transformers themselves, and what a forward needs meanwhile
@@ -77,9 +79,14 @@ def _rows(cells: Sequence[Cell], seconds: Mapping[str, float] | None, config: Co
 def weigh(config: Config, entries: Sequence[Entry], cell: Cell) -> float:
     """How many tokens of a plain forward a cell is worth."""
     if cell.kind == "speed":
-        return sum((cell.tokens + STEPS * STEP_TOKENS) * _cost(who) for who, _ in timed(config, entries))
+        tokens = _with_attention(cell.tokens) + WARMUP_TOKENS + STEPS * STEP_TOKENS
+        return sum(CELL_TOKENS + tokens * _cost(who) for who, _ in timed(config, entries))
     who = next(e.who for e in entries if e.who.label == cell.label)
-    return cell.count * cell.tokens * _cost(who)
+    return CELL_TOKENS + cell.count * _with_attention(cell.tokens) * _cost(who)
+
+
+def _with_attention(tokens: int) -> float:
+    return tokens * (1 + tokens / ATTENTION_TOKENS)
 
 
 def _cost(who: Contestant) -> float:

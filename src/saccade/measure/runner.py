@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from saccade.core.errors import CorruptResult
+from saccade.core.errors import CannotRun, CorruptResult
 from saccade.measure.cells import FULL, Cell
 
 log = logging.getLogger("saccade")
@@ -78,12 +78,20 @@ class Results:
         return line is not None and not line["error"] and not any(m["error"] for m in line.get("measures", ()))
 
     def append(self, line: dict[str, Any]) -> None:
-        """Put a line on disk, and only then into memory."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab") as file:
-            file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Put a line on disk, and only then into memory.
+
+        Raises:
+            CannotRun: it cannot be written; what is there stays good.
+        """
+        data = json.dumps(line, allow_nan=False).encode() + b"\n"
+        try:
+            with open(self.path, "ab") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as e:
+            asked = f"write {len(data):,} bytes to {self.path}"
+            raise CannotRun(asked, str(e.strerror), "Mend that and start again: finished cells are kept.") from e
         self.lines[line["key"]] = line
 
 

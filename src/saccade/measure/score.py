@@ -156,7 +156,7 @@ def _warm_up(subject: Subject, sample: Any) -> float:
 
 
 def _outcome(subject: Subject, task: Any, sample: Any, passed: Passed, row: int, rows: int) -> dict[str, Any]:
-    logits = passed.logits[row].float()
+    logits = passed.logits[row].float().cpu()
     score = float(task.score(logits, sample))
     if not math.isfinite(score):
         raise BadInput(f"sample {sample.id}", f"its score is {score}", "The method or the model made NaN or infinity.")
