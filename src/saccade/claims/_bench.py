@@ -85,7 +85,7 @@ def machinery(method: Method, budget: float = 0.5) -> Evidence:
         same = float((_logits(model, ids) - dense).abs().max())
     with attach(model, method, budget=budget) as run:
         other = float((_logits(model, ids) - dense).abs().max())
-        used = run.record.density("decode")
+        used = run.record.density("prefill" if "prefill" in method.parts else "decode")
         if "evict" in method.parts:
             _logits(model, ids[:, :PROMPT])
             used = run.record.kept_fraction
