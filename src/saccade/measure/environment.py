@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 import saccade
 
@@ -21,7 +21,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "saccade": saccade.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
         "system": platform.system(),
         "machine": platform.machine(),
         "cpu": cpu_name(),

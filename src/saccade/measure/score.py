@@ -177,7 +177,8 @@ def _answer(subject: Subject, logits: Float[Tensor, "m vocab"], sample: Any) -> 
 
 def _densities(run: Run | None, sample: Any) -> dict[str, float]:
     stages = ("prefill",) if sample.one_pass else ("prefill", "decode")
-    return {f"{stage}_density": round(run.record.density(stage), 6) if run else 1.0 for stage in stages}
+    record = run.record if run else Record()
+    return {f"{stage}_density": round(record.density(stage), 6) for stage in stages}
 
 
 def _mean(values: Sequence[float]) -> float | None:
