@@ -155,7 +155,8 @@ class Engine:
         seen = layer.store.seen[int(rows.rows[0]) // layer.store.kv_heads]
         last = torch.tensor(layer.store.seen, device=rows.rows.device)[rows.rows // layer.store.kv_heads]
         at = last[:, None] + torch.arange(-queries, 0, device=last.device)
-        site = self._site(layer, stage, queries, rows.length, seen)
+        ids = (rows.rows // layer.store.kv_heads).tolist()
+        site = self._site(layer, stage, queries, rows.length, seen, ids, "evict")
         return evictor.visible(at, rows.positions, rows.rows % layer.store.kv_heads, site)
 
     # --- eviction ---------------------------------------------------------------------------------------------------
@@ -176,7 +177,8 @@ class Engine:
         store, kept = layer.store, []
         for rows in store.buckets:
             last = torch.tensor(store.seen, device=rows.rows.device)[rows.rows // store.kv_heads]
-            site = self._site(layer, "decode", 1, rows.length, max(store.seen))
+            ids = (rows.rows // store.kv_heads).tolist()
+            site = self._site(layer, "decode", 1, rows.length, max(store.seen), ids, "evict")
             stays = method.visible(last[:, None], rows.positions, rows.rows % store.kv_heads, site)
             kept.extend([rows] if stays is None else store.keep(rows, stays[:, 0]))
         store.buckets = regroup(kept)
@@ -228,9 +230,10 @@ class Engine:
         layer.queries = [torch.cat([a, b], 1)[:, -wanted:].clone() for a, b in zip(old, new)]
 
     def _site(
-        self, layer: SaccadeLayer, stage: Stage, queries: int, keys: int, seen: int, ids: list[int] | None = None
+        self, layer: SaccadeLayer, stage: Stage, queries: int, keys: int, seen: int, ids: list[int] | None = None,
+        part: str = "",
     ) -> Site:
-        owner = self.parts.get("evict" if queries == 0 else stage)
+        owner = self.parts.get(part or ("evict" if queries == 0 else stage))
         place = self.place
         return Site(
             layer=place.layer, layers=place.layers, heads=place.heads, kv_heads=place.kv_heads,
