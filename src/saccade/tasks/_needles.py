@@ -1,0 +1,75 @@
+"""Statements hidden in a long text, and a question about them at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from saccade.core.errors import BadInput
+from saccade.tasks._base import Sample
+from saccade.tasks._text import encode, passage, sentence_start, start_token
+
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)  # sample i has depth i mod 5
+
+
+@dataclass(frozen=True)
+class Riddle:
+    """intro, text with `needles` (depth, statement), question, answer. The answer begins with its space."""
+
+    intro: str
+    needles: tuple[tuple[float, str], ...]
+    question: str
+    answer: str
+    facts: dict[str, float | int | str] = field(default_factory=dict)
+
+
+def hide(tokenizer, riddle: Riddle, tokens: int, index: int, seed: int, query_aware: bool, task: str) -> Sample:
+    """A sample of exactly `tokens` tokens; the question ends the context (query-aware) or begins the continuation.
+
+    Raises:
+        BadInput: no room for text around the needles.
+    """
+    intro = start_token(tokenizer) + encode(tokenizer, riddle.intro)
+    needles = [(depth, encode(tokenizer, statement)) for depth, statement in riddle.needles]
+    question, answer = split(tokenizer, riddle.question, riddle.answer)
+    fixed = len(intro) + sum(len(ids) for _, ids in needles) + len(question) + len(answer)
+    if tokens < 2 * fixed:
+        found = f"needles and question alone take {fixed}"
+        raise BadInput(f"{task} in {tokens} tokens", found, f"Ask for at least {2 * fixed}.")
+    text, start = passage(tokenizer, tokens - fixed, index, seed)
+    body = intro + plant(tokenizer, text, needles)
+    context = body + question if query_aware else body
+    continuation = answer if query_aware else question + answer
+    facts = {"index": index, "tokens": tokens, "text_start": start, "answer": riddle.answer.strip(), **riddle.facts}
+    return Sample(
+        id=f"{task}/{tokens}/{seed}/{index}",
+        context=torch.tensor([context]),
+        continuation=torch.tensor([continuation]),
+        scored=slice(len(continuation) - len(answer), len(continuation)),
+        facts=facts,
+    )
+
+
+def split(tokenizer, question: str, answer: str) -> tuple[list[int], list[int]]:
+    """Ids of both as the tokenizer writes them side by side: an answer encoded alone may come out differently.
+
+    A token that is only the space before the answer is given with the question: it is not what is asked for.
+    """
+    alone, both = encode(tokenizer, question), encode(tokenizer, question + answer)
+    same = 0
+    while same < min(len(alone), len(both)) and alone[same] == both[same]:
+        same += 1
+    while not tokenizer.decode([both[same]]).strip():
+        same += 1
+    return both[:same], both[same:]
+
+
+def plant(tokenizer, text: list[int], needles: list[tuple[float, list[int]]]) -> list[int]:
+    """Put each needle where a sentence begins, at or just before its depth (0 first, 1 last)."""
+    out, at = [], 0
+    for depth, needle in sorted(needles):
+        place = max(at, sentence_start(tokenizer, text, round(depth * len(text))) if depth < 1 else len(text))
+        out += text[at:place] + needle
+        at = place
+    return out + text[at:]
