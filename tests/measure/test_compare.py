@@ -229,7 +229,7 @@ def lines_whole(folder: Path) -> list[dict]:
         ({"tasks": ["passkeys"]}, UnknownName, "passkeys.*Did you mean"),
         ({"budgets": [0]}, BadBudget, "it keeps nothing"),
         ({"budgets": []}, BadOption, r"budgets=\(\): nothing to compare at\. Give at least one"),
-        ({"lengths": [8]}, BadOption, r"lengths=\[8\]: 8 tokens are decoded at each\. Give 16 or more"),
+        ({"lengths": [8]}, BadOption, r"lengths=\[8\]: that is too short to be timed\. Give 32 or more"),
         ({"count": 0}, BadOption, r"compare\(\{'count of .*': there is nothing to measure|nothing to measure"),
         ({"dtype": "float8"}, BadOption, "dtype 'float8'"),
         ({"tokens": 5000}, BadInput, "compare at 5,000 tokens: tiny was trained for 4,096"),

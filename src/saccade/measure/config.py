@@ -13,7 +13,6 @@ from saccade.core.budget import Budget
 from saccade.core.errors import BadOption
 from saccade.measure.contestants import Contestant, Spec, parse, usual, with_baselines
 from saccade.measure.environment import digest, usual_dtype
-from saccade.measure.speed import STEPS
 from saccade.models.loading import DTYPES
 
 
@@ -31,6 +30,7 @@ class Size:
 # chosen so that on 2 cores the default ends within 5 minutes, and quick within 90 seconds
 USUAL = Size((0.5, 0.25, 0.1), 512, {"loss": 2, "continuation-loss": 2, "passkey": 3}, (256, 1024), 2)
 QUICK = Size((0.25,), 256, {"continuation-loss": 4, "passkey": 4}, (256,), 2)
+LEAST_LENGTH = 32  # tokens that are timed
 COUNT = 4  # of a task that the sizes do not name
 BASELINES = ("random", "streaming", "oracle-topk")
 USUAL_BUDGET = 0.25  # the one that is timed and drawn is the nearest to it
@@ -103,9 +103,9 @@ class Config:
         wrong = {name: value for name, value in low.items() if value < 1}
         if wrong:
             raise BadOption(f"compare({wrong})", "there is nothing to measure", "Give numbers from 1.")
-        short = [n for n in self.lengths if n < 2 * STEPS]
+        short = [n for n in self.lengths if n < LEAST_LENGTH]
         if short:
-            raise BadOption(f"lengths={short}", f"{STEPS} tokens are decoded at each", f"Give {2 * STEPS} or more.")
+            raise BadOption(f"lengths={short}", "that is too short to be timed", f"Give {LEAST_LENGTH} or more.")
         if not self.budgets:
             raise BadOption("budgets=()", "nothing to compare at", "Give at least one, such as 0.25.")
 
