@@ -28,8 +28,8 @@ class Size:
 
 
 # chosen so that on 2 cores the default ends within 5 minutes, and quick within 90 seconds
-USUAL = Size((0.5, 0.25, 0.1), 512, {"loss": 2, "continuation-loss": 2, "passkey": 3}, (256, 1024), 2)
-QUICK = Size((0.25,), 256, {"continuation-loss": 4, "passkey": 4}, (256,), 2)
+USUAL = Size((0.5, 0.25, 0.1), 320, {"continuation-loss": 3, "passkey": 3}, (256, 512), 2)
+QUICK = Size((0.25,), 256, {"continuation-loss": 3, "passkey": 3}, (256,), 2)
 LEAST_LENGTH = 32  # tokens that are timed
 COUNT = 4  # of a task that the sizes do not name
 BASELINES = ("random", "streaming", "oracle-topk")
