@@ -43,7 +43,7 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
         order = torch.arange(16, dtype=torch.int16).expand(2, 2, 16).contiguous()
         made = Artefact("double-sparsity", {"qk": order}, "tiny", "")
         return machinery(DoubleSparsity(channels=4, dense_layers=0, artefact=made))
-    text = Bench("continuation-loss", (1024,), 3, progress)
+    text = Bench("continuation-loss", (1536,), 3, progress)
     made = Artefact.find("double-sparsity", text.mark)
     if made is None:
         do = "saccade calibrate double-sparsity"
@@ -65,7 +65,7 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
         at_least("an eighth of the keys minus full, pass keys", kept, -0.05),
         at_least("best 8 channels shared with program text", mean_interval(_overlap(subject, text, made)), 0.7),
     ]
-    setting = f"SmolLM2-135M-Instruct, float32, head size 64; 1,024 tokens; channels ranked on {made.data}"
+    setting = f"SmolLM2-135M-Instruct, float32, head size 64; loss after 1,024 tokens, pass keys in 1,024; channels ranked on {made.data}"
     recall = [{"channels": name, "recall": sum(v) / len(v), "n": len(v)} for name, v in found.items()]
     return Evidence(checks, setting, table=text.rows() + keys.rows() + recall)
 

@@ -47,7 +47,7 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     for baseline in ("random:part=evict", "streaming"):
         keys.scores(baseline, HALF)
     keys.scores("streaming:sink_tokens=16", "80tok")
-    text = Bench("continuation-loss", (512,), 4, progress, (keys.model, keys.tokenizer))
+    text = Bench("continuation-loss", (1024,), 4, progress, (keys.model, keys.tokenizer))
     loss = text.difference(text.scores(_with(trained, gates), HALF), text.scores("full"))
     text.scores("random:part=evict", HALF)
     decided = mean_interval(((gates < 0.2) | (gates > 0.8)).float().flatten().tolist())
