@@ -1,0 +1,245 @@
+"""Any selection as tiles: some queries, the keys that they look at together, and what each must not see of those.
+
+A tile costs two matrix products over its keys, so what matters is that few keys are listed that most rows must not see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from saccade.core.selection import Blocks, Buckets, Gather, Lines, Pairs, PerHead, Selection, Spans
+
+ROWS = 128  # queries in a tile: its logits then stay in the second-level cache up to about 2,000 keys
+SMALL_BLOCK = 16  # lists for fewer queries than this are joined: one masked tile beats many thin products
+TABLE = 1 << 22  # entries of a (query block x key) table that is made at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """rows: queries [start, stop). keys: ascending. hidden: of the last keys, what each row must not see; None: nothing."""
+
+    start: int
+    stop: int
+    keys: slice | Int[Tensor, " n"]
+    size: int
+    hidden: Bool[Tensor, "r t"] | None
+
+
+@dataclass(frozen=True)
+class Share:
+    """Query heads of one key/value head that look at the same keys: row (batch, head) of a selection of one kind."""
+
+    batch: int
+    kv_head: int
+    heads: tuple[int, ...]
+    selection: Selection
+    row: tuple[int, int]
+
+    def tiles(self, first: int, last: int) -> Iterator[Tile]:
+        """Tiles of the queries [first, last); `first` is a multiple of the query block."""
+        kind = type(self.selection)
+        if kind is Blocks:
+            return _of_blocks(self.selection, *self.row, first, last)
+        if kind is Gather and self.selection.q_block >= SMALL_BLOCK:
+            return _of_lists(self.selection, *self.row, first, last)
+        if kind is Spans and self.selection.causal and self.selection.dilation == 1:
+            return _of_spans(self.selection, *self.row, first, last)
+        return _of_rows(self.selection, *self.row, first, last)
+
+    @property
+    def dense(self) -> bool:
+        """True where every (causal) pair is computed."""
+        s = self.selection
+        return type(s) is Spans and s.dilation == 1 and int(s.window[_at(s.window, self.row[1])]) >= s.keys
+
+    @property
+    def q_block(self) -> int:
+        """Queries that share a list."""
+        return getattr(self.selection, "q_block", 1)
+
+
+def axes(selection: Selection) -> tuple[int, int]:
+    """Sizes of the selection's batch and head axes; 1 stands for all."""
+    match selection:
+        case Blocks():
+            return selection.crow.shape[0], selection.crow.shape[1]
+        case Gather():
+            return selection.index.shape[0], selection.index.shape[1]
+        case Lines():
+            return selection.slashes.shape[0], selection.slashes.shape[1]
+        case Pairs():
+            return selection.allowed.shape[0], selection.allowed.shape[1]
+        case Buckets():
+            both = selection.q_bucket.shape, selection.k_bucket.shape
+            return max(s[0] for s in both), max(s[1] for s in both)
+        case Spans():
+            return 1, max(len(selection.sinks), len(selection.window))
+        case PerHead():
+            return max(axes(s)[0] for _, s in selection.parts), sum(len(h) for h, _ in selection.parts)
+    raise AssertionError(f"a new kind of selection: {selection.kind}")
+
+
+def shares(selection: Selection, batch: int, heads: int, kv_heads: int) -> list[Share]:
+    """Who computes what: for every sequence and key/value head, its query heads by what they look at."""
+    rows = _head_rows(_lower(selection), heads)
+    group = heads // kv_heads
+    out = []
+    for b in range(batch):
+        for g in range(kv_heads):
+            alike: dict[tuple[int, int], list[int]] = {}
+            for h in range(g * group, (g + 1) * group):
+                part, row = rows[h]
+                alike.setdefault((id(part), row), []).append(h)
+            for members in alike.values():
+                part, row = rows[members[0]]
+                out.append(Share(b, g, tuple(members), part, (b if axes(part)[0] > 1 else 0, row)))
+    return out
+
+
+def _head_rows(selection: Selection, heads: int) -> list[tuple[Selection, int]]:
+    """For each query head the selection of one kind that holds it, and its row there."""
+    if not isinstance(selection, PerHead):
+        many = axes(selection)[1] > 1
+        return [(selection, h if many else 0) for h in range(heads)]
+    out: dict[int, tuple[Selection, int]] = {}
+    for members, part in selection.parts:
+        inner = _head_rows(part, len(members))
+        out.update(zip(members.tolist(), inner))
+    return [out[h] for h in range(heads)]
+
+
+def _lower(selection: Selection) -> Selection:
+    """Kinds that are computed as another kind."""
+    if isinstance(selection, Lines):
+        return selection.gather()
+    if isinstance(selection, Spans) and selection.grid:
+        return Pairs(
+            allowed=selection.mask(), queries=selection.queries, keys=selection.keys, causal=selection.causal
+        )
+    if isinstance(selection, PerHead):
+        parts = tuple((heads, _lower(part)) for heads, part in selection.parts)
+        return PerHead(parts=parts, queries=selection.queries, keys=selection.keys, causal=selection.causal)
+    return selection
+
+
+def _at(x: Tensor, i: int) -> int:
+    return i if len(x) > 1 else 0
+
+
+def _tile(s: Selection, start: int, stop: int, keys: Tensor) -> Tile:
+    """A tile whose rows all look at `keys`, as far as causality lets them."""
+    if not s.causal:
+        return Tile(start, stop, _run(keys), len(keys), None)
+    first = start + s.offset
+    seen, end = torch.searchsorted(keys, torch.tensor([first + 1, stop + s.offset], dtype=keys.dtype)).tolist()
+    keys = keys[:end]
+    return Tile(start, stop, _run(keys), end, _later(keys[seen:], first, stop - start) if end > seen else None)
+
+
+def _later(keys: Tensor, first: int, rows: int) -> Bool[Tensor, "r t"]:
+    return keys > torch.arange(first, first + rows, device=keys.device, dtype=keys.dtype)[:, None]
+
+
+def _run(keys: Tensor) -> slice | Tensor:
+    """A slice if the keys follow on one another: it need not be copied."""
+    if not len(keys):
+        return slice(0, 0)
+    a, b = int(keys[0]), int(keys[-1])
+    return slice(a, b + 1) if b - a + 1 == len(keys) else keys
+
+
+def _pieces(first: int, last: int) -> Iterator[tuple[int, int]]:
+    for start in range(first, last, ROWS):
+        yield start, min(start + ROWS, last)
+
+
+def _of_blocks(s: Blocks, b: int, h: int, first: int, last: int) -> Iterator[Tile]:
+    i0, i1 = first // s.q_block, -(-last // s.q_block)
+    pointer = s.crow[b, h, i0 : i1 + 1].cpu()
+    col = s.col[b, h, pointer[0] : pointer[-1]].cpu()
+    keys = (col[:, None] * s.k_block + torch.arange(s.k_block, dtype=torch.int32)).flatten()
+    edges = ((pointer - pointer[0]) * s.k_block).tolist()
+    for i, (a, z) in enumerate(zip(edges, edges[1:]), i0):
+        mine = keys[a:z]
+        if z > a and mine[-1] >= s.keys:  # the last key block is cut short
+            mine = mine[: s.keys - 1 - int(mine[-1])]
+        for start, stop in _pieces(i * s.q_block, min((i + 1) * s.q_block, last)):
+            yield _tile(s, start, stop, mine)
+
+
+def _table(s: Gather, b: int, h: int, i0: int, i1: int) -> Bool[Tensor, "nqb k"]:
+    """Which keys the query blocks [i0, i1) list."""
+    index = s.index[b, h, i0:i1].cpu()
+    keep = torch.zeros(i1 - i0, s.keys + 1, dtype=torch.bool)
+    keep.scatter_(-1, torch.where(index >= 0, index, s.keys).long(), True)
+    keep = keep[:, : s.keys]
+    if s.ranges is not None:
+        for row, ranges in zip(keep, s.ranges[b, h, i0:i1].clamp(0, s.keys).tolist()):
+            for a, z in ranges:
+                row[a:z] = True
+    return keep
+
+
+def _of_lists(s: Gather, b: int, h: int, first: int, last: int) -> Iterator[Tile]:
+    step = max(1, TABLE // max(1, s.keys))
+    for i0 in range(first // s.q_block, -(-last // s.q_block), step):
+        i1 = min(i0 + step, -(-last // s.q_block))
+        table = _table(s, b, h, i0, i1)
+        keys = table.nonzero()[:, 1].int()
+        for i, mine in enumerate(keys.split(table.sum(-1).tolist()), i0):
+            for start, stop in _pieces(i * s.q_block, min((i + 1) * s.q_block, last)):
+                yield _tile(s, start, stop, mine)
+
+
+def _of_spans(s: Spans, b: int, h: int, first: int, last: int) -> Iterator[Tile]:
+    sinks, window = int(s.sinks[_at(s.sinks, h)]), int(s.window[_at(s.window, h)])
+    for start, stop in _pieces(first, last):
+        p, end = start + s.offset, stop + s.offset
+        near = max(p - window + 1, 0) if window else end
+        if near <= sinks or near == 0:
+            keys = torch.arange(end if window else min(sinks, end), dtype=torch.int32)
+        else:
+            keys = torch.cat([torch.arange(sinks, dtype=torch.int32), torch.arange(near, end, dtype=torch.int32)])
+        if end <= window:
+            yield _tile(s, start, stop, keys)
+            continue
+        position = torch.arange(p, end, dtype=torch.int32)[:, None]
+        hidden = (keys > position) | ((keys <= position - window) & (keys >= sinks))
+        yield Tile(start, stop, _run(keys), len(keys), hidden if len(keys) else None)
+
+
+def _row_mask(s: Selection, b: int, h: int, start: int, stop: int) -> Bool[Tensor, "r k"]:
+    """Which keys each of the queries [start, stop) looks at, causality apart."""
+    match s:
+        case Gather():
+            i0, i1 = start // s.q_block, -(-stop // s.q_block)
+            wide = _table(s, b, h, i0, i1).repeat_interleave(s.q_block, 0)
+            return wide[start - i0 * s.q_block :][: stop - start]
+        case Pairs():
+            return s.allowed[b, h, start:stop].cpu()
+        case Buckets():
+            q, k = (x[b if len(x) > 1 else 0, _at(x[0], h)].cpu() for x in (s.q_bucket, s.k_bucket))
+            return (q[start:stop, None] == k) & (q[start:stop, None] >= 0)
+        case Spans():
+            behind = torch.arange(start + s.offset, stop + s.offset)[:, None] - torch.arange(s.keys)
+            near = (behind.abs() < int(s.window[_at(s.window, h)])) & (behind % s.dilation == 0)
+            near[:, : int(s.sinks[_at(s.sinks, h)])] = True
+            return near
+    raise AssertionError(f"no rows of {s.kind}")
+
+
+def _of_rows(s: Selection, b: int, h: int, first: int, last: int) -> Iterator[Tile]:
+    """Tiles whose rows look at different keys: those that any of them wants, the others hidden row by row."""
+    for start, stop in _pieces(first, last):
+        end = stop + s.offset if s.causal else s.keys
+        mask = _row_mask(s, b, h, start, stop)[:, :end]
+        if s.causal:
+            mask = mask & ~_later(torch.arange(end), start + s.offset, stop - start)
+        keys = mask.any(0).nonzero()[:, 0].int()
+        hidden = ~(mask if len(keys) == end else mask.index_select(1, keys))
+        yield Tile(start, stop, _run(keys), len(keys), hidden if len(keys) else None)
