@@ -18,7 +18,7 @@ from saccade.core.method import Sparse
 from saccade.core.selection import Gather, Selection, dense
 from saccade.core.site import Site
 
-_SCORES = 2**24  # key elements gathered at once: 64 MiB in float32
+_SCORES = 2**20  # key elements gathered at once: 4 MiB in float32, which stays in a CPU cache
 
 
 @dataclass(frozen=True)
@@ -247,12 +247,14 @@ def _best_logit(
     """
     b, h, n, l = blocks.shape
     step = max(1, _SCORES // (b * h * l * width * q.shape[-1]))
-    row = torch.arange(b, device=q.device)[:, None, None, None]
-    head = (torch.arange(h, device=q.device) // (h // k.shape[1]))[:, None, None]
+    flat, tokens = k.reshape(-1, k.shape[-1]), k.shape[2]
+    row = torch.arange(b, device=q.device)[:, None] * k.shape[1] + torch.arange(h, device=q.device) // (h // k.shape[1])
     out = []
     for i in range(0, n, step):
         token = first[i : i + step, None] + blocks[:, :, i : i + step] * width
-        token = (token[..., None] + torch.arange(width, device=q.device)).flatten(-2).clamp(max=k.shape[2] - 1)
-        logits = q[:, :, i : i + step].float() @ k[row, head, token].float().mT
+        token = (token[..., None] + torch.arange(width, device=q.device)).flatten(-2).clamp(max=tokens - 1)
+        place = token + row[..., None, None] * tokens
+        keys = flat.index_select(0, place.flatten()).view(*place.shape, -1)  # not k[row, head, token]: slow
+        logits = q[:, :, i : i + step].float() @ keys.float().mT
         out.append(logits.amax(-2).unflatten(-1, (l, width)).amax(-1))
     return torch.cat(out, 2)
