@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from saccade.core.selection import Blocks, Buckets, Gather, Lines, Pairs, PerHead, Selection, Spans
+from saccade.core.selection import Blocks, Buckets, Gather, Lines, Pairs, PerHead, Selection, Spans, causal_mask
 
 ROWS = 128  # queries in a tile: its logits then stay in the second-level cache up to about 2,000 keys
 SMALL_BLOCK = 16  # lists for fewer queries than this are joined: one masked tile beats many thin products
@@ -36,7 +37,7 @@ class Share:
 
     batch: int
     kv_head: int
-    heads: tuple[int, ...]
+    members: tuple[int, ...]
     selection: Selection
     row: tuple[int, int]
 
@@ -56,6 +57,12 @@ class Share:
         """True where every (causal) pair is computed."""
         s = self.selection
         return type(s) is Spans and s.dilation == 1 and int(s.window[_at(s.window, self.row[1])]) >= s.keys
+
+    @property
+    def heads(self) -> slice | list[int]:
+        """The query heads as an index, a slice where it can be."""
+        a, b = self.members[0], self.members[-1]
+        return slice(a, b + 1) if b - a + 1 == len(self.members) else list(self.members)
 
     @property
     def q_block(self) -> int:
@@ -131,26 +138,33 @@ def _at(x: Tensor, i: int) -> int:
     return i if len(x) > 1 else 0
 
 
-def _tile(s: Selection, start: int, stop: int, keys: Tensor) -> Tile:
+def _tile(s: Selection, start: int, stop: int, keys: np.ndarray) -> Tile:
     """A tile whose rows all look at `keys`, as far as causality lets them."""
     if not s.causal:
         return Tile(start, stop, _run(keys), len(keys), None)
     first = start + s.offset
-    seen, end = torch.searchsorted(keys, torch.tensor([first + 1, stop + s.offset], dtype=keys.dtype)).tolist()
-    keys = keys[:end]
-    return Tile(start, stop, _run(keys), end, _later(keys[seen:], first, stop - start) if end > seen else None)
+    seen, end = int(keys.searchsorted(first + 1)), int(keys.searchsorted(stop + s.offset))
+    hidden = _later(keys[seen:end], first, stop - start) if end > seen else None
+    return Tile(start, stop, _run(keys[:end]), end, hidden)
 
 
-def _later(keys: Tensor, first: int, rows: int) -> Bool[Tensor, "r t"]:
-    return keys > torch.arange(first, first + rows, device=keys.device, dtype=keys.dtype)[:, None]
+_TRIANGLE = torch.ones(ROWS, ROWS, dtype=torch.bool).triu(1)
 
 
-def _run(keys: Tensor) -> slice | Tensor:
+def _later(keys: np.ndarray, first: int, rows: int) -> Bool[Tensor, "r t"]:
+    """keys > position of each row; all lie behind the first row, so that a run of them is a piece of a triangle."""
+    run = _run(keys)
+    if isinstance(run, slice):
+        return _TRIANGLE[:rows, run.start - first : run.stop - first]
+    return run > torch.arange(first, first + rows, dtype=torch.int32)[:, None]
+
+
+def _run(keys: np.ndarray) -> slice | Tensor:
     """A slice if the keys follow on one another: it need not be copied."""
     if not len(keys):
         return slice(0, 0)
     a, b = int(keys[0]), int(keys[-1])
-    return slice(a, b + 1) if b - a + 1 == len(keys) else keys
+    return slice(a, b + 1) if b - a + 1 == len(keys) else torch.from_numpy(keys)
 
 
 def _pieces(first: int, last: int) -> Iterator[tuple[int, int]]:
@@ -160,9 +174,9 @@ def _pieces(first: int, last: int) -> Iterator[tuple[int, int]]:
 
 def _of_blocks(s: Blocks, b: int, h: int, first: int, last: int) -> Iterator[Tile]:
     i0, i1 = first // s.q_block, -(-last // s.q_block)
-    pointer = s.crow[b, h, i0 : i1 + 1].cpu()
-    col = s.col[b, h, pointer[0] : pointer[-1]].cpu()
-    keys = (col[:, None] * s.k_block + torch.arange(s.k_block, dtype=torch.int32)).flatten()
+    pointer = s.crow[b, h, i0 : i1 + 1].cpu().numpy()
+    col = s.col[b, h, pointer[0] : pointer[-1]].cpu().numpy()
+    keys = (col[:, None] * s.k_block + np.arange(s.k_block, dtype=np.int32)).ravel()
     edges = ((pointer - pointer[0]) * s.k_block).tolist()
     for i, (a, z) in enumerate(zip(edges, edges[1:]), i0):
         mine = keys[a:z]
@@ -190,8 +204,8 @@ def _of_lists(s: Gather, b: int, h: int, first: int, last: int) -> Iterator[Tile
     for i0 in range(first // s.q_block, -(-last // s.q_block), step):
         i1 = min(i0 + step, -(-last // s.q_block))
         table = _table(s, b, h, i0, i1)
-        keys = table.nonzero()[:, 1].int()
-        for i, mine in enumerate(keys.split(table.sum(-1).tolist()), i0):
+        keys = table.nonzero()[:, 1].int().numpy()
+        for i, mine in enumerate(np.split(keys, table.sum(-1).cumsum(0)[:-1].numpy()), i0):
             for start, stop in _pieces(i * s.q_block, min((i + 1) * s.q_block, last)):
                 yield _tile(s, start, stop, mine)
 
@@ -201,16 +215,14 @@ def _of_spans(s: Spans, b: int, h: int, first: int, last: int) -> Iterator[Tile]
     for start, stop in _pieces(first, last):
         p, end = start + s.offset, stop + s.offset
         near = max(p - window + 1, 0) if window else end
-        if near <= sinks or near == 0:
-            keys = torch.arange(end if window else min(sinks, end), dtype=torch.int32)
-        else:
-            keys = torch.cat([torch.arange(sinks, dtype=torch.int32), torch.arange(near, end, dtype=torch.int32)])
+        sunk = np.arange(min(sinks, near))
+        keys = np.concatenate([sunk, np.arange(near, end)]).astype(np.int32)
         if end <= window:
             yield _tile(s, start, stop, keys)
             continue
-        position = torch.arange(p, end, dtype=torch.int32)[:, None]
+        position = np.arange(p, end, dtype=np.int32)[:, None]
         hidden = (keys > position) | ((keys <= position - window) & (keys >= sinks))
-        yield Tile(start, stop, _run(keys), len(keys), hidden if len(keys) else None)
+        yield Tile(start, stop, _run(keys), len(keys), torch.from_numpy(hidden) if len(keys) else None)
 
 
 def _row_mask(s: Selection, b: int, h: int, start: int, stop: int) -> Bool[Tensor, "r k"]:
@@ -239,7 +251,7 @@ def _of_rows(s: Selection, b: int, h: int, first: int, last: int) -> Iterator[Ti
         end = stop + s.offset if s.causal else s.keys
         mask = _row_mask(s, b, h, start, stop)[:, :end]
         if s.causal:
-            mask = mask & ~_later(torch.arange(end), start + s.offset, stop - start)
+            mask = mask & causal_mask(stop - start, end)
         keys = mask.any(0).nonzero()[:, 0].int()
         hidden = ~(mask if len(keys) == end else mask.index_select(1, keys))
-        yield Tile(start, stop, _run(keys), len(keys), hidden if len(keys) else None)
+        yield Tile(start, stop, _run(keys.numpy()), len(keys), hidden if len(keys) else None)

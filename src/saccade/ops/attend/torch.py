@@ -1,6 +1,6 @@
 """Attention tile by tile in plain torch: gather the keys, two products, a softmax between. Bounded memory, both ways.
 
-For a tile with logits S (base 2):  P = 2^(S - lse),  out = P V;  backwards P is computed again:
+For a tile with logits S (base 2):  P = 2^S / rowsum(2^S),  out = P V;  backwards P is computed again:
 dV += P^T dO,  dS = P (dO V^T - rowsum(dO O) + dlse),  dQ = scale dS K,  dK += scale dS^T Q.
 On the CPU two Python threads with one core each beat one loop with two: the products are too small to be split.
 """
@@ -72,14 +72,14 @@ class _Attend(torch.autograd.Function):
         ctx.work = shares(selection, q.shape[0], q.shape[1], k.shape[1])
         ctx.logits = logits
         out, lse = _forward(q, k, v, ctx.work, logits)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor):  # type: ignore[override]
-        q, k, v, out, lse = ctx.saved_tensors
-        return (*_backward(q, k, v, out, lse, d_out, d_lse, ctx.work, ctx.logits), None, None)
+        q, k, v, out = ctx.saved_tensors
+        return (*_backward(q, k, v, out, d_out, d_lse, ctx.work, ctx.logits), None, None)
 
 
 # --- forward --------------------------------------------------------------------------------------------------------
@@ -91,21 +91,18 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, work: list[Share], logits: Logits)
     sparse = [s for s in work if not _flash(q, k, v, s, logits, out, lse)]
     if not sparse:
         return out, lse
-    scaled, k, v = logits.scaled(q), k.to(wide(k)), v.to(wide(v))
+    k, v = k.to(wide(k)), v.to(wide(v))
     jobs = [(s, a, min(a + c, q.shape[2])) for s in sparse for c in [_chunk(s)] for a in range(0, q.shape[2], c)]
 
     def job(task: tuple[Share, int, int]) -> None:
         share, first, last = task
-        b, g = share.batch, share.kv_head
-        buffer = _Buffer(q.device, scaled.dtype)
-        mine = scaled[b, list(share.heads)]
+        b, g, heads = share.batch, share.kv_head, share.heads
+        rows, buffer = q[b, heads, first:last], _Buffer(k)
         for tile in share.tiles(first, last):
-            rows = mine[:, tile.start : tile.stop]
-            o, e = _tile_forward(rows.flatten(0, 1), k[b, g], v[b, g], tile, logits, buffer)
-            for i, h in enumerate(share.heads):
-                n = tile.stop - tile.start
-                out[b, h, tile.start : tile.stop] = o[i * n : (i + 1) * n]
-                lse[b, h, tile.start : tile.stop] = e[i * n : (i + 1) * n]
+            mine = logits.scaled(rows[:, tile.start - first : tile.stop - first])
+            o, e = _tile_forward(mine.flatten(0, 1), k[b, g], v[b, g], tile, logits, buffer)
+            out[b, heads, tile.start : tile.stop] = o.view(len(rows), -1, o.shape[-1])
+            lse[b, heads, tile.start : tile.stop] = e.view(len(rows), -1)
 
     _in_threads(job, sorted(jobs, key=lambda j: -j[2]), q)
     return out, lse
@@ -123,8 +120,8 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, share: Share, logits: Logits, out: T
         return False
     if q.shape[-1] != v.shape[-1]:
         return False
-    b, g, heads = share.batch, share.kv_head, list(share.heads)
-    keys, values = (x[b : b + 1, g : g + 1].expand(-1, len(heads), -1, -1) for x in (k, v))
+    b, g, heads = share.batch, share.kv_head, share.heads
+    keys, values = (x[b : b + 1, g : g + 1].expand(-1, len(share.members), -1, -1) for x in (k, v))
     o, e = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q[b : b + 1, heads], keys, values, 0.0, share.selection.causal, scale=logits.scale
     )
@@ -140,11 +137,16 @@ def _tile_forward(
         return q.new_zeros(len(q), v.shape[-1]), q.new_full((len(q),), -torch.inf)
     s = logits(q, _take(k, tile.keys), buffer.of(len(q) * tile.size))
     _hide(s, tile)
-    top = s.amax(-1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)  # a row that sees nothing: -inf stays -inf
-    p = s.sub_(top).exp2_()
-    total = p.sum(-1, keepdim=True)
+    p, top, total = _exponentials(s)
     out = torch.mm(p, _take(v, tile.keys)).div_(total.clamp(min=torch.finfo(s.dtype).tiny))
     return out, top.add_(total.log2_()).div_(LOG2E)[:, 0]
+
+
+def _exponentials(s: Float[Tensor, "r n"]) -> tuple[Tensor, Tensor, Tensor]:
+    """2^(s - top) in the place of s, the largest logit of each row and the sum; all 0, finite, 0 if it sees nothing."""
+    top = s.amax(-1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
+    p = s.sub_(top).exp2_()
+    return p, top, p.sum(-1, keepdim=True)
 
 
 def _take(x: Float[Tensor, "k d"], keys: slice | Tensor) -> Tensor:
@@ -160,8 +162,8 @@ def _hide(s: Float[Tensor, "r n"], tile: Tile) -> None:
 class _Buffer:
     """Memory that tiles of different sizes use in turn."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        self.memory = torch.empty(0, device=device, dtype=dtype)
+    def __init__(self, like: Tensor):
+        self.memory = like.new_empty(0)
 
     def of(self, size: int) -> Tensor:
         if len(self.memory) < size:
@@ -173,25 +175,23 @@ class _Buffer:
 
 
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor,
-    work: list[Share], logits: Logits,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor, d_lse: Tensor, work: list[Share], logits: Logits
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     kind = wide(q)
     delta = (d_out.to(kind) * out.to(kind)).sum(-1) - d_lse
     dq, dk, dv = (torch.zeros(x.shape, device=x.device, dtype=kind) for x in (q, k, v))
     whole = [x.to(kind) for x in (q, k, v, d_out)]
-    minus_lse = lse.masked_fill(lse == -torch.inf, 0.0) * -LOG2E
 
     def job(mine: list[Share]) -> None:
-        buffers = _Buffer(q.device, kind), _Buffer(q.device, kind)
+        buffers = _Buffer(dk), _Buffer(dk)
         for share in mine:
-            b, g, heads = share.batch, share.kv_head, list(share.heads)
-            rows = [x[b, heads] for x in (whole[0], whole[3], minus_lse, delta)]
+            b, g, heads = share.batch, share.kv_head, share.heads
+            rows = [x[b, heads] for x in (whole[0], whole[3], delta)]
             sums = dk[b, g], dv[b, g]
             for tile in share.tiles(0, q.shape[2]):
                 here = [x[:, tile.start : tile.stop].flatten(0, 1) for x in rows]
                 part = _tile_backward(here, whole[1][b, g], whole[2][b, g], sums, tile, logits, buffers)
-                dq[b, heads, tile.start : tile.stop] = part.view(len(heads), -1, part.shape[-1])
+                dq[b, heads, tile.start : tile.stop] = part.view(len(share.members), -1, part.shape[-1])
 
     groups: dict[tuple[int, int], list[Share]] = {}
     for share in work:  # one thread for all that add to the same keys
@@ -205,7 +205,7 @@ def _tile_backward(
     buffers: tuple[_Buffer, _Buffer],
 ) -> Tensor:  # fmt: skip
     """dq of one tile; its dk and dv are added to `sums`."""
-    q, d_out, minus_lse, delta = rows
+    q, d_out, delta = rows
     if not tile.size:
         return torch.zeros_like(q)
     keys, values = _take(k, tile.keys), _take(v, tile.keys)
@@ -213,7 +213,8 @@ def _tile_backward(
     s = logits(logits.scaled(q), keys, buffers[0].of(size))
     slope = logits.slope(s)
     _hide(s, tile)
-    p = s.add_(minus_lse[:, None]).exp2_()
+    p, _, total = _exponentials(s)  # not 2^(s - lse): the rounding of lse would be in all of the row
+    p.div_(total.clamp_(min=torch.finfo(s.dtype).tiny))
     _add(sums[1], tile.keys, p.T, d_out)
     d_p = torch.mm(d_out, values.T, out=buffers[1].of(size)[:size].view(len(q), -1))
     d_s = d_p.sub_(delta[:, None]).mul_(p).mul_(slope)
