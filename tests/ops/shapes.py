@@ -72,11 +72,11 @@ def build(kind: str, b: int, h: int, queries: int, keys: int, causal: bool, seed
 
 
 @st.composite
-def selections(draw, most: int = 200):
+def selections(draw, most: int = 200, least: int = 1):
     """(kind, b, h, g, selection)."""
     kind = draw(st.sampled_from(KINDS))
-    keys = draw(st.integers(1, most))
-    queries = draw(st.one_of(st.just(keys), st.integers(1, keys)))
+    keys = draw(st.integers(least, most))
+    queries = draw(st.one_of(st.just(keys), st.integers(least, keys)))
     g, group, b = draw(st.integers(1, 2)), draw(st.sampled_from([2, 3])), draw(st.integers(1, 2))
     rows, heads = draw(st.sampled_from([1, b])), g * group if kind == "perhead" else draw(st.sampled_from([1, g * group]))
     block = draw(st.sampled_from([1, 2, 16, 64, 256]))

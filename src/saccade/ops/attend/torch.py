@@ -1,7 +1,7 @@
 """Attention tile by tile in plain torch: gather the keys, two products, a softmax between. Bounded memory, both ways.
 
 For a tile with logits S (base 2):  P = 2^S / rowsum(2^S),  out = P V;  backwards P is computed again:
-dV += P^T dO,  dS = P (dO V^T - rowsum(dO O) + dlse),  dQ = scale dS K,  dK += scale dS^T Q.
+dV += P^T dO,  dP = dO V^T,  dS = P (dP - rowsum(P dP) + dlse),  dQ = scale dS K,  dK += scale dS^T Q.
 On the CPU two Python threads with one core each beat one loop with two: the products are too small to be split.
 """
 
@@ -72,14 +72,14 @@ class _Attend(torch.autograd.Function):
         ctx.work = shares(selection, q.shape[0], q.shape[1], k.shape[1])
         ctx.logits = logits
         out, lse = _forward(q, k, v, ctx.work, logits)
-        ctx.save_for_backward(q, k, v, out)
+        ctx.save_for_backward(q, k, v)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor):  # type: ignore[override]
-        q, k, v, out = ctx.saved_tensors
-        return (*_backward(q, k, v, out, d_out, d_lse, ctx.work, ctx.logits), None, None)
+        q, k, v = ctx.saved_tensors
+        return (*_backward(q, k, v, d_out, d_lse, ctx.work, ctx.logits), None, None)
 
 
 # --- forward --------------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, work: list[Share], logits: Logits)
         for tile in share.tiles(first, last):
             mine = logits.scaled(rows[:, tile.start - first : tile.stop - first])
             o, e = _tile_forward(mine.flatten(0, 1), k[b, g], v[b, g], tile, logits, buffer)
-            out[b, heads, tile.start : tile.stop] = o.view(len(rows), -1, o.shape[-1])
+            out[b, heads, tile.start : tile.stop] = o.view(len(rows), -1, o.shape[-1]).to(out.dtype)
             lse[b, heads, tile.start : tile.stop] = e.view(len(rows), -1)
 
     _in_threads(job, sorted(jobs, key=lambda j: -j[2]), q)
@@ -175,10 +175,9 @@ class _Buffer:
 
 
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor, d_lse: Tensor, work: list[Share], logits: Logits
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, d_lse: Tensor, work: list[Share], logits: Logits
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     kind = wide(q)
-    delta = (d_out.to(kind) * out.to(kind)).sum(-1) - d_lse
     dq, dk, dv = (torch.zeros(x.shape, device=x.device, dtype=kind) for x in (q, k, v))
     whole = [x.to(kind) for x in (q, k, v, d_out)]
 
@@ -186,7 +185,7 @@ def _backward(
         buffers = _Buffer(dk), _Buffer(dk)
         for share in mine:
             b, g, heads = share.batch, share.kv_head, share.heads
-            rows = [x[b, heads] for x in (whole[0], whole[3], delta)]
+            rows = [x[b, heads] for x in (whole[0], whole[3], d_lse)]
             sums = dk[b, g], dv[b, g]
             for tile in share.tiles(0, q.shape[2]):
                 here = [x[:, tile.start : tile.stop].flatten(0, 1) for x in rows]
@@ -205,7 +204,7 @@ def _tile_backward(
     buffers: tuple[_Buffer, _Buffer],
 ) -> Tensor:  # fmt: skip
     """dq of one tile; its dk and dv are added to `sums`."""
-    q, d_out, delta = rows
+    q, d_out, d_lse = rows
     if not tile.size:
         return torch.zeros_like(q)
     keys, values = _take(k, tile.keys), _take(v, tile.keys)
@@ -217,7 +216,9 @@ def _tile_backward(
     p.div_(total.clamp_(min=torch.finfo(s.dtype).tiny))
     _add(sums[1], tile.keys, p.T, d_out)
     d_p = torch.mm(d_out, values.T, out=buffers[1].of(size)[:size].view(len(q), -1))
-    d_s = d_p.sub_(delta[:, None]).mul_(p).mul_(slope)
+    d_s = d_p.mul_(p)
+    delta = d_s.sum(-1) - d_lse  # not from out: where a row sees one key this cancels exactly
+    d_s.sub_(p.mul_(delta[:, None])).mul_(slope)
     _add(sums[0], tile.keys, d_s.T, q * logits.scale)
     return torch.mm(d_s, keys).mul_(logits.scale)
 
