@@ -27,9 +27,8 @@ class LazyMask(Tensor):
         """The function registered with transformers' mask interface; its parameter names are given from there."""
         mask = torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta").as_subclass(LazyMask)
         known = {k: v for k, v in rest.items() if k not in ("config", "dtype")}
-        mask.arguments = {
-            "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "attention_mask": attention_mask, **known
-        }  # fmt: skip
+        sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
+        mask.arguments = {**sizes, "attention_mask": attention_mask, **known}
         return mask
 
     def dense(self) -> Tensor | None:

@@ -1,12 +1,13 @@
 """The keys and values of one layer, ragged: each (sequence, key/value head) is a row with a length of its own.
 
 Rows of equal length lie together in a bucket, so that nothing is padded and equal rows still make one tensor. Bytes are
-those of the tensors' storages. Beside keys and values, a bucket may hold further columns per token (labels of an index);
-they follow every operation.
+those of the tensors' storages. Beside keys and values, a bucket may hold further columns per token (labels of an
+index); they follow every operation.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -93,7 +94,7 @@ class Store:
             rows = torch.arange(self.sequences * self.kv_heads, device=device)
             self.buckets = [Bucket(rows, torch.zeros(len(rows), 0, dtype=torch.int32, device=device), empty)]
         pieces = [self._grown(bucket, flat, real, counts) for bucket in self.buckets]
-        self.buckets = pieces[0] if len(pieces) == 1 and len(pieces[0]) == 1 else regroup(sum(pieces, []))
+        self.buckets = pieces[0] if len(pieces) == 1 and len(pieces[0]) == 1 else regroup(itertools.chain(*pieces))
         self.seen = [s + c for s, c in zip(self.seen, counts)]
 
     def _grown(self, bucket: Bucket, flat: Columns, real: Tensor | None, counts: list[int]) -> list[Bucket]:
@@ -146,7 +147,7 @@ class Store:
         return out
 
     def crop(self, tokens: int) -> None:
-        """Take the last tokens of every row back; they were never evicted, eviction waits while tokens may be taken back."""
+        """Take the last tokens of every row back. Eviction waits while that may happen, so they are all there."""
         self.seen = [s - tokens for s in self.seen]
         cut = []
         for b in self.buckets:

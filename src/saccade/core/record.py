@@ -16,7 +16,7 @@ class LayerRecord:
     kept: true positions stored after the last forward, one list per (row, key/value head)
     seen: tokens that went by, per row
     bytes_held: of the storages of this layer's cache, counted, not computed
-    pairs, pairs_causal: (query, key) pairs computed and pairs a dense causal pass would have computed, summed over heads
+    pairs, pairs_causal: (query, key) pairs computed, and what a dense causal pass would have computed, over all heads
     """
 
     layer: int

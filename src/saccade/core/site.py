@@ -1,4 +1,4 @@
-"""Where a method is asked: which layer, which stage, how many tokens. Set by the attachment, never guessed from shapes."""
+"""Where a method is asked: which layer, which stage, how many tokens. Set by the attachment, never guessed."""
 
 from __future__ import annotations
 

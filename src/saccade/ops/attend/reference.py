@@ -29,8 +29,13 @@ def masked(
     logits = rearrange(logits, "b g s q k -> b (g s) q k")
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
-    lse = torch.logsumexp(logits, -1)
-    weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+    weights, lse = exponentials(logits)
     weights = rearrange(weights, "b (g s) q k -> b g s q k", g=k.shape[1])
     out = torch.einsum("bgsqk,bgkd->bgsqd", weights, v.to(wide))
     return rearrange(out, "b g s q d -> b (g s) q d").to(q.dtype), lse
+
+
+def exponentials(logits: Float[Tensor, "... k"]) -> tuple[Float[Tensor, "... k"], Float[Tensor, "..."]]:
+    """softmax and log-sum-exp along the keys; zeros and -inf where every logit is -inf."""
+    lse = torch.logsumexp(logits, -1)
+    return torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]), lse

@@ -11,14 +11,15 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from saccade.core.selection import Selection
+from saccade.core.selection import Gather, Selection
+from saccade.ops.attend.rows import FEW, gathered
 from saccade.ops.attend.tiles import ROWS, Share, Tile, shares
 
 LOG2E = math.log2(math.e)
@@ -63,7 +64,18 @@ def attend(
     softcap: float | None,
 ) -> tuple[Float[Tensor, "b h q dv"], Float[Tensor, "b h q"]]:
     """softmax over the selected pairs, and lse; differentiable in q, k, v through both."""
+    if _few_lists(selection) and not needs_grad(q, k, v):
+        return gathered(q, k, v, selection.index, None, scale=scale, softcap=softcap)
     return _Attend.apply(q, k, v, selection, Logits(scale, softcap))  # type: ignore[return-value]
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """True if autograd will ask for gradients."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _few_lists(s: Selection) -> TypeGuard[Gather]:
+    return isinstance(s, Gather) and s.q_block == 1 and s.ranges is None and s.causal and s.queries <= FEW
 
 
 class _Attend(torch.autograd.Function):

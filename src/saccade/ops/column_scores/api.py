@@ -6,9 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saccade.core.selection import causal_mask
+from saccade.core.errors import BadInput
+from saccade.ops import dispatch
+from saccade.ops.attend.api import check
+from saccade.ops.column_scores import reference
+from saccade.ops.column_scores import torch as tiled
 
 
+@torch.no_grad()
 def column_scores(
     q: Float[Tensor, "b h w d"],
     k: Float[Tensor, "b g k d"],
@@ -17,13 +22,24 @@ def column_scores(
     softcap: float | None = None,
     causal: bool = True,
     impl: str = "auto",
+    report: dispatch.Report | None = None,
 ) -> Float[Tensor, "b h k"]:
-    """sum over the rows of softmax(scale q k^T), float32; with `causal` the queries are the last of the keys."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    grouped = q.float().unflatten(1, (k.shape[1], -1))
-    logits = torch.einsum("bgswd,bgkd->bgswk", grouped, k.float()) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if causal:
-        logits = logits.masked_fill(~causal_mask(q.shape[2], k.shape[2], q.device), -torch.inf)
-    return logits.softmax(-1).sum(-2).flatten(1, 2)
+    """sum over the rows of softmax(scale q k^T), float32 or better; with `causal` the queries are the last of the keys.
+
+    For choosing keys: it has no gradient.
+
+    impl: "auto", "torch" (two passes, never all logits), "reference", "triton"
+    report: is told which back end ran, as "column_scores:torch"
+
+    Raises:
+        BadInput: shapes or dtypes that do not fit together, no keys, or more causal queries than keys.
+        CannotRun: the back end that was asked for cannot compute this, with every reason.
+    """
+    check(q, k, k)
+    if not k.shape[2] or (causal and q.shape[2] > k.shape[2]):
+        found = "causal queries are the last of the keys, and a row must see one"
+        raise BadInput(f"column scores of {q.shape[2]} queries over {k.shape[2]} keys", found, "Give all keys.")
+    options = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap, "causal": causal}
+    back_ends = {"torch": list, "reference": list, "triton": lambda: dispatch.NO_TRITON}
+    name = dispatch.pick("column_scores", impl, back_ends, report)
+    return (reference if name == "reference" else tiled).column_scores(q, k, **options)

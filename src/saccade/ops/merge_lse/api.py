@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saccade.core.errors import BadInput
+
 
 def merge_lse(
     outs: Sequence[Float[Tensor, "b h q d"]], lses: Sequence[Float[Tensor, "b h q"]]
@@ -15,12 +17,29 @@ def merge_lse(
     """softmax over the union of disjoint key sets, from each set's output and natural log-sum-exp.
 
     out = sum_i exp(lse_i - lse) out_i,  lse = log sum_i exp(lse_i). Differentiable; a set that a row cannot see has
-    lse = -inf, and a row that sees nothing gives zeros.
+    lse = -inf (and gets no gradient), and a row that sees nothing gives zeros and -inf.
+
+    Raises:
+        BadInput: no parts, or parts whose shapes differ.
     """
+    _check(outs, lses)
     stacked = torch.stack(list(lses))
-    lse = torch.logsumexp(stacked, 0)
-    weight = torch.exp(stacked - lse.masked_fill(lse == -torch.inf, 0.0))
+    top = stacked.detach().amax(0).clamp(min=torch.finfo(stacked.dtype).min)
+    weight = torch.exp(stacked - top)  # exactly 0, with gradient 0, where lse_i is -inf
+    total = weight.sum(0)
+    some = total > 0
+    safe = torch.where(some, total, 1.0)  # chosen before the logarithm, or its gradient would be NaN
+    lse = torch.where(some, torch.log(safe) + top, -torch.inf)
     out = torch.zeros_like(outs[0], dtype=stacked.dtype)
     for o, w in zip(outs, weight):
-        out = out + o * w[..., None]
+        out = out + o * (w / safe)[..., None]
     return out.to(outs[0].dtype), lse
+
+
+def _check(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
+    if len(outs) != len(lses) or not outs:
+        raise BadInput(f"merge {len(outs)} outputs with {len(lses)} lses", "each output has its lse", "Give both.")
+    for o, e in zip(outs, lses):
+        if o.shape != outs[0].shape or e.shape != o.shape[:-1]:
+            found = f"an output {tuple(o.shape)} with lse {tuple(e.shape)}"
+            raise BadInput(f"merge outputs {tuple(outs[0].shape)}", found, "Give parts of the same rows.")

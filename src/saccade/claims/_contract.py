@@ -1,0 +1,71 @@
+"""What a claim is: what a paper says, how we measure it again, and what was found. The verdict is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Verdict = Literal["reproduced", "in part", "not reproduced", "not attempted"]
+Tier = Literal["smoke", "cpu", "gpu"]
+TIERS: tuple[Tier, ...] = ("smoke", "cpu", "gpu")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The paper's side, fixed before anything is measured.
+
+    says: the statement in one sentence; where: section, table or figure; setting: the paper's models and hardware
+    how: what we do instead; counts: what would count as reproduced
+    """
+
+    says: str
+    where: str
+    setting: str
+    how: str
+    counts: str
+
+    def __post_init__(self):
+        assert all(vars(self).values()), f"a claim leaves nothing open: {self}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure with its interval, held against a bar that was set before."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    bar: float
+    holds: bool
+
+    def __post_init__(self):
+        assert self.name, "a check has a name"
+        if math.isnan(self.value):
+            assert not self.holds, f"{self.name}: what is not a number holds nothing"
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON, which has no infinities: a figure that is none becomes null."""
+        return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one measurement found. `setting` is ours; `reason` says why a check failed; `table` holds all numbers."""
+
+    checks: Sequence[Check]
+    setting: str
+    reason: str = ""
+    table: Sequence[dict[str, Any]] | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """All checks hold: reproduced. Some: in part. None: not reproduced. No checks: not attempted."""
+        held = sum(check.holds for check in self.checks)
+        if not self.checks:
+            return "not attempted"
+        if held == len(self.checks):
+            return "reproduced"
+        return "in part" if held else "not reproduced"

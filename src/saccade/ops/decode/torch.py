@@ -1,0 +1,43 @@
+"""Decoding in plain torch: few queries all at once, many by tiles."""
+
+from __future__ import annotations
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saccade.core.selection import Gather, Pairs, Selection, causal_mask, dense
+from saccade.ops.attend import reference
+from saccade.ops.attend import torch as tiled
+from saccade.ops.attend.rows import FEW, gathered
+
+
+def decode(
+    q: Float[Tensor, "b h q d"],
+    k: Float[Tensor, "b g k d"],
+    v: Float[Tensor, "b g k dv"],
+    index: Int[Tensor, "b h q l"] | None,
+    visible: Bool[Tensor, "b h q k"] | None,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Float[Tensor, "b h q dv"], Float[Tensor, "b h q"]]:
+    """See the op's api."""
+    options = {"scale": scale, "softcap": softcap}
+    queries, keys = q.shape[2], k.shape[2]
+    if queries > FEW or tiled.needs_grad(q, k, v):
+        return tiled.attend(q, k, v, selection(queries, keys, index, visible), **options)
+    if index is not None:
+        return gathered(q, k, v, index, visible, **options)
+    mask = None if queries == 1 else causal_mask(queries, keys, q.device)[None, None]
+    if visible is not None:
+        mask = visible if mask is None else mask & visible
+    return reference.masked(q, k, v, mask, **options)
+
+
+def selection(queries: int, keys: int, index: Tensor | None, visible: Tensor | None) -> Selection:
+    """What is decoded, as a selection: the meaning of the op."""
+    shape = {"queries": queries, "keys": keys}
+    if index is None:
+        return dense(queries, keys) if visible is None else Pairs(allowed=visible, **shape)
+    lists = Gather(index=index.int(), **shape)
+    return lists if visible is None else Pairs(allowed=lists.mask() & visible, **shape)
