@@ -56,16 +56,27 @@ def card(name: str) -> Card:
     Raises:
         UnknownName: nobody has a method of that name; the nearest are said.
     """
+    call = _card_call(source(name)[1])
+    assert call is not None, "source finds classes with a card alone"
+    return Card(**{str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
+
+
+@functools.cache
+def source(name: str) -> tuple[Path, ast.ClassDef]:
+    """The file of a method and its class as written there, for what is said without importing it.
+
+    Raises:
+        UnknownName: nobody has a method of that name; the nearest are said.
+    """
     module, _, class_name = _place(name).partition(":")
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise BugInSaccade(f"the card of {name!r}", f"module {module} has no source")
-    for node in ast.walk(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ClassDef) and (not class_name or node.name == class_name):
-            call = _card_call(node)
-            if call is not None:
-                return Card(**{str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
-    raise BugInSaccade(f"the card of {name!r}", f"{spec.origin} holds no class with `card = Card(...)`")
+    file = Path(spec.origin)
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef) and (not class_name or node.name == class_name) and _card_call(node):
+            return file, node
+    raise BugInSaccade(f"the card of {name!r}", f"{file} holds no class with `card = Card(...)`")
 
 
 def _card_call(node: ast.ClassDef) -> ast.Call | None:

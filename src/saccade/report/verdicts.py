@@ -15,10 +15,11 @@ SHIPPED = Path(__file__).parent.parent / "claims" / "found"
 def verdicts(run: Run) -> list[dict]:
     """One line per method that has something to claim; "not attempted" where nothing was measured."""
     names = [name for name, card in run.cards().items() if not (card and card.baseline)]
-    return [_last(name) or {"name": name, "verdict": "not attempted"} for name in names]
+    return [last(name) or {"name": name, "verdict": "not attempted"} for name in names]
 
 
-def _last(name: str) -> dict | None:
+def last(name: str) -> dict | None:
+    """The newest line of a method, shipped or measured here; None where there is none."""
     files = [folder / f"{name.replace('-', '_')}.jsonl" for folder in (SHIPPED, cache_dir("claims"))]
     lines = [line for file in files if file.is_file() for line in file.read_text(encoding="utf-8").splitlines() if line]
     try:

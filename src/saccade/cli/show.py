@@ -1,0 +1,100 @@
+"""all that is known of a method: paper, equation, options, departures, verdict
+
+Reads the method's source without importing it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import re
+from typing import Any
+
+from saccade.cli.console import say_json
+from saccade.cli.options import add_json
+from saccade.core import registry
+from saccade.core.card import Card
+
+EXAMPLE = "saccade show snapkv"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What `show` takes."""
+    parser.add_argument("name", metavar="NAME", help="a method, as `saccade list` names it")
+    parser.add_argument("--bibtex", action="store_true", help="only the entry to cite it by")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Always 0: what is unknown is an error."""
+    from saccade.report.verdicts import last
+
+    card = registry.card(args.name)
+    if args.bibtex:
+        print(bibtex(card))
+        return 0
+    found = {**dataclasses.asdict(card), "idea": idea(card.name), "options": options(card.name)}
+    found |= {"claim": last(card.name), "bibtex": bibtex(card)}
+    if args.json:
+        say_json(found)
+    else:
+        print("\n".join(_lines(card, found)))
+    return 0
+
+
+def options(name: str) -> list[dict[str, str]]:
+    """Option, type, default and meaning, in the order they are written."""
+    node = registry.source(name)[1]
+    lines = re.findall(r"^([a-z_, ]+): (.*(?:\n {2,}.*)*)", ast.get_docstring(node) or "", re.MULTILINE)
+    said = {option: about for names, about in lines for option in names.split(", ")}
+    fields = [line for line in node.body if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)]
+    return [
+        {
+            "option": field.target.id,
+            "type": ast.unparse(field.annotation),
+            "default": ast.unparse(field.value) if field.value else "",
+            "about": " ".join(said.get(field.target.id, "").split()),
+        }
+        for field in fields
+        if "ClassVar" not in ast.unparse(field.annotation)
+    ]
+
+
+def idea(name: str) -> str:
+    """The paragraphs of the docstring before options, errors and source."""
+    text = ast.get_docstring(registry.source(name)[1]) or ""
+    return re.split(r"\n\n?(?=[a-z_, ]+: |Raises:|Source:)", text, maxsplit=1)[0]
+
+
+def bibtex(card: Card) -> str:
+    """An entry to cite the paper by; empty for what has none."""
+    if not card.paper:
+        return ""
+    number, (first, *more) = card.paper.removeprefix("arXiv:"), card.authors.split(", ")
+    key = re.sub(r"\W", "", first.lower()) + str(card.year)
+    names = " and ".join(name if name != "et al." else "others" for name in [first, *more])
+    fields = {"title": card.title, "author": names, "year": card.year, "eprint": number, "archivePrefix": "arXiv"}
+    return "@misc{%s,\n%s\n}" % (key, ",\n".join(f"  {k} = {{{v}}}" for k, v in fields.items()))  # noqa: UP031
+
+
+def _lines(card: Card, found: dict[str, Any]) -> list[str]:
+    paper = f"{card.authors}, {card.year}, {card.link}" if card.paper else "a baseline, without a paper"
+    official = f"\n{card.official} ({card.licence_of_official or 'licence not stated'})" if card.official else ""
+    lines = [f"{card.name}: {card.title}", f"{card.family}; {paper}{official}", "", found["idea"], ""]
+    lines += [f"Equation: {card.equation}"] if card.equation else []
+    lines += [f"Budget: {card.budget}."] if card.budget else []
+    lines += [_claim(card, found["claim"]), ""]
+    width = max((len(o["option"]) for o in found["options"]), default=0)
+    for o in found["options"]:
+        lines.append(f"  {o['option']:<{width}}  {o['type']} = {o['default']}  {o['about']}".rstrip())
+    lines += ["", *(f"Departs: {d}" for d in card.departures)]
+    lines += [f"Without {what}: {why}." for what, why in card.lacks.items()]
+    return [line for line, after in zip(lines, [*lines[1:], ""]) if line or after]
+
+
+def _claim(card: Card, last: dict[str, Any] | None) -> str:
+    if last is None:
+        return f"Claim: not attempted; measure it: saccade claim {card.name}"
+    reason = f" {last['reason']}" if last.get("reason") else ""
+    return f"Claim: {last['verdict']} ({last['date']}).{reason}"
