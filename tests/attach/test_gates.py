@@ -8,11 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saccade.attach.calibration import Subject
-from saccade.attach.gates import NATO, Gating, recall_text
+from saccade.attach.gates import NATO, Gating, recall_text, streaming
 from saccade.attach.listening import listening
 from saccade.core import rng
 from saccade.core.errors import BadInput, CannotRun
-from tests.methods.handmade import tiny, tokens, under_mask
+from saccade.core.selection import Spans
+from saccade.methods.cache.duo_attention import DuoAttention
+from saccade.ops.attend.reference import masked
+from tests.methods.handmade import noise, tiny, tokens, under_mask
 
 N = 24
 ANSWERS = (torch.arange(N) >= 16)[None]
@@ -29,8 +32,17 @@ class Words:
         return {"input_ids": [self.words.setdefault(w, 3 + len(self.words) % 120) for w in text.split()]}
 
 
-def gating(model, full_term="teacher", weight=0.05):
-    return Gating(Subject(model), 2, 5, full_term, weight)
+def gating(model, full_term="teacher", **changes):
+    return Gating(Subject(model), DuoAttention(sink_tokens=2, recent_tokens=5, full_term=full_term, **changes))
+
+
+@given(st.integers(1, 60), st.integers(0, 20), st.integers(1, 30), st.integers(1, 2))
+@settings(deadline=None)
+def test_streaming_in_blocks_is_attention_under_its_mask(n, sinks, recent, rows):
+    q, k, v = (noise(rows, 2, n, 8, name=x).double() for x in "qkv")
+    one = torch.ones(1, dtype=torch.long)
+    mask = Spans(sinks=sinks * one, window=recent * one, queries=n, keys=n).mask()
+    torch.testing.assert_close(streaming(q, k, v, sinks, recent, 0.3), masked(q, k, v, mask, scale=0.3)[0])
 
 
 @pytest.mark.parametrize("full_term", ["teacher", "student"])
@@ -67,18 +79,10 @@ def test_training_moves_gates_and_leaves_the_model_alone():
     subject = Subject(model)
     subject.tokenizer = Words()
     seen = []
-    gates, figures = subject.train_gates(
-        [tokens(700)],
-        sink_tokens=2,
-        recent_tokens=8,
-        full_term="teacher",
-        steps=4,
-        learning_rate=0.1,
-        gate_weight=0.05,
-        progress=lambda done, total, what: seen.append((done, total)),
-    )
+    recipe = DuoAttention(sink_tokens=2, recent_tokens=8, train_steps=4, learning_rate=0.1)
+    gates, figures = subject.train_gates(recipe, [tokens(700)], lambda done, total, what: seen.append((done, total)))
     assert gates.shape == (2, 2) and gates.dtype == torch.float32
-    assert ((gates >= 0) & (gates < 1)).all() and figures["mean_gate"] == pytest.approx(float(gates.mean()))
+    assert ((gates >= 0) & (gates < 1)).all() and figures["mean_gate"] == round(float(gates.mean()), 4)
     assert seen == [(i, 4) for i in range(1, 5)]
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) and p.requires_grad and p.grad is None
@@ -103,6 +107,6 @@ def test_answers_are_the_hidden_keys(seed, keys, words):
 
 def test_what_cannot_be_trained_says_why():
     with pytest.raises(BadInput, match=r"a recall text of 40 tokens: 5 pass keys and their questions take \d+"):
-        recall_text(Words(), tokens(40), rng.python("test"))
+        recall_text(Words(), tokens(40), rng.python("test"), 5, 8)
     with pytest.raises(CannotRun, match=r"no tokenizer lies beside it, and recall texts are made of words. Load both"):
         Subject(tiny()).tokenizer  # noqa: B018

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from saccade.attach import attach, fingerprint
 from saccade.core.artefact import Artefact
 from saccade.core.budget import Budget
-from saccade.core.errors import CannotRun
+from saccade.core.errors import BadOption, CannotRun
 from saccade.core.paths import SHIPPED
 from saccade.methods.cache.duo_attention import DuoAttention
 from tests.methods.handmade import in_pieces, site, tiny, tokens, under_mask
@@ -66,7 +66,7 @@ def test_stored_lengths_and_bytes_are_those_of_the_formula(budget):
     assert held == per_token * (full * PROMPT + (4 - full) * 9)
 
 
-@given(st.floats(0.02, 1.0), st.integers(1, N), st.integers(0, 8), st.integers(0, 40))
+@given(st.floats(0.02, 1.0), st.integers(1, N), st.integers(0, 8), st.integers(1, 40))
 @settings(max_examples=40, deadline=None)
 def test_the_budget_is_never_exceeded(share, n, sinks, recent):
     method = duo(sink_tokens=sinks, recent_tokens=recent)
@@ -104,6 +104,17 @@ def test_gates_that_are_missing_or_foreign_are_refused():
     ]
     with pytest.raises(CannotRun, match="saccade calibrate duo-attention"):
         attach(tiny(), DuoAttention(), budget=0.5)
+
+
+def test_options_that_cannot_be():
+    with pytest.raises(BadOption, match=r"duo-attention\.recent_tokens=0: it takes at least 1"):
+        DuoAttention(recent_tokens=0)
+    with pytest.raises(BadOption, match=r"train_keys=11: keys are named first to tenth. Give at most 10"):
+        DuoAttention(train_keys=11)
+    with pytest.raises(BadOption, match=r"duo-attention\.learning_rate=0: it takes a number above 0"):
+        DuoAttention(learning_rate=0)
+    with pytest.raises(BadOption, match=r"prefill='sparse': it takes 'lambda' or 'dense'"):
+        DuoAttention(prefill="sparse")
 
 
 def test_shipped_gates_are_those_of_smollm2():

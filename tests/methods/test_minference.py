@@ -204,7 +204,7 @@ def test_what_cannot_run_is_refused():
         MInference(last_queries=0)
     with pytest.raises(BadBudget, match="a fraction kept cannot exceed 1"):
         MInference(search_density=2.0)
-    with pytest.raises(CannotRun, match="sizes='pattern' computes what was searched, and would ignore the budget 0.5"):
+    with pytest.raises(CannotRun, match=r"'pattern' computes what was searched, and would ignore the budget 0\.5"):
         attach(tiny(), MInference(sizes="pattern"), budget=0.5)
     wrong = with_patterns([0, 0]).check(site(0.5, queries=9, keys=9))
     assert wrong == ["its patterns are for (layers, heads) = (1, 2), here: (2, 4)"]

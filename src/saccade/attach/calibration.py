@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,9 @@ from saccade.core.artefact import Artefact
 from saccade.core.errors import BadInput, CannotRun
 from saccade.core.method import Method, options
 from saccade.core.selection import dense
+
+if TYPE_CHECKING:
+    from saccade.methods.cache.duo_attention import DuoAttention
 
 Captured = tuple[int, Tensor, Tensor, Tensor]
 
@@ -87,23 +90,13 @@ class Subject:
             ) from e
 
     def train_gates(
-        self,
-        samples: Sequence[Tensor],
-        *,
-        sink_tokens: int,
-        recent_tokens: int,
-        full_term: Literal["teacher", "student"],
-        steps: int,
-        learning_rate: float,
-        gate_weight: float,
-        progress: Progress | None = None,
+        self, recipe: DuoAttention, samples: Sequence[Tensor], progress: Progress | None = None
     ) -> tuple[Float[Tensor, "layers g"], dict[str, float]]:
         """A gate per key/value head, full (1) or streaming (0) or between, and figures of the training.
 
         Recall texts are made of the samples, which are the haystack; `attach.gates` says how.
         """
-        gating = Gating(self, sink_tokens, recent_tokens, full_term, gate_weight)
-        return gating.train(checked(samples), steps, learning_rate, progress)
+        return Gating(self, recipe).train(checked(samples), progress)
 
     def artefact(
         self, method: Method, tensors: Mapping[str, Tensor], samples: Sequence[Tensor], figures: Mapping[str, Any]

@@ -6,21 +6,23 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from saccade.attach.listening import listening
 from saccade.attach.probe import Spot
 from saccade.core import rng
 from saccade.core.errors import BadInput, CannotRun
-from saccade.core.selection import Spans
 
 if TYPE_CHECKING:
     from saccade.attach.calibration import Subject
+    from saccade.methods.cache.duo_attention import DuoAttention
 
 NATO = [
     *("alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliett", "kilo", "lima"),
@@ -29,8 +31,7 @@ NATO = [
 ]
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 Progress = Callable[[int, int, str], None]  # done, total, what
-KEYS, WORDS = 5, 8  # pass keys in a text, and words of each; the paper's are 10 and 32
-SHORTEST = 0.5  # a text is between this share of its sample and the whole of it
+SHORTEST = 1 / 32  # the paper's share: a text is between this of its sample (or what holds the keys) and all of it
 
 
 class Gating:
@@ -40,45 +41,37 @@ class Gating:
     output for the student (`full_term="teacher"`), else the student computes its own. h: final states at the answers.
     """
 
-    def __init__(
-        self,
-        subject: Subject,
-        sink_tokens: int,
-        recent_tokens: int,
-        full_term: Literal["teacher", "student"],
-        gate_weight: float,
-    ):
+    def __init__(self, subject: Subject, recipe: DuoAttention):
         if subject.found.sites[0].place.softcap is not None:
             raise CannotRun(f"train gates of {subject.name}", "its logits are capped, which the training kernel is not")
-        self.subject, self.full_term, self.gate_weight = subject, full_term, gate_weight
-        self.sinks, self.recent = sink_tokens, recent_tokens
+        self.subject, self.recipe = subject, recipe
         self.alpha = torch.ones(subject.layers, subject.kv_heads, device=subject.model.device, requires_grad=True)
         self.teaching = False
         self.full: dict[int, Tensor] = {}  # layer -> the teacher's full output
 
     def train(
-        self, samples: Sequence[Tensor], steps: int, learning_rate: float, progress: Progress | None = None
+        self, samples: Sequence[Tensor], progress: Progress | None = None
     ) -> tuple[Float[Tensor, "layers g"], dict[str, float]]:
-        """The gates after `steps` texts, and the losses on the way."""
-        draw = rng.python("gates/texts")
-        optimiser = torch.optim.AdamW([self.alpha], lr=learning_rate, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda t: _rate(t, steps))
+        """The gates after a text for each step, and figures of the training."""
+        recipe, draw = self.recipe, rng.python("gates/texts")
+        optimiser = torch.optim.AdamW([self.alpha], lr=recipe.learning_rate, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda t: _rate(t, recipe.train_steps))
         losses: list[float] = []
         with _frozen(self.subject.model), listening(self.subject.model, self.subject.found, self._listener):
-            for step in range(steps):
+            for step in range(recipe.train_steps):
                 with torch.no_grad():
                     self.alpha.clamp_(0, 1)
-                text = recall_text(self.subject.tokenizer, draw.choice(samples), draw)
-                losses.append(self.step(*text))
+                sample, size = draw.choice(samples), (recipe.train_keys, recipe.train_key_words)
+                losses.append(self.step(*recall_text(self.subject.tokenizer, sample, draw, *size)))
                 optimiser.step()
                 optimiser.zero_grad()
                 schedule.step()
                 if progress is not None:
-                    progress(step + 1, steps, f"distance {losses[-1]:.4f}, mean gate {self.alpha.detach().mean():.3f}")
-        gates = self.alpha.detach().clamp(0, 1)
-        last = losses[-max(1, steps // 10) :]
-        decided = ((gates < 0.2) | (gates > 0.8)).float().mean()
-        return gates, {"distance": sum(last) / len(last), "mean_gate": float(gates.mean()), "decided": float(decided)}
+                    mean = self.alpha.detach().mean()
+                    progress(step + 1, recipe.train_steps, f"distance {losses[-1]:.4f}, mean gate {mean:.3f}")
+        gates = self.alpha.detach().clamp(0, 1).cpu()
+        last = losses[-max(1, recipe.train_steps // 10) :]
+        return gates, {"distance": sum(last) / len(last), **_separation(gates)}
 
     def step(self, ids: Int[Tensor, "1 n"], answers: Bool[Tensor, "1 n"]) -> float:
         """Gradient of the gates on one text; returns the distance part of the loss."""
@@ -89,7 +82,7 @@ class Gating:
         self.teaching = False
         with torch.enable_grad():
             distance = (self._final(ids)[answers] - wanted).square().mean()
-            (distance + self.gate_weight * self.alpha.abs().mean()).backward()
+            (distance + self.recipe.gate_weight * self.alpha.abs().mean()).backward()
         return float(distance.detach())
 
     def _final(self, ids: Tensor) -> Float[Tensor, "1 n c"]:
@@ -106,27 +99,55 @@ class _Gate:
         self.gating, self.place, self.run = gating, spot.place, SimpleNamespace(title="gate training")
 
     def forward(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
-        gating, index = self.gating, self.place.layer
+        gating, index, group = self.gating, self.place.layer, self.place.heads // self.place.kv_heads
+        # one copy per query head: PyTorch's kernel without an n x n table does not know groups in float32
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
         if gating.teaching:
-            gating.full[index] = self._attend(q, k, v, None)
+            gating.full[index] = self._full(q, k, v)
             return gating.full[index]
-        full = gating.full[index] if gating.full_term == "teacher" else self._attend(q, k, v, None)
-        near = self._attend(q, k, v, streaming_mask(q.shape[2], gating.sinks, gating.recent, q.device))
-        alpha = gating.alpha[index].repeat_interleave(self.place.heads // self.place.kv_heads)[:, None, None]
+        full = gating.full[index] if gating.recipe.full_term == "teacher" else self._full(q, k, v)
+        near = streaming(q, k, v, gating.recipe.sink_tokens, gating.recipe.recent_tokens, self.place.scale)
+        alpha = gating.alpha[index].repeat_interleave(group)[:, None, None]
         return (alpha * full + (1 - alpha) * near).to(q.dtype)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return sdpa(q, k, v, mask, is_causal=mask is None, scale=self.place.scale, enable_gqa=True)
+    def _full(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sdpa(q, k, v, is_causal=True, scale=self.place.scale)
 
 
-def streaming_mask(n: int, sinks: int, recent: int, device: torch.device) -> Bool[Tensor, "n n"]:
-    """allowed(i, j) = j <= i and (j < sinks or i - j < recent), as the gates are trained."""
-    one = torch.ones(1, dtype=torch.long, device=device)
-    return Spans(sinks=sinks * one, window=recent * one, queries=n, keys=n).mask()[0, 0]
+def streaming(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b h n d"],
+    v: Float[Tensor, "b h n d"],
+    sinks: int,
+    recent: int,
+    scale: float,
+) -> Float[Tensor, "b h n d"]:
+    """Attention where query i sees key j if j <= i and (j < sinks or i - j < recent), as the gates are trained.
+
+    In blocks of `recent` queries, each over its own keys, those of the block before, and the sinks: time and memory are
+    n (2 recent + sinks), not n^2.
+    """
+    n = q.shape[2]
+    blocks = -(-n // recent)
+    spare = blocks * recent - n
+    asking = rearrange(pad(q, (0, 0, 0, spare)), "b h (m w) d -> (b m) h w d", w=recent)
+
+    def near(x: Tensor) -> Tensor:
+        bands = pad(x, (0, 0, recent, spare)).unfold(2, 2 * recent, recent)  # [b h m d 2w]
+        first = x[:, :, None, :sinks].expand(-1, -1, blocks, -1, -1)
+        return rearrange(torch.cat([first, bands.mT], 3), "b h m t d -> (b m) h t d")
+
+    row = torch.arange(blocks * recent, device=q.device).view(blocks, recent, 1)
+    band = torch.arange(-recent, recent, device=q.device) + row[:, :1]
+    sunk = torch.arange(min(sinks, n), device=q.device).expand(blocks, 1, -1)
+    allowed = torch.cat([row - sunk >= recent, (band >= 0) & (band <= row) & (row - band < recent)], -1)
+    mask = allowed[:, None].repeat(q.shape[0], 1, 1, 1)
+    out = sdpa(asking, near(k), near(v), mask, scale=scale)
+    return rearrange(out, "(b m) h w d -> b h (m w) d", m=blocks)[:, :, :n]
 
 
 def recall_text(
-    tokenizer: Any, sample: Int[Tensor, "1 n"], draw: random.Random, keys: int = KEYS, words: int = WORDS
+    tokenizer: Any, sample: Int[Tensor, "1 n"], draw: random.Random, keys: int, words: int
 ) -> tuple[Int[Tensor, "1 m"], Bool[Tensor, "1 m"]]:
     """Pass keys hidden in a sample, asked for and answered after it; True at the tokens of the answers. m <= n.
 
@@ -166,6 +187,15 @@ def _rate(step: int, steps: int) -> float:
     """Learning-rate factor: a fifth of the steps up, a fifth down, never below a tenth."""
     ramp = max(1.0, steps / 5)
     return min(1.0, max((step + 1) / ramp, 0.1), max((steps - step) / ramp, 0.1))
+
+
+def _separation(gates: Float[Tensor, "layers g"]) -> dict[str, float]:
+    """How clearly heads fall into two kinds: shares of gates near 1 and near 0, gap between the means of the halves."""
+    high, low = (gates > 0.8).float().mean(), (gates < 0.2).float().mean()
+    ranked = gates.flatten().sort().values
+    gap = ranked[len(ranked) // 2 :].mean() - ranked[: len(ranked) // 2].mean() if len(ranked) > 1 else 0.0
+    shares = {"near_1": high, "near_0": low, "decided": high + low, "gap_of_halves": gap, "mean_gate": gates.mean()}
+    return {name: round(float(value), 4) for name, value in shares.items()}
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -13,6 +14,7 @@ from torch import Tensor
 from saccade.core import rng
 from saccade.core.artefact import Artefact
 from saccade.core.card import Card
+from saccade.core.errors import BadOption
 from saccade.core.method import Cache
 from saccade.core.selection import Selection, Spans, dense
 from saccade.core.site import Site
@@ -29,8 +31,11 @@ class DuoAttention(Cache):
     sink_tokens, recent_tokens: of a streaming head (the paper deploys 64 and 256); fewer where the budget is smaller
     prefill: "lambda": streaming heads look at sinks and window from the start; "dense": a first forward is whole
     full_term: whose full attention the gated stream mixes in while training; "teacher" as in the authors' code
-    train_steps, learning_rate, gate_weight: of the gate training (AdamW, L1)
+    train_steps, learning_rate, gate_weight: of the gate training (AdamW; weight of mean |alpha|)
+    train_keys, train_key_words: pass keys in a training text, at most ten, and words of each (the paper's: 10 of 32)
 
+    Raises:
+        BadOption: no recent token, step, key or word, more than ten keys, or a rate or weight that is not above 0.
     Source: arXiv 2410.10819, sections 2.2 to 2.4; mit-han-lab/duo-attention.
     """
 
@@ -70,6 +75,21 @@ class DuoAttention(Cache):
     train_steps: int = 300
     learning_rate: float = 0.02
     gate_weight: float = 0.05
+    train_keys: int = 5
+    train_key_words: int = 8
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("recent_tokens", "train_steps", "train_keys", "train_key_words"):
+            if getattr(self, name) < 1:
+                raise BadOption(f"duo-attention.{name}=0", "it takes at least 1", "Leave it away for our value.")
+        if self.train_keys > 10:
+            raise BadOption(
+                f"duo-attention.train_keys={self.train_keys}", "keys are named first to tenth", "Give at most 10."
+            )
+        for name, value in {"learning_rate": self.learning_rate, "gate_weight": self.gate_weight}.items():
+            if not 0 < value < math.inf:
+                raise BadOption(f"duo-attention.{name}={value}", "it takes a number above 0", "Leave it away.")
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -106,16 +126,7 @@ class DuoAttention(Cache):
         return out
 
     def calibrate(self, model: Any, samples: Sequence[Tensor], progress: Any = None) -> Artefact:
-        gates, figures = model.train_gates(
-            samples,
-            sink_tokens=self.sink_tokens,
-            recent_tokens=self.recent_tokens,
-            full_term=self.full_term,
-            steps=self.train_steps,
-            learning_rate=self.learning_rate,
-            gate_weight=self.gate_weight,
-            progress=progress,
-        )
+        gates, figures = model.train_gates(self, samples, progress)
         return model.artefact(self, {"gates": gates}, samples, figures)
 
     def _gates(self) -> Float[Tensor, "layers g"]:
