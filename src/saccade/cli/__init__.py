@@ -104,10 +104,11 @@ def parser(verb: str) -> Parser:
 
 def overview() -> str:
     """What `saccade --help` says."""
-    lines = ["usage: saccade VERB ...", "", "Sparse, cheap and legible attention, with a checked claim for every method."]
+    lines = ["usage: saccade VERB ...", ""]
+    lines += ["Sparse, cheap and legible attention, with a checked claim for every method."]
     for group, verbs in VERBS.items():
         lines += ["", group, *(f"  {v:<10} {str(_module(v).__doc__).splitlines()[0]}" for v in verbs)]
-    return "\n".join([*lines, "", "saccade VERB --help says more, with an example; saccade --version says the version."])
+    return "\n".join([*lines, "", "saccade VERB --help says more, with an example."])
 
 
 def _after_interrupt(given: list[str]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saccade import models
 from saccade.cli.console import Bar, note
+from saccade.core.errors import BadInput
 
 if TYPE_CHECKING:
     from saccade.core.budget import Budget
@@ -64,6 +66,19 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     with Bar(args.quiet) as bar:
         dtype = args.dtype or usual_dtype(args.device)
         return models.load(model_name(args), dtype=dtype, device=args.device, progress=bar)
+
+
+def read_text(file: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        BadInput: it cannot be read, or is no UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        found = getattr(e, "strerror", None) or "it is no UTF-8 text"
+        raise BadInput(f"read {file}", found, "Give a plain text file.") from e
 
 
 def announce(name: str) -> bool:

@@ -11,6 +11,7 @@ import dataclasses
 import re
 from typing import Any
 
+from saccade.claims._found import latest
 from saccade.cli.console import say_json
 from saccade.cli.options import add_json
 from saccade.core import registry
@@ -28,14 +29,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Always 0: what is unknown is an error."""
-    from saccade.report.verdicts import last
-
     card = registry.card(args.name)
     if args.bibtex:
         print(bibtex(card))
         return 0
     found = {**dataclasses.asdict(card), "idea": idea(card.name), "options": options(card.name)}
-    found |= {"claim": last(card.name), "bibtex": bibtex(card)}
+    found |= {"claim": latest(card.name), "bibtex": bibtex(card)}
     if args.json:
         say_json(found)
     else:
@@ -97,4 +96,4 @@ def _claim(card: Card, last: dict[str, Any] | None) -> str:
     if last is None:
         return f"Claim: not attempted; measure it: saccade claim {card.name}"
     reason = f" {last['reason']}" if last.get("reason") else ""
-    return f"Claim: {last['verdict']} ({last['date']}).{reason}"
+    return f"Claim: {last['verdict']} (tier {last['tier']}, {last['date'][:10]}).{reason}"
