@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from saccade import models, tasks
 from saccade.attach import attach, fingerprint
-from saccade.claims._contract import Check, Evidence
+from saccade.claims._contract import SEED, Check, Evidence, Progress
 from saccade.core import rng
 from saccade.core.budget import Budget
 from saccade.core.method import Method
@@ -18,7 +18,6 @@ from saccade.measure.contestants import Contestant, parse
 from saccade.measure.score import Subject, quality
 from saccade.measure.stats import Estimate, hit_rate, mean_interval, paired
 
-Progress = Callable[[int, int, str], None]
 Spec = str | Method
 PROMPT = 64  # tokens of the smoke tier's prompt
 
@@ -29,7 +28,7 @@ class Bench:
     def __init__(self, task: str, lengths: Sequence[int], count: int, progress: Progress | None, loaded: Any = None):
         self.model, self.tokenizer = loaded or models.load("smollm2")
         self.task, self.lengths, self.progress = tasks.get(task), tuple(lengths), progress
-        self.samples = [s for n in lengths for s in self.task.samples(self.tokenizer, n, count, 0)]
+        self.samples = [s for n in lengths for s in self.task.samples(self.tokenizer, n, count, SEED)]
         self.count, self.mark = count, fingerprint(self.model)
         self.done: dict[tuple[str, str], list[float]] = {}
 
@@ -45,7 +44,7 @@ class Bench:
 
     def _score(self, who: Contestant, budget: Budget) -> list[float]:
         subject = Subject(self.model, self.tokenizer)
-        return [s["score"] for s in quality(subject, who, budget, self.task, self.samples, 0)["samples"]]
+        return [s["score"] for s in quality(subject, who, budget, self.task, self.samples, SEED)["samples"]]
 
     def difference(self, ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
         """Ours minus theirs, over the same samples."""

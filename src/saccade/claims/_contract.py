@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Verdict = Literal["reproduced", "in part", "not reproduced", "not attempted"]
-Tier = Literal["smoke", "cpu", "gpu"]
-TIERS: tuple[Tier, ...] = ("smoke", "cpu", "gpu")
+Progress = Callable[[int, int, str], None]
+TIERS = ("smoke", "cpu", "gpu")
+SEED = 0  # of samples, random baselines and everything else that a claim draws
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Claim:
     """The paper's side, fixed before anything is measured.
 
     says: the statement in one sentence; where: section, table or figure; setting: the paper's models and hardware
-    how: what we do instead; counts: what would count as reproduced
+    how: what we do instead; counts: what would count as reproduced; tiers: at which it can be measured
     """
 
     says: str
@@ -25,6 +26,7 @@ class Claim:
     setting: str
     how: str
     counts: str
+    tiers: tuple[str, ...] = ("smoke", "cpu")
 
     def __post_init__(self):
         assert all(vars(self).values()), f"a claim leaves nothing open: {self}"
@@ -46,10 +48,6 @@ class Check:
         if math.isnan(self.value):
             assert not self.holds, f"{self.name}: what is not a number holds nothing"
 
-    def plain(self) -> dict[str, Any]:
-        """For JSON, which has no infinities: a figure that is none becomes null."""
-        return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in vars(self).items()}
-
 
 @dataclass(frozen=True)
 class Evidence:
@@ -58,7 +56,7 @@ class Evidence:
     checks: Sequence[Check]
     setting: str
     reason: str = ""
-    table: Sequence[dict[str, Any]] | None = None
+    table: Sequence[Mapping[str, Any]] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -69,3 +67,8 @@ class Evidence:
         if held == len(self.checks):
             return "reproduced"
         return "in part" if held else "not reproduced"
+
+
+def plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """For JSON, which has no infinities: a figure that is none becomes null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

@@ -65,7 +65,10 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
         at_least("an eighth of the keys minus full, pass keys", kept, -0.05),
         at_least("best 8 channels shared with program text", mean_interval(_overlap(subject, text, made)), 0.7),
     ]
-    setting = f"SmolLM2-135M-Instruct, float32, head size 64; loss after 1,024 tokens, pass keys in 1,024; channels ranked on {made.data}"
+    setting = (
+        "SmolLM2-135M-Instruct, float32, head size 64; loss after 1,024 tokens, pass keys in 1,024;"
+        f" channels ranked on {made.data}"
+    )
     recall = [{"channels": name, "recall": sum(v) / len(v), "n": len(v)} for name, v in found.items()]
     return Evidence(checks, setting, table=text.rows() + keys.rows() + recall)
 
