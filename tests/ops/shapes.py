@@ -42,13 +42,15 @@ def build(kind: str, b: int, h: int, queries: int, keys: int, causal: bool, seed
         return Gather(index=torch.where(index >= middle, index, -1).int(), ranges=ranges.int(), q_block=block, **shape)
     if kind == "spans":
         dilation = 1 + seed % 2
-        return Spans(sinks=drawn((h,), 0, 5, seed), window=drawn((h,), 0, keys + 2, seed + 1), dilation=dilation, **shape)
+        sinks, window = drawn((h,), 0, 5, seed), drawn((h,), 0, keys + 2, seed + 1)
+        return Spans(sinks=sinks, window=window, dilation=dilation, **shape)
     if kind == "lines":
         slashes = torch.cat([torch.zeros(b, h, 1), drawn((b, h, 3), -1, keys, seed).float()], -1).int()
         # a column is listed once: -1 in place of the second
         columns = drawn((b, h, 4), -1, keys, seed).sort(-1).values
         again = torch.nn.functional.pad(columns[..., 1:] == columns[..., :-1], (1, 0))
-        return Lines(verticals=columns.masked_fill(again, -1).int(), slashes=slashes, block=block, **shape | {"causal": True})
+        verticals = columns.masked_fill(again, -1).int()
+        return Lines(verticals=verticals, slashes=slashes, block=block, **shape | {"causal": True})
     if kind == "buckets":
         return Buckets(q_bucket=drawn((b, h, queries), -1, 3, seed), k_bucket=drawn((b, h, keys), 0, 3, seed), **shape)
     if kind == "pairs":
@@ -67,7 +69,13 @@ def build(kind: str, b: int, h: int, queries: int, keys: int, causal: bool, seed
     side = max(1, int(keys**0.5))
     wide = torch.full((1,), 1)
     return Spans(
-        sinks=wide, window=wide, grid=(side, side), kernel=(min(3, side),) * 2, queries=side**2, keys=side**2, causal=causal
+        sinks=wide,
+        window=wide,
+        grid=(side, side),
+        kernel=(min(3, side),) * 2,
+        queries=side**2,
+        keys=side**2,
+        causal=causal,
     )
 
 
@@ -78,7 +86,8 @@ def selections(draw, most: int = 200, least: int = 1):
     keys = draw(st.integers(least, most))
     queries = draw(st.one_of(st.just(keys), st.integers(least, keys)))
     g, group, b = draw(st.integers(1, 2)), draw(st.sampled_from([2, 3])), draw(st.integers(1, 2))
-    rows, heads = draw(st.sampled_from([1, b])), g * group if kind == "perhead" else draw(st.sampled_from([1, g * group]))
+    rows = draw(st.sampled_from([1, b]))
+    heads = g * group if kind == "perhead" else draw(st.sampled_from([1, g * group]))
     block = draw(st.sampled_from([1, 2, 16, 64, 256]))
     selection = build(kind, rows, heads, queries, keys, draw(st.booleans()), draw(st.integers(0, 99)), block)
     return b, g * group, g, selection

@@ -78,7 +78,7 @@ def _torch_gradients(inputs, selection, mask, softcap, with_lse):
     """Exact gradients, and the largest error of PyTorch's kernels for each."""
     whole = [x.double() for x in inputs]
     exact = gradients(lambda *x: exact_attention(*x, mask, softcap=softcap), whole, selection, with_lse)
-    blank = mask.any(-1, keepdim=True)  # PyTorch's gradient is NaN where a row sees nothing: let it see all, for nothing
+    blank = mask.any(-1, keepdim=True)  # PyTorch's gradient is NaN where a row sees nothing: it may see all
     bounds = [rounding(e, torch.float32) for e in exact]
     for backend, turn in itertools.product(KERNELS, TURNS):
 
@@ -112,7 +112,8 @@ def test_poisoned_memory_and_strided_inputs_change_nothing(kind, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *s, **o: _poisoned(real(*s, **o)))
     new = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *s, **o: _poisoned(new(x, *s, **o)))
-    for strided in (lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), lambda x: torch.stack([x, x], -1)[..., 0]):
+    layouts = (lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), lambda x: torch.stack([x, x], -1)[..., 0])
+    for strided in layouts:
         out, lse = ops.attend(strided(q), strided(k), strided(v), selection)
         assert_close_as_torch(out, q, k, v, selection.mask(), lse=lse)
     assert torch.equal(ops.attend(q, k, v, selection)[0], expected[0])

@@ -1,8 +1,9 @@
 """Where to look: which (query, key) pairs are computed. Every sparse method says it in one of these kinds.
 
 Rows: `queries` queries ask, the last of `keys` keys, so query i has key index `offset + i`. Query blocks are
-counted from the first query, key blocks from the first key. A size of 1 in the batch or head axis stands for all. Index tensors are
-int32, -1 where there is nothing. With `causal`, no query sees a key behind it, whatever the lists say.
+counted from the first query, key blocks from the first key. A size of 1 in the batch or head axis stands for all.
+Index tensors are int32, -1 where there is nothing. With `causal`, no query sees a key behind it, whatever the lists
+say.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models: four known ones fetched from the package indexes, anything transformers loads, and tiny random ones for tests.
+"""Models: four known ones fetched from package indexes, anything transformers loads, and tiny random ones for tests.
 
 Importing this package imports neither torch nor transformers; `KNOWN` and `is_cached` never do.
 """

@@ -43,8 +43,9 @@ def tiny(
     """A random causal language model of `family` with a vocabulary of 128, float32, in eval mode.
 
     The same arguments give the same weights in every process. Weights are drawn with deviation 1/sqrt(fan-in), so that
-    attention is far from uniform. `kv_heads` is half of `heads` unless given (gpt-neox has no groups: all). `window`, in
-    tokens, slides in every layer (mistral, phi3) or in every other one (qwen, gemma, smollm3); without it all see all.
+    attention is far from uniform. `kv_heads` is half of `heads` unless given (gpt-neox has no groups: all). `window`,
+    in tokens, slides in every layer (mistral, phi3) or in every other one (qwen, gemma, smollm3); without it all see
+    all.
 
     Raises:
         UnknownName: no such family.
@@ -67,7 +68,8 @@ def _check(family: str, heads: int, kv_heads: int, window: int | None) -> None:
     if heads % kv_heads:
         raise BadOption(f"{heads} heads over {kv_heads} KV heads", "the second must divide the first")
     if family == "gpt-neox" and kv_heads != heads:
-        raise BadOption(f"gpt-neox with {kv_heads} KV heads", "it has one per query head", f"Leave it out or say {heads}.")
+        asked = f"gpt-neox with {kv_heads} KV heads"
+        raise BadOption(asked, "it has one per query head", f"Leave it out or say {heads}.")
     if window is not None and family not in _EVERY_LAYER | _PER_LAYER:
         others = ", ".join(sorted(_EVERY_LAYER | _PER_LAYER))
         raise BadOption(f"{family} with a window", "it has no sliding-window layers", f"These have: {others}.")

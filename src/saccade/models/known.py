@@ -11,7 +11,7 @@ from saccade.core.paths import cache_dir
 
 @dataclass(frozen=True)
 class Package:
-    """One file of a package index. `digest` is "sha256:<hex>" or "sha512-<base64>"; "" where only the whole is checked."""
+    """One file of a package index. `digest` is "sha256:<hex>" or "sha512-<base64>"; "": only the whole is checked."""
 
     index: Literal["pip", "npm"]
     name: str

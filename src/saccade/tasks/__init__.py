@@ -33,7 +33,7 @@ def _file(name: str) -> Path:
     return _files()[key]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def describe(name: str) -> dict[str, Any]:
     """The class attributes of a task (title, metric, chance, spread, ...), read from its source.
 

@@ -33,8 +33,8 @@ class Task(ABC):
     metric: "nll" in nats per token, lower is better; "hit" 1.0 or 0.0, higher is better
     query_aware: the question is already in the context when it is compressed; None where there is no question
     chance: the score of a guesser who has understood the format; None for "nll"
-    spread: standard deviation between samples for dense SmolLM2 at 1,024 tokens, for power calculations; the figures are
-        printed by `python benchmarks/dense_tasks.py`
+    spread: standard deviation between samples for dense SmolLM2 at 1,024 tokens, for power calculations; the figures
+        are printed by `python benchmarks/dense_tasks.py`
     """
 
     name: ClassVar[str]

@@ -24,7 +24,8 @@ class Loss(Task):
 
     def samples(self, tokenizer, tokens: int, count: int, seed: int) -> list[Sample]:
         if tokens < LEAST_TOKENS:
-            raise BadInput(f"{self.name} in {tokens} tokens", "that is too short to mean anything", f"Ask for {LEAST_TOKENS}.")
+            asked = f"{self.name} in {tokens} tokens"
+            raise BadInput(asked, "that is too short to mean anything", f"Ask for {LEAST_TOKENS}.")
         return [self._sample(tokenizer, tokens, index, seed) for index in range(count)]
 
     def _sample(self, tokenizer, tokens: int, index: int, seed: int) -> Sample:

@@ -35,7 +35,7 @@ def masked(
     return rearrange(out, "b g s q d -> b (g s) q d").to(q.dtype), lse
 
 
-def exponentials(logits: Float[Tensor, "... k"]) -> tuple[Float[Tensor, "... k"], Float[Tensor, "..."]]:
+def exponentials(logits: Float[Tensor, "*rows k"]) -> tuple[Float[Tensor, "*rows k"], Float[Tensor, "*rows"]]:
     """softmax and log-sum-exp along the keys; zeros and -inf where every logit is -inf."""
     lse = torch.logsumexp(logits, -1)
     return torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]), lse

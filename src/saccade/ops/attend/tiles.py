@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ TABLE = 1 << 22  # entries of a (query block x key) table that is made at a time
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """rows: queries [start, stop). keys: ascending. hidden: of the last keys, what each row must not see; None: nothing."""
+    """rows: queries [start, stop). keys: ascending. hidden: of the last keys, what no row may see; None: nothing."""
 
     start: int
     stop: int
@@ -178,7 +179,7 @@ def _of_blocks(s: Blocks, b: int, h: int, first: int, last: int) -> Iterator[Til
     col = s.col[b, h, pointer[0] : pointer[-1]].cpu().numpy()
     keys = (col[:, None] * s.k_block + np.arange(s.k_block, dtype=np.int32)).ravel()
     edges = ((pointer - pointer[0]) * s.k_block).tolist()
-    for i, (a, z) in enumerate(zip(edges, edges[1:]), i0):
+    for i, (a, z) in enumerate(pairwise(edges), i0):
         mine = keys[a:z]
         if z > a and mine[-1] >= s.keys:  # the last key block is cut short
             mine = mine[: s.keys - 1 - int(mine[-1])]

@@ -41,7 +41,9 @@ def decode(
     queries, keys = q.shape[2], k.shape[2]
     if queries > keys:
         raise BadInput(
-            f"decode {queries} queries over {keys} keys", "the queries are the last of the keys", "Append their keys first."
+            f"decode {queries} queries over {keys} keys",
+            "the queries are the last of the keys",
+            "Append their keys first.",
         )
     _check_rows("index", index, (*q.shape[:3], None))
     _check_rows("visible", visible, (*q.shape[:3], keys))
