@@ -29,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints where the artefact lies."""
     import saccade
-    from saccade.core.paths import cache_dir
+    from saccade.core.paths import SHIPPED, cache_dir
     from saccade.measure.contestants import parse
 
     methods = parse(args.method).methods
@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load(args)
     with Bar(args.quiet) as bar:
         artefact = saccade.calibrate(model, methods[0], _rows(args, tokenizer), bar)
+    if any(SHIPPED.joinpath(artefact.method).glob(f"{artefact.fingerprint}.*")):
+        note("From now on it is used in place of the shipped one; delete it to go back.")
     for name, value in artefact.figures.items():
         note(f"{name}: {value}")
     print(cache_dir("artefacts", artefact.method, artefact.fingerprint).with_suffix(".safetensors"))

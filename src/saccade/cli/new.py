@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or keyword.iskeyword(stem):
         raise BadOption(f"new {name!r}", "that is no registry name", "Write lower case, with hyphens: my-method.")
     if name in registry.list_methods():
-        raise BadOption(f"new {name!r}", f"{registry.card(name).title!r} has that name", "Choose another.")
+        raise BadOption(f"new {name!r}", "a method of that name exists", f"Choose another. See: saccade show {name}")
     root = checkout()
     if args.into is None and root is None:
         raise CannotRun(f"new {name!r}", "this is an installed copy, not a source checkout", "Say where: --into DIR.")

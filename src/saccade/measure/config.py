@@ -82,7 +82,7 @@ class Config:
             model=str(model),
             contestants=tuple(with_baselines(chosen, BASELINES)),
             asked=None if methods is None else tuple(c.label for c in chosen),
-            budgets=tuple(Budget.of(b) for b in (size.budgets if budgets is None else budgets)),
+            budgets=tuple(map(_as_written, size.budgets if budgets is None else budgets)),
             counts=counts,
             tokens=size.tokens if tokens is None else tokens,
             lengths=size.lengths if lengths is None else tuple(sorted(set(lengths))),
@@ -140,3 +140,8 @@ class Config:
         parts += ["--quick"] if self.quick else []
         parts += ["--lengths", *map(str, self.lengths), "--dtype", self.dtype, "--device", self.device]
         return shlex.join([*parts, "--seed", str(self.seed)])
+
+
+def _as_written(budget: float | str | Budget) -> Budget:
+    """Rounded to what cells, tables and the line that repeats it say of it."""
+    return Budget.of(str(Budget.of(budget)))

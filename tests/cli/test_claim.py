@@ -1,0 +1,76 @@
+"""claim: shows what was measured, and says no where a paper's claim does not hold."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from saccade.claims import _found, run
+from saccade.cli import main
+from saccade.core import registry
+from saccade.core.errors import ClaimFailed
+
+CHECKS = [
+    {"name": "ours minus full", "value": -0.0312, "low": -0.1, "high": 0.05, "bar": -0.05, "holds": True},
+    {"name": "ours minus random", "value": None, "low": None, "high": None, "bar": 0.3, "holds": False},
+]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Claims that are found without being measured: verdicts by name."""
+
+    def install(**verdicts: str | None):
+        def claim(names, tier, progress):
+            (name,) = names
+            if verdicts[name] is None:
+                raise ClaimFailed(f"claim {name}", "the measurement broke off", "Nothing is kept.")
+            line = {"method": name, "tier": tier, "verdict": verdicts[name], "checks": CHECKS, "says": "It says so."}
+            line |= {"where": "table 1", "setting": "one text", "reason": "Short.", "seconds": 3.2, "hardware": "a CPU"}
+            return [line]
+
+        monkeypatch.setattr(run, "claim", claim)
+
+    return install
+
+
+def test_a_claim_is_shown_with_its_checks_and_its_reason(measured, capsys):
+    measured(snapkv="in part")
+    assert main(["claim", "snapkv"]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("snapkv: It says so.\n  table 1; measured here: one text\n")
+    first, second = (next(line.split() for line in out.splitlines() if line.startswith(c["name"])) for c in CHECKS)
+    assert first[-5:] == ["-0.0312", "-0.1", "0.05", "-0.05", "yes"] and second[-5:] == ["–", "–", "–", "0.3", "no"]
+    assert "verdict: in part (tier cpu, 3 s, a CPU)\n  Short.\n" in out
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "code", "shown"),
+    [
+        ({"snapkv": "reproduced", "hip": "reproduced"}, 0, 2),
+        ({"snapkv": "reproduced", "hip": "not reproduced"}, 1, 2),
+        ({"snapkv": None, "hip": "reproduced"}, 1, 1),
+    ],
+)
+def test_only_all_reproduced_is_a_yes_and_one_that_breaks_off_stops_no_other(verdicts, code, shown, measured, capsys):
+    measured(**verdicts)
+    assert main(["claim", *verdicts, "--tier", "smoke", "--json"]) == code
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)) == shown
+    assert ("ClaimFailed: claim snapkv: the measurement broke off." in err) == (None in verdicts.values())
+
+
+def test_all_are_all_that_are_registered(measured, capsys):
+    measured(**dict.fromkeys(registry.list_methods(), "reproduced"))
+    assert main(["claim", "--all", "--json"]) == 0
+    assert [line["method"] for line in json.loads(capsys.readouterr().out)] == registry.list_methods()
+
+
+def test_a_real_one_is_measured_and_kept(capsys, cache, monkeypatch):
+    monkeypatch.setattr(_found, "folder", lambda: cache / "claims")
+    assert main(["claim", "knorm", "--tier", "smoke", "--json"]) == 0
+    (line,) = json.loads(capsys.readouterr().out)
+    assert line in _found.lines("knorm")
+    assert main(["claim", "knorm", "--tier", "huge"]) == 2
+    assert "tier='huge'" in capsys.readouterr().err
