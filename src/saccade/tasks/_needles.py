@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
+from random import Random
 
 import torch
 
 from saccade.core.errors import BadInput
-from saccade.tasks._base import Sample
+from saccade.tasks._base import Sample, Task
 from saccade.tasks._text import encode, passage, sentence_start, start_token
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)  # sample i has depth i mod 5
+NAMES = ("tiger", "lion", "bear", "wolf", "deer", "rabbit", "snake", "turtle", "eagle", "mouse")
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,23 @@ class Riddle:
     question: str
     answer: str
     facts: dict[str, float | int | str] = field(default_factory=dict)
+
+
+class NeedleTask(Task):
+    """A riddle for every index, hidden in Moby-Dick."""
+
+    @abstractmethod
+    def riddle(self, index: int, seed: int) -> Riddle:
+        """What is hidden in sample `index` and what is asked."""
+
+    def samples(self, tokenizer, tokens: int, count: int, seed: int) -> list[Sample]:
+        riddles = [self.riddle(index, seed) for index in range(count)]
+        return [hide(tokenizer, r, tokens, i, seed, bool(self.query_aware), self.name) for i, r in enumerate(riddles)]
+
+
+def number(random: Random) -> str:
+    """Five digits: many tokens for most tokenizers, so that a guess is never right."""
+    return str(random.randrange(10_000, 100_000))
 
 
 def hide(tokenizer, riddle: Riddle, tokens: int, index: int, seed: int, query_aware: bool, task: str) -> Sample:

@@ -1,0 +1,34 @@
+"""A chain of assignments scattered over a long text: each step has to be found before the next can be looked for."""
+
+from __future__ import annotations
+
+from saccade.core import rng
+from saccade.tasks._needles import DEPTHS, NAMES, NeedleTask, Riddle, number
+
+
+class VariableTracking(NeedleTask):
+    """`VAR a = 12345` and `VAR b = VAR a` far apart in Moby-Dick; the model writes the chain from b to the number.
+
+    In the manner of RULER's variable tracking (arXiv 2404.06654, section 3.2), with one hop and the steps written out:
+    the default model cannot take a hop in silence.
+    """
+
+    name = "variable-tracking"
+    title = "chain of two assignments, question in the prompt"
+    metric = "hit"
+    query_aware = True
+    chance = 1.1e-5
+    spread = 0.4
+
+    def riddle(self, index: int, seed: int) -> Riddle:
+        random = rng.python("variable-tracking", seed, index)
+        (first, last), value = random.sample(NAMES, 2), number(random)
+        depth = DEPTHS[index % len(DEPTHS)]
+        later = random.choice([d for d in DEPTHS if d != depth])
+        return Riddle(
+            intro="Variables are assigned in the text below. Keep track of them.\n\n",
+            needles=((depth, f"\nVAR {first} = {value}\n"), (later, f"\nVAR {last} = VAR {first}\n")),
+            question=f"\n\nFollow the variables.\nVAR {last} =",
+            answer=f" VAR {first}\nVAR {first} = {value}",
+            facts={"depth": depth, "depth_of_link": later},
+        )
