@@ -9,7 +9,7 @@ import pytest
 from saccade.claims import _found, run
 from saccade.cli import main
 from saccade.core import registry
-from saccade.core.errors import ClaimFailed
+from saccade.core.errors import CannotRun
 
 CHECKS = [
     {"name": "ours minus full", "value": -0.0312, "low": -0.1, "high": 0.05, "bar": -0.05, "holds": True},
@@ -25,7 +25,7 @@ def measured(monkeypatch):
         def claim(names, tier, progress):
             (name,) = names
             if verdicts[name] is None:
-                raise ClaimFailed(f"claim {name}", "the measurement broke off", "Nothing is kept.")
+                raise CannotRun(f"claim {name}", "the measurement broke off", "Nothing is kept.")
             line = {"method": name, "tier": tier, "verdict": verdicts[name], "checks": CHECKS, "says": "It says so."}
             line |= {"where": "table 1", "setting": "one text", "reason": "Short.", "seconds": 3.2, "hardware": "a CPU"}
             return [line]
@@ -50,7 +50,7 @@ def test_a_claim_is_shown_with_its_checks_and_its_reason(measured, capsys):
     [
         ({"snapkv": "reproduced", "hip": "reproduced"}, 0, 2),
         ({"snapkv": "reproduced", "hip": "not reproduced"}, 1, 2),
-        ({"snapkv": None, "hip": "reproduced"}, 1, 1),
+        ({"snapkv": None, "hip": "not reproduced"}, 3, 1),
     ],
 )
 def test_only_all_reproduced_is_a_yes_and_one_that_breaks_off_stops_no_other(verdicts, code, shown, measured, capsys):
@@ -58,7 +58,7 @@ def test_only_all_reproduced_is_a_yes_and_one_that_breaks_off_stops_no_other(ver
     assert main(["claim", *verdicts, "--tier", "smoke", "--json"]) == code
     out, err = capsys.readouterr()
     assert len(json.loads(out)) == shown
-    assert ("ClaimFailed: claim snapkv: the measurement broke off." in err) == (None in verdicts.values())
+    assert ("CannotRun: claim snapkv: the measurement broke off." in err) == (None in verdicts.values())
 
 
 def test_all_are_all_that_are_registered(measured, capsys):

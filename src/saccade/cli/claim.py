@@ -11,7 +11,7 @@ from typing import Any
 from saccade.cli.console import Bar, note, say_json, say_table
 from saccade.cli.options import add_json
 from saccade.core import registry
-from saccade.core.errors import BadOption
+from saccade.core.errors import BadOption, CannotRun
 
 EXAMPLE = "saccade claim snapkv minference --tier cpu"
 AFTER_INTERRUPT = "Claims that were finished are kept; the others start anew."
@@ -26,7 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """1 where any claim was not reproduced in full, or its measurement broke off."""
+    """3 where any claim could not be measured, else 1 where any was not reproduced in full."""
     names = registry.list_methods() if args.all else args.names
     if not names or (args.all and args.names):
         found = "methods are named besides" if args.all else "no method is named"
@@ -37,19 +37,20 @@ def run(args: argparse.Namespace) -> int:
     done = [result for result in results if result]
     if args.json:
         say_json(done)
-    return 0 if all(r and r["verdict"] == "reproduced" for r in results) else 1
+    if len(done) < len(results):
+        return CannotRun.exit_code
+    return 0 if all(result["verdict"] == "reproduced" for result in done) else 1
 
 
 def _one(name: str, args: argparse.Namespace) -> dict[str, Any] | None:
-    """Measured and shown; None where it broke off."""
+    """Measured and shown; None where it cannot be, which stops no other."""
     from saccade.claims.run import claim
-    from saccade.core.errors import ClaimFailed
 
     try:
         with Bar(args.quiet) as bar:
             (found,) = claim([name], args.tier, bar)
-    except ClaimFailed as e:
-        note(f"ClaimFailed: {e}")
+    except CannotRun as e:
+        note(f"CannotRun: {e}")
         return None
     if not args.json:
         _show(found)
