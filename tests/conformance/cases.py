@@ -1,0 +1,175 @@
+"""What is put to the test: every registered method as it comes, and once for every other value of its choices.
+
+A case is written as on the command line: `snapkv`, `snapkv:pooling=avg`. Nothing here names a method: a new file in
+`methods/` is a new case.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+
+from saccade import models
+from saccade.attach import attach, explain, fingerprint
+from saccade.attach.calibration import Subject
+from saccade.core.artefact import Artefact
+from saccade.core.budget import Budget
+from saccade.core.card import Card
+from saccade.core.method import Method, options
+from saccade.core.registry import card, get, list_methods
+from tests.methods.handmade import tokens
+
+ATTACHED = ("sparse", "cache", "decode")  # the families that `attach` serves
+FRACTIONS = (0.05, 0.25, 0.5, 0.75, 0.9)
+TOKENS = ("1tok", "6tok", "20tok")
+LONG = st.integers(16, 88)
+ANY = st.sampled_from([1, 2, 3, 5, 9, 17]) | LONG  # among them one more than the sizes below
+LAYERS = 2
+# the same examples every time, so that a verdict is repeatable; as they come, since making them smaller takes minutes
+FEW = settings(max_examples=4, derandomize=True, deadline=None, phases=[Phase.generate])
+SMALL_TOKENS = 8  # options in tokens are cut to this, so that a context of tens of tokens is a long one
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A method with one of its choices changed, or none."""
+
+    name: str
+    option: str = ""
+    value: Any = None
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.option}={str(self.value).lower()}" if self.option else self.name
+
+    @property
+    def card(self) -> Card:
+        """What the method says of itself."""
+        return card(self.name)
+
+    def method(self, small: bool = True) -> Method:
+        """With this case's choice, in the sizes of a tiny model: no whole layers, and few tokens if `small`."""
+        made = get(self.name)()
+        for name, value in options(made).items():
+            if name == self.option:
+                made = dataclasses.replace(made, **{name: self.value})
+            elif name.endswith("_layers"):
+                made = dataclasses.replace(made, **{name: 0})
+            elif small and name.endswith("_tokens") and value > SMALL_TOKENS:
+                made = dataclasses.replace(made, **{name: SMALL_TOKENS})
+        return made
+
+    @functools.cached_property
+    def parts(self) -> tuple[str, ...]:
+        """What the method takes over."""
+        return self.method().parts
+
+    @functools.cached_property
+    def budgets(self) -> tuple[float | str, ...]:
+        """Budgets below all that it takes. None where its sizes are fixed otherwise, as its `check` then says."""
+        choice = FRACTIONS if self.option.endswith("_layers") else FRACTIONS + TOKENS
+        model = tiny(4, 2, 16)
+        return tuple(b for b in choice if not explain(model, equipped(self.method(), model), budget=b))
+
+
+def cases() -> list[Case]:
+    """All of them, in the order of the registry."""
+    names = [n for n in list_methods() if card(n).family in ATTACHED]
+    return [Case(n, *change) for n in names for change in [(), *_choices(get(n))]]
+
+
+def _choices(method: type[Method]) -> Iterator[tuple[str, Any]]:
+    """(option, value) for every value that is not the default of an option with a handful of values."""
+    hints = typing.get_type_hints(method)
+    for name, default in options(method).items():
+        values = typing.get_args(hints[name]) if typing.get_origin(hints[name]) is Literal else ()
+        values = (True, False) if hints[name] is bool else (1,) if name.endswith("_layers") else values
+        yield from ((name, value) for value in values if value != default)
+
+
+@functools.cache
+def tiny(heads: int, kv_heads: int, head_size: int, dtype: torch.dtype = torch.float64) -> Any:
+    """A random Llama of two layers. Float64, so that no rounding turns a choice over and none hides a mistake."""
+    return models.tiny("llama", layers=LAYERS, heads=heads, kv_heads=kv_heads, head_size=head_size).to(dtype)
+
+
+class Words:
+    """A tokenizer for calibrations that make texts: a number for each word."""
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [3 + sum(word.encode()) % 120 for word in text.split()]}
+
+
+@functools.cache
+def _calibrated(name: str, made_for: str, heads: int, kv_heads: int, head_size: int) -> Artefact:
+    """By the method's own `calibrate`, as short as it goes."""
+    subject = Subject(tiny(heads, kv_heads, head_size, torch.float32))
+    subject.tokenizer = Words()
+    method = get(name)()
+    short = {option: 2 for option in options(method) if option == "train_steps"}
+    artefact = dataclasses.replace(method, **short).calibrate(subject, [tokens(256, 1)])
+    assert artefact.fingerprint == made_for
+    return artefact
+
+
+def equipped(method: Method, model: Any) -> Method:
+    """With an artefact for this tiny model, if it lives by one."""
+    if not method.card.calibrated:
+        return method
+    config = model.config
+    shape = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    return dataclasses.replace(method, artefact=_calibrated(method.card.name, fingerprint(model), *shape))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Trial:
+    """One example: a method in a model, with a budget, a prompt and what follows it."""
+
+    method: Method
+    model: Any
+    heads: tuple[int, int, int]
+    budget: float | str
+    prompt: int
+    rest: int
+    seed: int
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        said = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[2:]} | options(self.method)
+        printer.text(f"Trial({self.method.card.name}, {', '.join(f'{k}={v!r}' for k, v in said.items())})")
+
+    def attach(self, **changes: Any) -> Any:
+        """The run's context manager."""
+        given = {"budget": self.budget, "seed": self.seed, **changes}
+        return attach(self.model, equipped(self.method, self.model), **given)
+
+    def ids(self, rows: int = 1, name: int = 0) -> torch.Tensor:
+        """Prompt and rest; another `name`, other tokens."""
+        return tokens(self.prompt + self.rest + name, rows)[:, name:]
+
+    @property
+    def allowed(self) -> Budget:
+        """The budget, read."""
+        return Budget.of(self.budget)
+
+
+@st.composite
+def trials(draw: st.DrawFn, case: Case, *, full: bool = False, prompts: st.SearchStrategy[int] = LONG) -> Trial:
+    """Examples of a case: head counts and sizes, budgets below all (or all), lengths and seeds."""
+    heads = draw(st.sampled_from([(4, 2, 16), (3, 1, 16), (4, 2, 32), (2, 2, 16)]))
+    budgets = (1.0,) if full or not case.budgets else case.budgets
+    return Trial(
+        method=case.method(small=draw(st.integers(0, 3)) > 0),
+        model=tiny(*heads),
+        heads=heads,
+        budget=draw(st.sampled_from(budgets)),
+        prompt=draw(prompts),
+        rest=draw(st.integers(2, 8)),
+        seed=draw(st.integers(0, 3)),
+    )
+

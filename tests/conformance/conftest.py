@@ -1,0 +1,45 @@
+"""Every test that takes a `case` runs for every registered method; `--method NAME` leaves one, in all of its forms.
+
+A test marked `claims("chunks")` is expected to fail, and must, for a method whose card gives a reason against "chunks":
+a limitation that is none turns the suite red. A card speaks of the method as it comes; other forms of it may be better.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conformance.cases import cases
+
+
+def pytest_addoption(parser):
+    parser.addoption("--method", metavar="NAME", action="append", help="only this method (conformance); repeatable")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "claims(name): a property of core.card.PROPERTIES, excused by a card's reason")
+
+
+def pytest_generate_tests(metafunc):
+    if "case" not in metafunc.fixturenames:
+        return
+    only = [name.replace("_", "-") for name in metafunc.config.getoption("--method", default=None) or []]
+    some = [case for case in cases() if not only or case.name in only]
+    if not some:
+        raise pytest.UsageError(f"--method {' '.join(only)}: no such method is registered")
+    metafunc.parametrize("case", [_param(case, metafunc.definition) for case in some])
+
+
+def _param(case, test):
+    claim = test.get_closest_marker("claims")
+    reason = case.card.lacks.get(claim.args[0], "") if claim else ""
+    marks = [pytest.mark.xfail(reason=reason, strict=not case.option, raises=AssertionError)] if reason else []
+    return pytest.param(case, id=str(case), marks=marks)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Under --method, tests that are about no method are left out."""
+    if config.getoption("--method", default=None):
+        here = str(config.rootpath / "tests" / "conformance")
+        drop = [i for i in items if str(i.path).startswith(here) and "case" not in i.fixturenames]
+        items[:] = [i for i in items if i not in drop]
+        config.hook.pytest_deselected(items=drop)

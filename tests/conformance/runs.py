@@ -1,0 +1,167 @@
+"""Reading tokens under a method, which pairs were computed then, and how far two results may differ."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from saccade.attach import compat
+from saccade.core.selection import causal_mask
+from tests.conformance.cases import LAYERS, Trial
+from tests.helpers import TIMES, error, rounding
+from tests.methods.handmade import in_pieces
+
+
+def read(trial: Trial, ids: Tensor, cuts: Sequence[int] = (), **changes: Any) -> Tensor:
+    """Logits under the method, attached for this only. The prompt ends where the trial says, or at the first cut."""
+    with trial.attach(**changes):
+        return in_pieces(trial.model, ids, list(cuts) or [trial.prompt])
+
+
+@contextlib.contextmanager
+def kernel(model: Any, name: str) -> Iterator[None]:
+    """The model's own attention by another of transformers' functions: "sdpa" or "eager"."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def own(model: Any, ids: Tensor, cuts: Sequence[int]) -> list[Tensor]:
+    """What the model gives without us, however it computes the same thing: by both of PyTorch's ways, also in pieces."""
+    out = []
+    for name in ("sdpa", "eager"):
+        with kernel(model, name), torch.no_grad():
+            out += [model(ids, use_cache=False).logits, in_pieces(model, ids, list(cuts))]
+            twice = model(torch.cat([ids.flip(1), ids]), use_cache=False).logits
+            out.append(twice[len(ids) :])
+    return out
+
+
+def assert_same(actual: Tensor, expected: Tensor, trial: Trial, what: str = "logits") -> None:
+    """Equal but for rounding: at most twice what PyTorch's own ways of one dense forward differ in that precision."""
+    ways = own(trial.model, trial.ids(), [trial.prompt])
+    theirs = max(error(way, ways[0]) for way in ways[1:])
+    ours = error(actual, expected)
+    assert ours <= TIMES * max(theirs, rounding(ways[0], actual.dtype)), f"{what}: {ours:.3g}, PyTorch {theirs:.3g}"
+
+
+# --- what was computed ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Watched:
+    """Of one sequence: logits, and per layer the pairs [1 h n n] that were computed and the positions held per head."""
+
+    logits: Tensor
+    masks: list[Tensor]
+    held: list[list[Tensor]]
+    record: Any
+
+
+def watch(trial: Trial, ids: Tensor | None = None) -> Watched:
+    """Read prompt and rest, each in one forward, and note every answer of the method's `select` and `visible`."""
+    ids = trial.ids() if ids is None else ids
+    with trial.attach() as run, _listening(type(trial.method)) as heard, torch.no_grad():
+        first = trial.model(ids[:, : trial.prompt], use_cache=True)
+        held = [run.record.layers[layer].kept[0] for layer in range(LAYERS)]
+        heard_prompt = heard[:]
+        heard.clear()
+        second = trial.model(ids[:, trial.prompt :], past_key_values=first.past_key_values, use_cache=True)
+        masks = [_pairs(trial, layer, held[layer], heard_prompt, heard) for layer in range(LAYERS)]
+        return Watched(torch.cat([first.logits, second.logits], 1), masks, held, run.record)
+
+
+@contextlib.contextmanager
+def _listening(cls: type) -> Iterator[list[tuple[Any, Any]]]:
+    """(site, selection) or (site, (query positions, key positions, heads, answer)), in the order they were given."""
+    heard: list[tuple[Any, Any]] = []
+
+    def select(self, q, k, site):
+        heard.append((site, plain["select"](self, q, k, site)))
+        return heard[-1][1]
+
+    def visible(self, q_position, k_position, head, site):
+        out = plain["visible"](self, q_position, k_position, head, site)
+        heard.append((site, (q_position, k_position, head, out)))
+        return out
+
+    plain = {name: getattr(cls, name) for name in ("select", "visible") if hasattr(cls, name)}
+    spies = {"select": select, "visible": visible}
+    with contextlib.ExitStack() as stack:
+        for name in plain:
+            stack.enter_context(mock.patch.object(cls, name, spies[name]))
+        yield heard
+
+
+def _pairs(trial: Trial, layer: int, held: list[Tensor], prompt: list, rest: list) -> Tensor:
+    """Causal, but for what the method said otherwise: in the prompt, by what it kept, and in what came after."""
+    n, end, heads = trial.prompt, trial.prompt + trial.rest, trial.heads[0]
+    group = heads // trial.heads[1]
+    out = causal_mask(end, end).repeat(1, heads, 1, 1)
+    for selection in _selections(prompt, layer, "prefill"):
+        out[..., :n, :n] = selection.mask()
+    for head in range(heads):
+        stored = torch.cat([held[head // group].long(), torch.arange(n, end)])
+        forgotten = torch.ones(end, dtype=torch.bool).scatter(0, stored, False)
+        out[:, head, n:, forgotten] = False
+        for selection in _selections(rest, layer, "decode"):
+            out[:, head, n:, stored] &= selection.mask().expand(1, heads, -1, -1)[:, head]
+    for site, (at, positions, rows, answer) in _answers(rest, layer):
+        if answer is None or at.shape[1] != trial.rest or site.queries != trial.rest:
+            continue  # asked by the eviction after the forward, about the next query
+        for row, kept, seen in zip(rows.tolist(), positions.long(), answer):
+            out[:, row * group : (row + 1) * group, n:, kept] &= seen
+    return out
+
+
+def _selections(heard: list, layer: int, stage: str) -> list:
+    return [s for site, s in heard if site.layer == layer and site.stage == stage and hasattr(s, "mask")]
+
+
+def _answers(heard: list, layer: int) -> list:
+    return [(site, a) for site, a in heard if site.layer == layer and isinstance(a, tuple)]
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Padded:
+    """Rows of different lengths side by side, with padding on one side, and the positions that go with it."""
+
+    ids: Tensor
+    real: Tensor
+    position: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Tensor], side: str) -> Padded:
+        """Rows [n] of any length, also none."""
+        width = max(len(row) for row in rows)
+        ids = torch.full((len(rows), width), 5)  # a word like any other: only the mask may tell
+        real = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+            ids[i, place], real[i, place] = row, True
+        return cls(ids, real, (real.long().cumsum(-1) - 1).clamp(min=0))
+
+
+def read_padded(model: Any, prompts: Sequence[Tensor], rests: Sequence[Tensor], side: str) -> list[Tensor]:
+    """Logits of each row's real tokens: prompts padded on one side, then the rests (of one length) on that cache."""
+    first, more = Padded.of(prompts, side), torch.stack(list(rests))
+    lengths = torch.tensor([len(p) for p in prompts])[:, None]
+    cache = compat.new_cache(model)
+    with torch.no_grad():
+        out = model(first.ids, attention_mask=first.real.long(), position_ids=first.position, past_key_values=cache)
+        whole = torch.cat([first.real, torch.ones_like(more, dtype=torch.bool)], 1).long()
+        where = lengths + torch.arange(more.shape[1])
+        after = model(more, attention_mask=whole, position_ids=where, past_key_values=cache)
+    return [torch.cat([a[r], b])[None] for a, r, b in zip(out.logits, first.real, after.logits)]

@@ -1,0 +1,135 @@
+"""Properties 7, 9 and 11: grouped heads, the model as it was found, and mixers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saccade import models
+from saccade.attach import attach, fingerprint
+from saccade.core.method import Mixer
+from saccade.core.registry import get, list_methods
+from tests.conformance.cases import FEW, LAYERS, equipped, tiny, trials
+from tests.conformance.runs import assert_same, read
+from tests.methods.handmade import in_pieces
+
+
+@pytest.mark.claims("gqa")
+@given(data=st.data())
+@FEW
+def test_07_grouped_heads_equal_repeated_heads(case, data):
+    """The same model with its keys and values written out for every query head.
+
+    A cache keeps or drops a key for a whole group. There the group's queries are alike, so that all of it agrees.
+    """
+    trial = data.draw(trials(case))
+    grouped = dataclasses.replace(trial, model=alike(trial.heads) if "evict" in case.parts else trial.model)
+    made = equipped(grouped.method, tiny(*trial.heads))
+    repeated = written_out(grouped.model)
+    pieces = (trial.ids(), [trial.prompt])
+    out = []
+    for model in (grouped.model, repeated):
+        method = dataclasses.replace(made, artefact=made.artefact and for_model(made.artefact, model, trial.heads))
+        with attach(model, method, budget=trial.budget, seed=trial.seed):
+            out.append(in_pieces(model, *pieces))
+    assert_same(out[1], out[0], grouped)
+
+
+@functools.cache
+def alike(heads):
+    """The queries of each group are copies of its first."""
+    model, (h, g, d) = copy.deepcopy(tiny(*heads)), heads
+    for layer in model.model.layers:
+        weight = layer.self_attn.q_proj.weight.data.unflatten(0, (g, h // g, d))
+        weight.copy_(weight[:, :1].clone().expand_as(weight))
+    return model
+
+
+def written_out(model):
+    """One key/value head for every query head, equal within a group."""
+    config = model.config
+    h, g, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    twin, weights = models.tiny("llama", layers=LAYERS, heads=h, kv_heads=h, head_size=d).double(), model.state_dict()
+    for name in [n for n in weights if "k_proj" in n or "v_proj" in n]:
+        weights[name] = weights[name].unflatten(0, (g, d)).repeat_interleave(h // g, 0).flatten(0, 1)
+    twin.load_state_dict(weights)
+    return twin
+
+
+def for_model(artefact, model, heads):
+    """What was learnt per key/value head, [layers g ...], written out where the model is; stamped for it."""
+    h, g, _ = heads
+    times = model.config.num_key_value_heads // g
+    tensors = {n: t.repeat_interleave(times, 1) if t.shape[1] == g != h else t for n, t in artefact.tensors.items()}
+    return dataclasses.replace(artefact, tensors=tensors, fingerprint=fingerprint(model))
+
+
+@pytest.mark.claims("detach")
+@given(data=st.data())
+@FEW
+def test_09_detach_puts_everything_back(case, data):
+    trial = data.draw(trials(case))
+    with unchanged(trial), trial.attach():
+        in_pieces(trial.model, trial.ids(), [trial.prompt])
+        trial.model.generate(trial.ids()[:, :4], max_new_tokens=2)
+
+
+@pytest.mark.claims("detach")
+@given(data=st.data())
+@FEW
+def test_09_detach_puts_everything_back_after_an_exception(case, data):
+    """Raised in the user's block, and in the middle of a forward."""
+    trial = data.draw(trials(case))
+    with unchanged(trial), pytest.raises(KeyError, match="ours"), trial.attach():
+        in_pieces(trial.model, trial.ids(), [trial.prompt])
+        raise KeyError("ours")
+    last = trial.model.model.layers[-1].mlp
+    with unchanged(trial), pytest.raises(KeyError, match="theirs"), trial.attach():
+        handle = last.register_forward_pre_hook(fail)
+        try:
+            in_pieces(trial.model, trial.ids(), [trial.prompt])
+        finally:
+            handle.remove()
+
+
+def fail(*_):
+    """A hook that fails."""
+    raise KeyError("theirs")
+
+
+class unchanged:
+    """The model gives bit for bit what it gave, and carries nothing more than it did."""
+
+    def __init__(self, trial):
+        self.model, self.ids, self.cut = trial.model, trial.ids(), trial.prompt
+
+    def __enter__(self):
+        self.before = self._look()
+
+    def __exit__(self, *error):
+        if error[0] is None:
+            (logits, *state), (logits_now, *state_now) = self.before, self._look()
+            assert torch.equal(logits, logits_now)
+            assert state == state_now
+
+    def _look(self):
+        carried = [(name, sorted(m.__dict__), len(m._forward_pre_hooks)) for name, m in self.model.named_modules()]
+        return in_pieces(self.model, self.ids, [self.cut]), self.model.config._attn_implementation, carried
+
+
+def without_forms(cls):
+    """Forms that a mixer inherits unwritten."""
+    return [form for form in ("forward", "step", "reference") if form not in vars(cls)]
+
+
+def test_11_there_is_no_mixer_yet_and_one_without_forms_would_be_seen():
+    """The family has no method. Its first must bring what compares the forms and their gradients: this says so."""
+    assert list_methods(family="mixers") == [], "write property 11: all forms agree, gradients too"
+    assert [n for n in list_methods(family="mixers") if without_forms(get(n))] == []
+    assert without_forms(type("Bare", (Mixer,), {"forward": None})) == ["step", "reference"]
