@@ -278,9 +278,10 @@ class Engine:
     def _keep_state(self, layer: SaccadeLayer, method: Method, site: Site, ids: list[int]) -> None:
         if not site.state:
             return
-        states = layer.states.setdefault(method.card.name, [{} for _ in range(layer.store.sequences)])
-        for place, i in enumerate(ids):
-            states[i] = {name: value[place : place + 1] for name, value in site.state.items()}
+        for kind in [layer.states] + [layer.prompt_states] * (site.stage == "prefill"):
+            states = kind.setdefault(method.card.name, [{} for _ in range(layer.store.sequences)])
+            for place, i in enumerate(ids):
+                states[i] = {name: value[place : place + 1] for name, value in site.state.items()}
 
 
 def _gather_state(layer: SaccadeLayer, owner: Method | None, ids: list[int] | None) -> dict[str, Tensor]:

@@ -15,6 +15,8 @@ from saccade.core.errors import CannotRun
 if TYPE_CHECKING:
     from saccade.attach.engine import Engine
 
+States = dict[str, list[dict[str, Tensor]]]  # method -> per sequence
+
 
 class SaccadeLayer(CacheLayerMixin):
     """One layer's cache. `seen` counts slots (padding included): positions, masks and prompt slicing depend on it."""
@@ -32,7 +34,8 @@ class SaccadeLayer(CacheLayerMixin):
         self.prompt_done = False
         self.recording = False  # tokens may be taken back: eviction waits for crop()
         self.queries: list[Tensor] = []  # per sequence the last queries [h w d], for methods that score with them
-        self.states: dict[str, list[dict[str, Tensor]]] = {}  # method -> per sequence
+        self.states: States = {}
+        self.prompt_states: States = {}  # as the prompt left them: what is there again when later tokens are taken back
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember type and device."""
@@ -85,7 +88,7 @@ class SaccadeLayer(CacheLayerMixin):
         if tokens_to_remove:
             self.seen += tokens_to_remove
             self.store.crop(-tokens_to_remove)
-            self.states.clear()
+            self.states = {name: list(states) for name, states in self.prompt_states.items()}
         if self.engine is not None:
             self.engine.evict(self)
 
@@ -95,7 +98,10 @@ class SaccadeLayer(CacheLayerMixin):
         index = index.to(self.store.buckets[0].rows.device)
         self.store.select_sequences(index)
         order = index.tolist()
-        self.states = {name: [dict(states[i]) for i in order] for name, states in self.states.items()}
+        self.states, self.prompt_states = (
+            {name: [dict(states[i]) for i in order] for name, states in kind.items()}
+            for kind in (self.states, self.prompt_states)
+        )
         self.queries = [self.queries[i] for i in order] if self.queries else []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

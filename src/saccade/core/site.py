@@ -36,7 +36,7 @@ class Site:
     seen: tokens that went by, dropped ones included; the true position of the last query is `seen - 1`
     scale, softcap: of the logits, as the model has them
     state: what this method wants to remember between calls on this layer and cache. Tensors with the batch first; they
-        follow beam reordering, and are cleared when tokens are taken back
+        follow beam reordering; when tokens are taken back, what the prompt left is there again
     attend: (q, k, v, selection) -> out; computes and records. A method calls it instead of an op's back end
     """
 
