@@ -39,7 +39,10 @@ class Random(Cache):
         summary="The same budget on keys drawn at random: evicted, computed in the prefill, or read in decoding.",
         budget="keys per head that remain (evict), pairs computed (prefill), keys each new query reads (decode)",
         baseline=True,
-        lacks={"chunks": "what is drawn at the end of a prompt, or for its blocks, depends on where the prompt ends"},
+        lacks={
+            "chunks": "what is drawn at the end of a prompt, or for its blocks, depends on where the prompt ends",
+            "gqa": "in a cache each key/value head draws for itself, so heads written out draw differently",
+        },
     )
 
     part: Literal["evict", "prefill", "decode"] = "evict"
