@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from saccade import models, tasks
+from saccade import models, ops, tasks
 from saccade.attach import attach, fingerprint
+from saccade.attach.calibration import Subject as Calibrated
 from saccade.claims._contract import SEED, Check, Evidence, Progress
 from saccade.core import rng
 from saccade.core.budget import Budget
 from saccade.core.method import Method
+from saccade.core.selection import Selection, dense
+from saccade.core.site import Site
 from saccade.measure.contestants import Contestant, parse
 from saccade.measure.score import Subject, quality
 from saccade.measure.stats import Estimate, hit_rate, mean_interval, paired
 
 Spec = str | Method
+Captured = tuple[Site, Tensor, Tensor, Tensor]
 PROMPT = 64  # tokens of the smoke tier's prompt
 
 
@@ -63,12 +68,37 @@ class Bench:
 
 def at_least(name: str, found: Estimate, bar: float) -> Check:
     """Holds if the mean reaches the bar."""
-    return Check(name, found.mean, found.low, found.high, bar, found.mean >= bar)
+    return _check(name, found, bar, found.mean >= bar)
 
 
 def at_most(name: str, found: Estimate, bar: float) -> Check:
     """Holds if the mean stays within the bar."""
-    return Check(name, found.mean, found.low, found.high, bar, found.mean <= bar)
+    return _check(name, found, bar, found.mean <= bar)
+
+
+def _check(name: str, found: Estimate, bar: float, holds: bool) -> Check:
+    return Check(name, found.mean, found.low, found.high, bar, holds, found.n, found.smallest_effect)
+
+
+def ceiling(text: Bench, budget: float, bar: float) -> str:
+    """What the exact best keys of each row lose, as many pairs, in nats: the part that no selection can win back."""
+    lost = text.difference(text.scores("oracle-topk", budget), text.scores("full")).mean
+    blame = "so few keys are not enough here, however chosen" if lost > bar else "so the keys are there to be found"
+    return f"The exact top keys of every row, as many pairs, lose {lost:+.3f} nats themselves: {blame}."
+
+
+def captured(subject: Calibrated, texts: Sequence[Tensor], budget: float) -> Iterator[Captured]:
+    """Site, q, k, v of the prefill of every text in every layer."""
+    places = {spot.place.layer: dataclasses.asdict(spot.place) for spot in subject.found.sites}
+    for layer, q, k, v in subject.capture_qkv(texts):
+        n = q.shape[2]
+        yield Site(**places[layer], stage="prefill", queries=n, keys=n, seen=n, budget=Budget(budget)), q, k, v
+
+
+def mass(q: Tensor, k: Tensor, v: Tensor, selection: Selection, site: Site) -> float:
+    """Mean attention mass of the selected keys, over heads and rows."""
+    part, whole = (ops.attend(q, k, v, s, scale=site.scale)[1] for s in (selection, dense(site.queries, site.keys)))
+    return float(torch.exp((part - whole).double()).mean())
 
 
 def machinery(method: Method, budget: float = 0.5) -> Evidence:
@@ -105,7 +135,7 @@ def _stamped(method: Method, model: Any) -> Any:
 
 
 @torch.no_grad()
-def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def _logits(model: Any, ids: Tensor) -> Tensor:
     """A prompt, and what follows it on the same cache."""
     first = model(ids[:, :PROMPT], use_cache=True)
     if ids.shape[1] == PROMPT:

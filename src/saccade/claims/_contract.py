@@ -34,7 +34,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Check:
-    """One figure with its interval, held against a bar that was set before."""
+    """One figure with its interval, held against a bar that was set before.
+
+    n: samples; smallest_effect: the smallest distance from the bar that so many show four times in five
+    """
 
     name: str
     value: float
@@ -42,6 +45,8 @@ class Check:
     high: float
     bar: float
     holds: bool
+    n: int = 1
+    smallest_effect: float = 0.0
 
     def __post_init__(self):
         assert self.name, "a check has a name"

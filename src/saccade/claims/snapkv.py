@@ -32,6 +32,7 @@ CLAIM = Claim(
     " pooling above no pooling; four fifths of the answer's attention on kept keys, 1.3 times streaming's.",
 )
 BUDGET = 0.125
+SAMPLES = 10  # per length: of 20 in all, one that is lost stays within 5 points
 OURS = "snapkv:window_tokens=16"
 
 
@@ -39,20 +40,16 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     """Evidence of a tier: "smoke" or "cpu"."""
     if tier == "smoke":
         return machinery(SnapKV(window_tokens=8))
-    asked = Bench("passkey", (512, 1024), 12, progress)
-    full, ours = asked.scores("full"), asked.scores(OURS, BUDGET)
-    plain = asked.scores(f"{OURS},pool_tokens=1", BUDGET)
+    asked = Bench("passkey", (512, 1024), SAMPLES, progress)
+    ours, plain = asked.scores(OURS, BUDGET), asked.scores(f"{OURS},pool_tokens=1", BUDGET)
     versus = {
-        "snapkv minus full": (full, -0.05),
+        "snapkv minus full": (asked.scores("full"), -0.05),
         "snapkv minus streaming": (asked.scores("streaming", BUDGET), 0.30),
         "snapkv minus random": (asked.scores("random:part=evict", BUDGET), 0.30),
         "pooling minus no pooling": (plain, 0.05),
     }
     checks = [at_least(name, asked.difference(ours, theirs), bar) for name, (theirs, bar) in versus.items()]
-    # more room, and the known weakness: reported, not counted
-    asked.scores(OURS, 0.25)
-    asked.scores(OURS, 0.5)
-    later = Bench("passkey-agnostic", (512,), 8, progress, (asked.model, asked.tokenizer))
+    later = Bench("passkey-agnostic", (512,), 10, progress, (asked.model, asked.tokenizer))
     loss = later.difference(later.scores(OURS, BUDGET), later.scores("full"))
     some = asked.samples[:6]
     mass, near = (_mass(asked.model, some, spec) for spec in (parse(OURS).methods[0], Streaming()))
@@ -60,10 +57,11 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     ratio = mean_interval([a / b for a, b in zip(mass, near)])
     checks.append(at_least("the same, over that on streaming's keys", ratio, 1.3))
     reason = (
-        f"Known weakness, not counted: with the question after the compression, snapkv minus full is {loss.mean:+.2f}"
-        f" [{loss.low:+.2f}, {loss.high:+.2f}]."
+        f"Without pooling {sum(plain):.0f} of {len(plain)} keys are found, with it {sum(ours):.0f}. Known weakness, not"
+        " counted: with the question after the compression, snapkv minus full is"
+        f" {loss.mean:+.2f} [{loss.low:+.2f}, {loss.high:+.2f}]."
     )
-    setting = f"SmolLM2-135M-Instruct, float32; 512 and 1,024 tokens, 12 pass keys each; {BUDGET} of the keys kept"
+    setting = f"SmolLM2-135M-Instruct, float32; {SAMPLES} pass keys each in 512 and 1,024 tokens; {BUDGET} kept"
     return Evidence(checks, setting, reason=reason, table=asked.rows() + later.rows())
 
 
