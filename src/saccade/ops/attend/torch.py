@@ -98,6 +98,7 @@ class _Attend(torch.autograd.Function):
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, work: list[Share], logits: Logits) -> tuple[Tensor, Tensor]:
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # PyTorch's kernel does not look
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=wide(q))
     sparse = [s for s in work if not _flash(q, k, v, s, logits, out, lse)]
