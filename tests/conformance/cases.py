@@ -107,15 +107,13 @@ class Words:
 
 
 @functools.cache
-def _calibrated(name: str, made_for: str, heads: int, kv_heads: int, head_size: int) -> Artefact:
+def _calibrated(name: str, heads: int, kv_heads: int, head_size: int) -> Artefact:
     """By the method's own `calibrate`, as short as it goes."""
     subject = Subject(tiny(heads, kv_heads, head_size, torch.float32))
     subject.tokenizer = Words()
     method = get(name)()
     short = {option: 2 for option in options(method) if option == "train_steps"}
-    artefact = dataclasses.replace(method, **short).calibrate(subject, [tokens(256, 1)])
-    assert artefact.fingerprint == made_for
-    return artefact
+    return dataclasses.replace(method, **short).calibrate(subject, [tokens(256, 1)])
 
 
 def equipped(method: Method, model: Any) -> Method:
@@ -124,7 +122,8 @@ def equipped(method: Method, model: Any) -> Method:
         return method
     config = model.config
     shape = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    return dataclasses.replace(method, artefact=_calibrated(method.card.name, fingerprint(model), *shape))
+    artefact = dataclasses.replace(_calibrated(method.card.name, *shape), fingerprint=fingerprint(model))
+    return dataclasses.replace(method, artefact=artefact)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -278,10 +278,12 @@ class Engine:
     def _keep_state(self, layer: SaccadeLayer, method: Method, site: Site, ids: list[int]) -> None:
         if not site.state:
             return
+        # copies: a view would hold on to the whole batch, and to all that the method computed with it
+        mine = [{name: value[i : i + 1].clone() for name, value in site.state.items()} for i in range(len(ids))]
         for kind in [layer.states] + [layer.prompt_states] * (site.stage == "prefill"):
             states = kind.setdefault(method.card.name, [{} for _ in range(layer.store.sequences)])
-            for place, i in enumerate(ids):
-                states[i] = {name: value[place : place + 1] for name, value in site.state.items()}
+            for i, state in zip(ids, mine):
+                states[i] = state
 
 
 def _gather_state(layer: SaccadeLayer, owner: Method | None, ids: list[int] | None) -> dict[str, Tensor]:

@@ -117,6 +117,18 @@ class SaccadeLayer(CacheLayerMixin):
         """Keep some sequences."""
         self._select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
+    def bytes_held(self) -> int:
+        """Of all storages, each counted once: tokens and what lies beside them, and what methods remember."""
+        remembered = [
+            tensor
+            for kind in (self.states, self.prompt_states)
+            for sequences in kind.values()
+            for state in sequences
+            for tensor in state.values()
+        ]
+        tensors = [*(self.store.tensors() if self.store else []), *self.queries, *remembered]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
     def offload(self) -> None:
         """Offloading swaps whole tensors; our rows are ragged."""
         raise CannotRun("offload this cache", "saccade's cache layers are ragged", "Use the default cache.")

@@ -174,5 +174,5 @@ class Run:
             if layer is not None and layer.store is not None:
                 entry = self.layer_record(engine)
                 entry.seen, entry.kept = list(layer.store.seen), layer.store.kept()
-                entry.bytes_held = layer.store.bytes_held()
+                entry.bytes_held = layer.bytes_held()
         return self._record

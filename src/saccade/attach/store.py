@@ -33,7 +33,7 @@ class Bucket:
 
     def tensors(self) -> list[Tensor]:
         """All that is held."""
-        return [self.positions, *self.columns.values()]
+        return [self.rows, self.positions, *self.columns.values()]
 
     def pick(self, entries: Int[Tensor, " m"]) -> Bucket:
         """Some of the rows, by their place in the bucket; may repeat."""
@@ -172,10 +172,9 @@ class Store:
         self.sequences = len(index)
         self.seen = [self.seen[i] for i in index.tolist()]
 
-    def bytes_held(self) -> int:
-        """Of all storages, each counted once."""
-        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for b in self.buckets for t in b.tensors()}
-        return sum(held.values())
+    def tensors(self) -> list[Tensor]:
+        """All that is held."""
+        return [t for bucket in self.buckets for t in bucket.tensors()]
 
     def kept(self) -> list[list[Tensor]]:
         """True positions stored, per sequence and head."""

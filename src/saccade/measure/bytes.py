@@ -12,7 +12,7 @@ from saccade.attach import compat
 
 def cache_bytes(cache: Any) -> int:
     """What a cache holds in all layers, with or without methods attached; a shared storage counts once."""
-    held = sum(layer.store.bytes_held() for layer in cache.layers if getattr(layer, "store", None) is not None)
+    held = sum(layer.bytes_held() for layer in cache.layers if hasattr(layer, "store"))
     plain = [layer for layer in cache.layers if not hasattr(layer, "store") and layer.is_initialized]
     return held + _storages([t for layer in plain for t in (layer.keys, layer.values)])
 

@@ -1,0 +1,151 @@
+"""Properties 12 and 14: nothing is read that was not written, any strides and dtypes do, and bytes are counted."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from saccade.attach.engine import Engine
+from tests.conformance.cases import FEW, tiny, trials
+from tests.conformance.runs import assert_same, read
+from tests.methods.handmade import in_pieces
+
+FRESH = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"))
+
+
+def poisoned(make):
+    """The same function, whose memory holds the worst there is."""
+
+    def fill(*args, **options):
+        fresh = make(*args, **options)
+        if fresh.is_meta or not fresh.numel():
+            return fresh
+        if fresh.dtype.is_floating_point:
+            return fresh.fill_(torch.nan)
+        return fresh.fill_(fresh.dtype == torch.bool or torch.iinfo(fresh.dtype).max)
+
+    return fill
+
+
+@contextlib.contextmanager
+def poison() -> Iterator[None]:
+    """Fresh memory holds NaN, the largest integer, True."""
+    with contextlib.ExitStack() as stack:
+        for owner, name in FRESH:
+            stack.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name))))
+        yield
+
+
+def test_12_the_poison_works():
+    """Else the next test tests nothing."""
+    like = torch.zeros(2)
+    with poison():
+        fresh = [torch.empty(2), torch.empty_like(like), torch.empty_strided((2,), (3,)), like.new_empty(2)]
+        assert all(x.isnan().all() for x in fresh)
+        assert torch.empty(1, dtype=torch.int32) == 2**31 - 1 and torch.empty(1, dtype=torch.bool)
+
+
+@pytest.mark.claims("memory")
+@given(data=st.data())
+@FEW
+def test_12_fresh_memory_is_written_before_it_is_read(case, data):
+    """Bit for bit the same under poison, for two rows of a batch."""
+    trial = data.draw(trials(case))
+    ids = trial.ids(rows=2)
+    clean = read(trial, ids)
+    with poison():
+        assert torch.equal(read(trial, ids), clean)
+
+
+@pytest.mark.claims("memory")
+@given(data=st.data())
+@FEW
+def test_12_strided_inputs_do(case, data):
+    """Queries, keys and values as every second number of a wider tensor, with NaN between."""
+    trial = data.draw(trials(case))
+    plain = Engine.forward
+
+    def forward(self, layer, q, k, v, real):
+        q, k, v = (torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0] for x in (q, k, v))
+        assert not q.is_contiguous()
+        return plain(self, layer, q, k, v, real)
+
+    expected = read(trial, trial.ids())
+    with mock.patch.object(Engine, "forward", forward):
+        assert_same(read(trial, trial.ids()), expected, trial)
+
+
+@pytest.mark.claims("memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@given(data=st.data())
+@settings(FEW, max_examples=1)
+def test_12_the_dtype_stays(case, dtype, data):
+    """Of the logits, and of the keys and values that are stored."""
+    trial = data.draw(trials(case))
+    trial = dataclasses.replace(trial, model=tiny(*trial.heads, dtype))
+    with trial.attach(), torch.no_grad():
+        out = trial.model(trial.ids()[:, : trial.prompt], use_cache=True)
+        logits = trial.model(trial.ids()[:, trial.prompt :], past_key_values=out.past_key_values).logits
+        stored = [b.columns[name] for layer in out.past_key_values.layers for b in layer.store.buckets
+                  for name in ("keys", "values")]  # fmt: skip
+    assert {x.dtype for x in (out.logits, logits, *stored)} == {dtype}
+    assert out.logits.isfinite().all() and logits.isfinite().all()
+
+
+@pytest.mark.claims("bytes")
+@given(data=st.data())
+@FEW
+def test_14_bytes_reported_are_bytes_held(case, data):
+    """Every tensor that can be reached from the cache's layers, after the prompt and after each of two forwards."""
+    trial, rows = data.draw(trials(case)), data.draw(st.integers(1, 3))
+    ids, n = trial.ids(rows), trial.prompt
+    with trial.attach() as run, torch.no_grad():
+        cache = trial.model(ids[:, :n], use_cache=True).past_key_values
+        assert run.record.bytes_held == reachable(cache)
+        for part in (ids[:, n : n + 1], ids[:, n + 1 :]):
+            trial.model(part, past_key_values=cache)
+            assert run.record.bytes_held == reachable(cache)
+
+
+def reachable(cache) -> int:
+    """Bytes of the storages of all tensors under the cache's layers; engines belong to the run, not to the cache."""
+    found, waiting, seen = {}, [cache.layers], set()
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in seen or isinstance(thing, Engine):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, Tensor):
+            found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        elif isinstance(thing, dict):
+            waiting += thing.values()
+        elif isinstance(thing, (list, tuple)):
+            waiting += thing
+        elif type(thing).__module__.startswith("saccade."):
+            waiting.append(vars(thing))
+    return sum(found.values())
+
+
+@pytest.mark.claims("bytes")
+@given(data=st.data())
+@FEW
+def test_14_what_was_dropped_is_given_back(case, data):
+    """Nothing holds on to more than the kept keys and values, their positions, and columns beside them."""
+    trial = data.draw(trials(case))
+    with trial.attach() as run:
+        in_pieces(trial.model, trial.ids(), [trial.prompt])
+        if "evict" not in case.parts:
+            assert run.record.kept_fraction == 1
+            return
+        for layer in run.record.layers.values():
+            kept = sum(len(p) for p in layer.kept[0])
+            extra = layer.bytes_held - kept * (2 * trial.heads[2] * 8 + 4)
+            assert 0 <= extra <= 64 * trial.heads[1]
