@@ -64,6 +64,20 @@ def test_each_block_reads_what_the_pseudo_code_finds(n, share, rep, stride):
             assert found == searched(asking, k[1, head // 2].double(), sinks, end - window, most, rep, stride=stride)
 
 
+@given(st.integers(60, 150), st.floats(0.2, 0.6))
+def test_a_group_may_search_together_by_its_largest_score(n, share):
+    method = Hip(share_in_group=True, sink_tokens=2, window_tokens=16, query_block_tokens=8)
+    (q, k), here = tensors(n), site(share, queries=n, keys=n, layer=3, layers=30)
+    selection = method.select(q.double(), k.double(), here)
+    index, block = selection.index, selection.q_block
+    assert torch.equal(index[:, ::2], index[:, 1::2])
+    sinks, window, most = method._sizes(n, here)
+    for i in range(n // block):
+        asking = q[1, 2:, i * block : (i + 1) * block][:, min(2, block) - 1 :: 2].flatten(0, 1).double()
+        found = {int(t) for t in index[1, 3, i] if t >= 0}
+        assert found == searched(asking, k[1, 1].double(), sinks, (i + 1) * block - window, most, "center", stride=1)
+
+
 @given(st.integers(1, 200), SHARES, st.sampled_from(["center", "first", "oracle"]), st.sampled_from([0, 2]))
 def test_regions_are_disjoint_within_the_budget_and_hold_the_query(n, share, rep, layer):
     here = site(share, queries=n, keys=n, layer=layer, layers=3)
@@ -176,7 +190,12 @@ def test_a_full_budget_is_dense():
 
 
 def test_options_that_cannot_be():
-    with pytest.raises(BadOption, match=r"hip\.refresh_steps=0: it takes at least 1"):
-        Hip(refresh_steps=0)
+    for name in ("refresh_steps", "query_block_tokens", "key_block_tokens", "window_tokens", "query_stride"):
+        with pytest.raises(BadOption, match=rf"hip\.{name}=0: it takes at least 1"):
+            Hip(**{name: 0})
+    with pytest.raises(BadOption, match=r"hip\.dense_layers=-1: it takes a whole number from 0"):
+        Hip(dense_layers=-1)
+    with pytest.raises(BadOption, match=r"hip\.rep='last': it takes 'center' or 'first' or 'oracle'"):
+        Hip(rep="last")
     with pytest.raises(CannotRun, match="the budget 4096B is in bytes"):
         attach(tiny(), "hip", budget="4KiB")

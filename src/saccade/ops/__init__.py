@@ -6,6 +6,7 @@
 """
 
 from saccade.ops.attend.api import attend
+from saccade.ops.block_logits.api import block_logits
 from saccade.ops.column_scores.api import column_scores
 from saccade.ops.decode.api import decode
 from saccade.ops.lines.api import draw_lines, fit_lines, line_scores
@@ -14,6 +15,7 @@ from saccade.ops.pool_and_select.api import pool_and_select, pool_blocks
 
 __all__ = [
     "attend",
+    "block_logits",
     "column_scores",
     "decode",
     "draw_lines",

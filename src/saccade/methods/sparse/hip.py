@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
+from saccade import ops
 from saccade.core.budget import Budget
 from saccade.core.card import Card
 from saccade.core.errors import BadOption
 from saccade.core.method import Sparse
 from saccade.core.selection import Gather, Selection, dense
 from saccade.core.site import Site
-
-_SCORES = 2**20  # key elements gathered at once: 4 MiB in float32, which stays in a CPU cache
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,6 @@ class Hip(Sparse):
     key blocks. At each level a group (i, z) becomes (i, z // 2) and (i + z // 2, z - z // 2), and the m groups of
     largest  max_{q, t} q . k_t  over the representative block's tokens stay, until each is one block. Rows then attend
     exactly to sinks, those blocks and the window.
-
     The budget pays for k + sink + window keys a row. sink_tokens and window_tokens shrink to an eighth and a third of
     that where they would take more, query blocks to the window, and dense_layers to half of the whole model's budget.
 
@@ -39,7 +39,10 @@ class Hip(Sparse):
     refresh_steps: decoding searches anew at every such step, and reads the same keys in between
     rep: the block that stands for a group: its middle, its first, or ("oracle") whichever scores best, which finds the
         exact top m and takes as long as attending
+    share_in_group: query heads of one key/value head search together, by their largest score
 
+    Raises:
+        BadOption: an empty block or window, or a stride or refresh of 0.
     Source: arXiv 2406.09827, algorithms 1 and 2; DeepAuto-AI/hip-attention, v1.1.
     """
 
@@ -58,13 +61,13 @@ class Hip(Sparse):
         departures=(
             "k follows from the budget; the paper fixes 512, with 16 sinks and a window of 256 beside it.",
             "Dense layers are inside the budget: at most dense_layers, and no more than half of it pays for.",
-            "In decoding the search is for the one query; a key that leaves the window between two searches is not"
-            " read until the next.",
+            "Decoding searches for the one query; a key that leaves the window between searches waits for the next.",
             "Search levels end where every group is one block, which is what the authors' loop length comes to.",
+            "share_in_group is ours. What version 1.0 had beside it (a wider start, a low-resolution estimator, SparQ"
+            " scores, dense first queries, random representatives) is left out, as in 1.1.",
         ),
         lacks={
-            "chunks": "keys per row follow from the length of what is there, query blocks start where a forward starts,"
-            " and decoding searches for single queries",
+            "chunks": "keys per row follow from the length there is, query blocks start where a forward starts",
             "causality": "the queries of a block choose together, so an early one follows later ones of its block",
             "cache-ops": "after tokens are taken back the next one searches anew, instead of at the step it would have",
         },
@@ -78,6 +81,7 @@ class Hip(Sparse):
     dense_layers: int = 3
     refresh_steps: int = 8
     rep: Literal["center", "first", "oracle"] = "center"
+    share_in_group: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -156,9 +160,8 @@ class Hip(Sparse):
         As wide as any search up to here may be, so that the rows of a batch can be joined.
         """
         width = self._row(site.keys, site) // self.key_block_tokens
-        parts = [site.state["found"][:, :, None]] if old else []
-        parts = [torch.nn.functional.pad(x, (0, width - x.shape[-1]), value=-1) for x in (*parts, found)]
-        found = torch.cat(parts, 2)
+        parts = [site.state["found"][:, :, None], found] if old else [found]
+        found = torch.cat([pad(x, (0, width - x.shape[-1]), value=-1) for x in parts], 2)
         site.state["found"] = found[:, :, -1]
         for name, value in {"searched": searched, "keys": site.keys}.items():
             site.state[name] = torch.full(found.shape[:1], value, device=found.device)
@@ -191,14 +194,16 @@ class Hip(Sparse):
         limit: Int[Tensor, " n"],
     ) -> Int[Tensor, "b h n m"]:
         """First tokens of the best key blocks in [sinks, limit) for each of n groups of queries; -1 for none."""
+        if self.share_in_group and q.shape[1] > k.shape[1]:
+            together = rearrange(q, "b (g s) n r d -> b g n (s r) d", g=k.shape[1])
+            return self._search(together, k, sizes, limit).repeat_interleave(q.shape[1] // k.shape[1], 1)
         sinks, _, most = sizes.unbind(-1)
         width = int(most.max()) if len(most) else 0
         blocks = (-(-(limit - sinks) // self.key_block_tokens)).clamp(min=0)
-        score = functools.partial(_best_logit, q, k, sinks, self.key_block_tokens)
+        score = functools.partial(ops.block_logits, q, k, sinks, self.key_block_tokens)
         if not width or not blocks.any():
             return torch.full((*q.shape[:3], width), -1, device=q.device)
-        find = self._exact if self.rep == "oracle" else self._tree
-        index, size = find(score, q, blocks, most, width)
+        index, size = (self._exact if self.rep == "oracle" else self._tree)(score, q, blocks, most, width)
         return torch.where(size > 0, sinks[:, None] + index * self.key_block_tokens, -1)
 
     def _tree(self, score: Callable, q: Tensor, blocks: Tensor, most: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -229,32 +234,5 @@ def _keep_best(
     """The `most` groups of highest value of each row, in places 0 .. width - 1."""
     value, top = value.topk(min(width, value.shape[-1]), -1)
     use = (value > -torch.inf) & (torch.arange(top.shape[-1], device=top.device) < most[:, None])
-    pad = (0, width - top.shape[-1])
-    index, size = index.gather(-1, top), torch.where(use, size.gather(-1, top), 0)
-    return torch.nn.functional.pad(index, pad), torch.nn.functional.pad(size, pad)
-
-
-def _best_logit(
-    q: Float[Tensor, "b h n r d"],
-    k: Float[Tensor, "b g k d"],
-    first: Int[Tensor, " n"],
-    width: int,
-    blocks: Int[Tensor, "b h n l"],
-) -> Float[Tensor, "b h n l"]:
-    """max q . k over the queries of a group and the tokens of each key block, counted from `first` in steps of `width`.
-
-    A few groups at a time: the keys are gathered for each.
-    """
-    b, h, n, l = blocks.shape
-    step = max(1, _SCORES // (b * h * l * width * q.shape[-1]))
-    flat, tokens = k.reshape(-1, k.shape[-1]), k.shape[2]
-    row = torch.arange(b, device=q.device)[:, None] * k.shape[1] + torch.arange(h, device=q.device) // (h // k.shape[1])
-    out = []
-    for i in range(0, n, step):
-        token = first[i : i + step, None] + blocks[:, :, i : i + step] * width
-        token = (token[..., None] + torch.arange(width, device=q.device)).flatten(-2).clamp(max=tokens - 1)
-        place = token + row[..., None, None] * tokens
-        keys = flat.index_select(0, place.flatten()).view(*place.shape, -1)  # not k[row, head, token]: slow
-        logits = q[:, :, i : i + step].float() @ keys.float().mT
-        out.append(logits.amax(-2).unflatten(-1, (l, width)).amax(-1))
-    return torch.cat(out, 2)
+    rest = (0, width - top.shape[-1])
+    return pad(index.gather(-1, top), rest), pad(torch.where(use, size.gather(-1, top), 0), rest)
