@@ -11,7 +11,7 @@ from saccade.attach import attach, fingerprint
 from saccade.attach.calibration import Subject
 from saccade.core.artefact import Artefact
 from saccade.core.budget import Budget
-from saccade.core.errors import BadOption, CannotRun
+from saccade.core.errors import BadBudget, BadOption, CannotRun
 from saccade.core.paths import SHIPPED
 from saccade.methods.decode.double_sparsity import DoubleSparsity, dequantise, quantise
 from tests.methods.handmade import in_pieces, noise, site, tiny, tokens, under_mask
@@ -44,6 +44,20 @@ def test_with_all_channels_the_choice_is_exact_top_k(n, queries, budget):
         best = torch.zeros(2, 4, n, dtype=torch.bool)
         best.scatter_(-1, score[:, :, row, :seen].topk(count).indices, True)
         assert torch.equal(mask[:, :, row], best)
+
+
+@given(st.integers(1, 30), st.integers(1, 5), st.integers(1, 9), st.sampled_from(["1tok", "4tok", 0.3]))
+@settings(max_examples=40, deadline=None)
+def test_recent_keys_are_read_within_the_budget(n, queries, recent, budget):
+    queries = min(queries, n)
+    q, k = noise(1, 4, queries, 8, name="q"), noise(1, 2, n, 8, name="k")
+    here, method = site(budget, queries=queries, keys=n, stage="decode"), reader(recent_tokens=recent)
+    mask = method.select(q, {"keys": k, **method.index(k, here)}, here).mask()
+    for row in range(queries):
+        seen = n - queries + row + 1
+        count = Budget.of(budget).tokens(seen)
+        assert (mask[..., row, :].sum(-1) == count).all()
+        assert mask[..., row, max(0, seen - min(recent, count)) : seen].all()
 
 
 @given(st.integers(1, 9), st.integers(1, 12))
@@ -146,3 +160,10 @@ def test_what_cannot_run_says_why():
     with pytest.raises(CannotRun, match=r"dense_layers=2 of 2 layers alone exceed budget=0.5"):
         model = tiny()
         attach(model, reader(dense_layers=2, artefact=made(fingerprint(model), size=16)), budget=0.5)
+
+
+def test_a_budget_in_tokens_below_the_dense_layers_is_said_while_reading():
+    model = tiny()
+    method = reader(dense_layers=1, artefact=made(fingerprint(model), size=16))
+    with attach(model, method, budget="5tok"), pytest.raises(BadBudget, match=r"in 1 of 2 layers leave less than one"):
+        in_pieces(model, tokens(24), [20])

@@ -37,9 +37,8 @@ def attach(model: Any, methods: Methods, *, budget: float | str | Budget = FULL,
         DoesNotCompose: two methods need the same part.
         CannotRun: with every reason why.
     """
-    chosen = [_equipped(model, m) for m in _as_list(methods)]
-    budget = Budget.of(budget)
-    found = probe(model)
+    budget, found = Budget.of(budget), probe(model)
+    chosen = [_equipped(model, m, found) for m in _as_list(methods)]
     reasons = _reasons(model, chosen, budget, found)
     if reasons:
         title = " + ".join(m.card.name for m in chosen)
@@ -50,8 +49,8 @@ def attach(model: Any, methods: Methods, *, budget: float | str | Budget = FULL,
 def explain(model: Any, methods: Methods, *, budget: float | str | Budget = FULL) -> list[str]:
     """Every reason why the methods cannot work in the model; [] means that they will."""
     try:
-        chosen = [_equipped(model, m) for m in _as_list(methods)]
-        return _reasons(model, chosen, Budget.of(budget), probe(model))
+        budget, found = Budget.of(budget), probe(model)
+        return _reasons(model, [_equipped(model, m, found) for m in _as_list(methods)], budget, found)
     except DoesNotCompose as e:
         return e.found
 
@@ -86,14 +85,17 @@ def _as_list(methods: Methods) -> list[str | Method]:
     return [methods] if isinstance(methods, (str, Method)) else list(methods)
 
 
-def _equipped(model: Any, method: str | Method) -> Method:
+def _equipped(model: Any, method: str | Method, found: Found) -> Method:
     """The method, with the artefact that belongs to this model."""
     chosen = get(method)() if isinstance(method, str) else method
-    if not chosen.card.calibrated:
+    if not chosen.card.calibrated or not found.sites:  # no sites: it is refused, and need not have weights to know
         return chosen
     mark = fingerprint(model)
     if chosen.artefact is None:
         return dataclasses.replace(chosen, artefact=Artefact.find(chosen.card.name, mark))
+    if chosen.artefact.method != chosen.card.name:
+        found = f"the artefact it was given is one of {chosen.artefact.method!r}"
+        raise CannotRun(f"attach {chosen.card.name!r}", found, f"Make one: saccade calibrate {chosen.card.name}")
     if chosen.artefact.fingerprint != mark:
         raise CannotRun(
             f"attach {chosen.card.name!r} to {type(model).__name__}",

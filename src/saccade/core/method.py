@@ -119,6 +119,8 @@ def _check_option(method: Method, name: str, value: Any) -> None:
     hint = typing.get_type_hints(type(method))[name]
     if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
         raise BadOption(f"{method.card.name}.{name}={value!r}", f"it takes {_say(hint)}", "Give one of these.")
+    if hint is bool and not isinstance(value, bool):
+        raise BadOption(f"{method.card.name}.{name}={value!r}", "it takes True or False", "Give one of these.")
     wrong = isinstance(value, bool) or not isinstance(value, int)
     if hint is int and (wrong or value < 0):
         raise BadOption(f"{method.card.name}.{name}={value!r}", "it takes a whole number from 0", "Give such a number.")

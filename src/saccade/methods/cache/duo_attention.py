@@ -55,7 +55,8 @@ class DuoAttention(Cache):
         calibrated=True,
         departures=(
             "The share of full heads follows from budget and prompt length; the paper fixes it (a half, a quarter).",
-            "Scaled to small contexts: 16 sinks and 64 recent tokens unless asked for; the paper deploys 64 and 256.",
+            "Scaled to small contexts: 16 sinks and 64 recent tokens unless asked for, in training as deployed; the"
+            " paper trains with 128 and 256 and deploys 64 and 256.",
             "The prefill uses the streaming mask from the first token; the authors' code computes the first forward"
             " dense (prefill='dense' does that).",
             "Gates are trained in float32 on one device; the authors' bfloat16 loses updates near 1.",

@@ -14,7 +14,7 @@ from saccade.core.artefact import Artefact
 from saccade.core.card import Card
 from saccade.core.errors import BadOption
 from saccade.core.method import Decode
-from saccade.core.selection import Gather, Selection, causal_mask, dense
+from saccade.core.selection import Gather, Selection, dense
 from saccade.core.site import Site
 
 
@@ -29,6 +29,7 @@ class DoubleSparsity(Decode):
     rank: the statistic that ranked them: mean |q_c|, mean |k_c|, or mean |q_c k_c|
     label_bits: 16 stores labels as they are; 4 or 2 round them per token, between the token's least and largest label
     dense_layers: first layers that read everything. The others pay for it, so that all reads fit the budget
+    recent_tokens: newest keys, the query's own among them, that are read whatever they score, within the budget
     prefill: rank and read so for every prompt token too, as the authors' accuracy code does
 
     Raises:
@@ -57,7 +58,10 @@ class DoubleSparsity(Decode):
             "The qk statistic accumulates over all samples; in the authors' script only the last batch is kept.",
             "Layers 0 and 1 read everything, as in the authors' accuracy code; here that is part of the budget. Their"
             " fast path makes all layers sparse.",
-            "Calibrated on our own shipped prose instead of the Pile.",
+            "Calibrated on 32 rows of 512 tokens of our own prose instead of 256 of the Pile.",
+            "The budget sets the tokens read; the authors fix 128 to 4096. Token lists are per query head, as theirs.",
+            "recent_tokens is ours, and 0 unless asked for: the newest key competes like any other.",
+            "Keys stay on their device: offloading with the next layer's query predicted is not part of this.",
         ),
         lacks={"backward": "it reads a cache, which training does not have"},
     )
@@ -66,6 +70,7 @@ class DoubleSparsity(Decode):
     rank: Literal["qk", "k", "q"] = "qk"
     label_bits: Literal[16, 4, 2] = 16
     dense_layers: int = 2
+    recent_tokens: int = 0
     prefill: bool = False
 
     def __post_init__(self):
@@ -106,9 +111,13 @@ class DoubleSparsity(Decode):
             labels = dequantise(stored["codes"], stored["span"], self.label_bits, self.channels)
             asked = dequantise(*quantise(asked, self.label_bits), self.label_bits, self.channels)
         score = asked.unflatten(1, (site.kv_heads, -1)).float() @ labels[:, :, None].float().mT
-        score = score.flatten(1, 2).masked_fill(~causal_mask(site.queries, site.keys, q.device), -torch.inf)
+        room = torch.tensor(counts, device=q.device)[:, None]
+        keys = torch.arange(site.keys, device=q.device)
+        behind = keys[site.offset :, None] - keys
+        score = score.flatten(1, 2).masked_fill(behind < 0, -torch.inf)
+        score = score.masked_fill((behind >= 0) & (behind < room.clamp(max=self.recent_tokens)), torch.inf)
         index = score.topk(max(counts), -1).indices
-        spare = torch.arange(max(counts), device=q.device) >= torch.tensor(counts, device=q.device)[:, None]
+        spare = torch.arange(max(counts), device=q.device) >= room
         return Gather(index=index.masked_fill(spare, -1).int(), queries=site.queries, keys=site.keys)
 
     def calibrate(self, model: Any, samples: Sequence[Tensor], progress: Any = None) -> Artefact:

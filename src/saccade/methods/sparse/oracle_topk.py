@@ -70,5 +70,5 @@ def _best(
     logits = logits.masked_fill(~causal_mask(q.shape[2], k.shape[2], q.device), -torch.inf)
     value, index = logits.topk(min(max(counts), k.shape[2]), -1)
     rank = torch.arange(index.shape[-1], device=q.device)
-    use = (value > -torch.inf) & (rank < torch.tensor(counts, device=q.device)[:, None])
+    use = (value != -torch.inf) & (rank < torch.tensor(counts, device=q.device)[:, None])
     return torch.where(use, index, -1).int()
