@@ -1,4 +1,5 @@
-"""Every test that takes a `case` runs for every registered method; `--method NAME` leaves one, in all of its forms.
+"""Every test that takes a `case` runs for every registered method in all of its forms, one that takes a `plain` case for
+each as it comes; `--method NAME` leaves one method.
 
 A test marked `claims("chunks")` is expected to fail, and must, for a method whose card gives a reason against "chunks":
 a limitation that is none turns the suite red. A card speaks of the method as it comes; other forms of it may be better.
@@ -10,6 +11,8 @@ import pytest
 
 from tests.conformance.cases import cases
 
+KINDS = {"case", "plain"}
+
 
 def pytest_addoption(parser):
     parser.addoption("--method", metavar="NAME", action="append", help="only this method (conformance); repeatable")
@@ -20,13 +23,16 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    if "case" not in metafunc.fixturenames:
+    taken = KINDS & set(metafunc.fixturenames)
+    if not taken:
         return
     only = [name.replace("_", "-") for name in metafunc.config.getoption("--method", default=None) or []]
     some = [case for case in cases() if not only or case.name in only]
     if not some:
         raise pytest.UsageError(f"--method {' '.join(only)}: no such method is registered")
-    metafunc.parametrize("case", [_param(case, metafunc.definition) for case in some])
+    if taken == {"plain"}:
+        some = [case for case in some if not case.option]
+    metafunc.parametrize(*taken, [_param(case, metafunc.definition) for case in some])
 
 
 def _param(case, test):
@@ -40,6 +46,6 @@ def pytest_collection_modifyitems(config, items):
     """Under --method, tests that are about no method are left out."""
     if config.getoption("--method", default=None):
         here = str(config.rootpath / "tests" / "conformance")
-        drop = [i for i in items if str(i.path).startswith(here) and "case" not in i.fixturenames]
+        drop = [i for i in items if str(i.path).startswith(here) and not KINDS & set(i.fixturenames)]
         items[:] = [i for i in items if i not in drop]
         config.hook.pytest_deselected(items=drop)

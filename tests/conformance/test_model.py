@@ -26,10 +26,12 @@ from tests.methods.handmade import in_pieces
 def test_07_grouped_heads_equal_repeated_heads(case, data):
     """The same model with its keys and values written out for every query head.
 
-    A cache keeps or drops a key for a whole group. There the group's queries are alike, so that all of it agrees.
+    A cache keeps or drops a key for a whole group, and an option may make groups choose together. There the group's
+    queries are alike, so that all of it agrees.
     """
     trial = data.draw(trials(case))
-    grouped = dataclasses.replace(trial, model=alike(trial.heads) if "evict" in case.parts else trial.model)
+    together = "evict" in case.parts or "group" in case.option
+    grouped = dataclasses.replace(trial, model=alike(trial.heads) if together else trial.model)
     made = equipped(grouped.method, tiny(*trial.heads))
     repeated = written_out(grouped.model)
     pieces = (trial.ids(), [trial.prompt])
