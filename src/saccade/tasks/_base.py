@@ -15,6 +15,7 @@ from torch import Tensor
 class Sample:
     """One measurement: the model reads `context`, then `continuation` is forced on it and the `scored` part is judged.
 
+    scored: the tokens of the continuation that count, as a slice or as places; the rest is given
     one_pass: context and continuation go through in one forward; else the continuation meets the cache of the context
     facts: what a report may break the score down by (depth, length, ...); plain JSON
     """
@@ -22,7 +23,7 @@ class Sample:
     id: str
     context: Int[Tensor, "1 n"]
     continuation: Int[Tensor, "1 m"]
-    scored: slice
+    scored: slice | list[int]
     one_pass: bool = False
     facts: dict[str, float | int | str] = field(default_factory=dict)
 
@@ -58,7 +59,7 @@ class Task(ABC):
     def score(self, logits: Float[Tensor, "m vocab"], sample: Sample) -> float:
         """Row i of `logits` predicts token i of the continuation.
 
-        "hit" asks that every scored token is the arg-max: exactly then greedy decoding writes the answer by itself.
+        "hit" asks that every scored token is the arg-max: exactly then greedy decoding fills in the answer by itself.
         """
         wanted = sample.continuation[0, sample.scored].to(logits.device)
         rows = logits[sample.scored].float()

@@ -18,13 +18,20 @@ NAMES = ("tiger", "lion", "bear", "wolf", "deer", "rabbit", "snake", "turtle", "
 
 @dataclass(frozen=True)
 class Riddle:
-    """intro, text with `needles` (depth, statement), question, answer. The answer begins with its space."""
+    """intro, text with `needles` (depth, statement), then `steps` (what is given, what has to be written).
+
+    The first given text is the question. Answers begin with their space, statements too, and end without one.
+    """
 
     intro: str
     needles: tuple[tuple[float, str], ...]
-    question: str
-    answer: str
+    steps: tuple[tuple[str, str], ...]
     facts: dict[str, float | int | str] = field(default_factory=dict)
+
+    @property
+    def answer(self) -> str:
+        """All that has to be written, in words."""
+        return ", ".join(wanted.strip() for _, wanted in self.steps)
 
 
 class NeedleTask(Task):
@@ -52,23 +59,34 @@ def hide(tokenizer, riddle: Riddle, tokens: int, index: int, seed: int, query_aw
     """
     intro = start_token(tokenizer) + encode(tokenizer, riddle.intro)
     needles = [(depth, encode(tokenizer, statement)) for depth, statement in riddle.needles]
-    question, answer = split(tokenizer, riddle.question, riddle.answer)
-    fixed = len(intro) + sum(len(ids) for _, ids in needles) + len(question) + len(answer)
+    steps = [split(tokenizer, given, wanted) for given, wanted in riddle.steps]
+    fixed = len(intro) + sum(len(ids) for _, ids in needles) + sum(len(a) + len(b) for a, b in steps)
     if tokens < 2 * fixed:
         found = f"needles and question alone take {fixed}"
         raise BadInput(f"{task} in {tokens} tokens", found, f"Ask for at least {2 * fixed}.")
     text, start = passage(tokenizer, tokens - fixed, index, seed)
-    body = intro + plant(tokenizer, text, needles)
-    context = body + question if query_aware else body
-    continuation = answer if query_aware else question + answer
-    facts = {"index": index, "tokens": tokens, "text_start": start, "answer": riddle.answer.strip(), **riddle.facts}
+    context = intro + plant(tokenizer, text, needles)
+    if query_aware:
+        context, steps[0] = context + steps[0][0], ([], steps[0][1])
+    continuation, scored = written(steps)
+    facts = {"index": index, "tokens": tokens, "text_start": start, "answer": riddle.answer, **riddle.facts}
     return Sample(
         id=f"{task}/{tokens}/{seed}/{index}",
         context=torch.tensor([context]),
         continuation=torch.tensor([continuation]),
-        scored=slice(len(continuation) - len(answer), len(continuation)),
+        scored=scored,
         facts=facts,
     )
+
+
+def written(steps: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[int]]:
+    """All steps one after the other, and where in them the wanted tokens stand."""
+    ids: list[int] = []
+    places: list[int] = []
+    for given, wanted in steps:
+        ids += given + wanted
+        places += range(len(ids) - len(wanted), len(ids))
+    return ids, places
 
 
 def split(tokenizer, question: str, answer: str) -> tuple[list[int], list[int]]:

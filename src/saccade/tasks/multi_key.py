@@ -27,11 +27,10 @@ class MultiKey(NeedleTask):
         depths = [DEPTHS[(index + i) % len(DEPTHS)] for i in range(KEYS)]
         keys = {name: number(random) for name in random.sample(NAMES, KEYS)}
         asked = next(iter(keys))
-        said = [f" The pass key of the {name} is {key}. " for name, key in keys.items()]
+        said = [f" The pass key of the {name} is {key}." for name, key in keys.items()]
         return Riddle(
             intro="Pass keys are hidden in the text below. Remember them.\n\n",
             needles=tuple(zip(depths, said)),
-            question=f"\n\nWhat is the pass key of the {asked}? The pass key of the {asked} is",
-            answer=f" {keys[asked]}",
+            steps=((f"\n\nWhat is the pass key of the {asked}? The pass key of the {asked} is", f" {keys[asked]}"),),
             facts={"depth": depths[0], "keys": KEYS},
         )

@@ -20,8 +20,7 @@ class Passkey(NeedleTask):
         key, depth = number(rng.python("passkey", seed, index)), DEPTHS[index % len(DEPTHS)]
         return Riddle(
             intro="A pass key is hidden in the text below. Remember it.\n\n",
-            needles=((depth, f" The pass key is {key}. Remember it. {key} is the pass key. "),),
-            question="\n\nWhat is the pass key? The pass key is",
-            answer=f" {key}",
+            needles=((depth, f" The pass key is {key}. Remember it. {key} is the pass key."),),
+            steps=(("\n\nWhat is the pass key? The pass key is", f" {key}"),),
             facts={"depth": depth},
         )

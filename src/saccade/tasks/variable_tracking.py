@@ -7,10 +7,10 @@ from saccade.tasks._needles import DEPTHS, NAMES, NeedleTask, Riddle, number
 
 
 class VariableTracking(NeedleTask):
-    """`VAR a = 12345` and `VAR b = VAR a` far apart in Moby-Dick; the model writes the chain from b to the number.
+    """`VAR a = 12345` and `VAR b = VAR a` far apart in Moby-Dick; the model says what b is, and then what that is.
 
-    In the manner of RULER's variable tracking (arXiv 2404.06654, section 3.2), with one hop and the steps written out:
-    the default model cannot take a hop in silence.
+    In the manner of RULER's variable tracking (arXiv 2404.06654, section 3.2), with one hop, each step asked for: the
+    default model cannot take a hop in silence, and finds two hops in 40 of 100 texts.
     """
 
     name = "variable-tracking"
@@ -27,8 +27,10 @@ class VariableTracking(NeedleTask):
         later = random.choice([d for d in DEPTHS if d != depth])
         return Riddle(
             intro="Variables are assigned in the text below. Keep track of them.\n\n",
-            needles=((depth, f"\nVAR {first} = {value}\n"), (later, f"\nVAR {last} = VAR {first}\n")),
-            question=f"\n\nFollow the variables.\nVAR {last} =",
-            answer=f" VAR {first}\nVAR {first} = {value}",
+            needles=((depth, f" VAR {first} = {value}."), (later, f" VAR {last} = VAR {first}.")),
+            steps=(
+                (f"\n\nFollow the variables. VAR {last} = VAR", f" {first}"),
+                (f". VAR {first} =", f" {value}"),
+            ),
             facts={"depth": depth, "depth_of_link": later},
         )

@@ -1,4 +1,4 @@
-"""The most frequent word of a long list: what is asked for lies nowhere, it is everywhere."""
+"""The most frequent of many words: what is asked for lies nowhere, it is everywhere."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from saccade.tasks._base import Sample, Task
 from saccade.tasks._needles import split
 from saccade.tasks._text import encode, start_token
 
-INTRO = "Below is a list of words. One of them is more frequent than all others.\n\n"
-QUESTION = "\n\nThe most frequent word of the list is"
+INTRO = "Many games are played. One player wins most of them.\n\n"
+GAME = " The winner is the {}."
+QUESTION = " Who won most of the games? The winner is the"
 WORDS = (
     "apple bread chair cloud dance earth field glass green heart honey horse house light magic metal money mouth music "
     "night ocean paint paper peace phone plant queen radio river salad shirt silver smile snow spoon stone storm sugar "
     "table tiger tower train water wheel"
 ).split()
-BLOCK = 10  # words, of which COMMON are the frequent one
-COMMON = 3
+BLOCK = 10  # games, of which COMMON are won by the frequent word
+COMMON = 5
 LEAST_BLOCKS = 2
 
 
 class WordAggregation(Task):
-    """Three of every ten words of a list are the same one, the others are drawn anew; the frequent one is asked for.
+    """Five of every ten games are won by the same of 44 words, the others by others; the frequent one is asked for.
 
-    In the manner of RULER's common words (arXiv 2404.06654, section 3.3), for one word instead of ten.
+    In the manner of RULER's common words (arXiv 2404.06654, section 3.3), for one word instead of ten. Of a bare list of
+    words the default model cannot tell the most frequent one; whole sentences it can.
     """
 
     name = "word-aggregation"
-    title = "most frequent word of a list, question in the prompt"
+    title = "most frequent of many words, question in the prompt"
     metric = "hit"
     query_aware = True
     chance = 0.022
@@ -46,7 +48,7 @@ class WordAggregation(Task):
         intro = start_token(tokenizer) + encode(tokenizer, INTRO)
         question, answer = split(tokenizer, QUESTION, f" {common}")
         room = tokens - len(intro) - len(question) - len(answer)
-        context = intro + self._words(tokenizer, common, random, room) + question
+        context = intro + self._games(tokenizer, common, random, room) + question
         return Sample(
             id=f"{self.name}/{tokens}/{seed}/{index}",
             context=torch.tensor([context]),
@@ -55,18 +57,18 @@ class WordAggregation(Task):
             facts={"index": index, "tokens": tokens, "answer": common, "share": COMMON / BLOCK},
         )
 
-    def _words(self, tokenizer, common: str, random: Random, room: int) -> list[int]:
-        """The last `room` tokens of as many blocks as it takes: the first word may be cut."""
+    def _games(self, tokenizer, common: str, random: Random, room: int) -> list[int]:
+        """The last `room` tokens of as many blocks as it takes: the first sentence may be cut."""
         others = [word for word in WORDS if word != common]
         ids: list[int] = []
         blocks = 0
         while len(ids) < room or blocks < LEAST_BLOCKS:
             block = [common] * COMMON + random.sample(others, BLOCK - COMMON)
             random.shuffle(block)
-            ids += encode(tokenizer, "".join(f" {word}" for word in block))
+            ids += encode(tokenizer, "".join(GAME.format(word) for word in block))
             blocks += 1
         least = LEAST_BLOCKS * len(ids) // blocks
         if room < least:
-            found = f"the question and two blocks of {BLOCK} words need more"
-            raise BadInput(f"{self.name} with room for {max(room, 0)} tokens of words", found, f"Give it {least}.")
+            found = f"that leaves {max(room, 0)} for the text and two rounds of {BLOCK} games take {least}"
+            raise BadInput(f"{self.name} in {tokens} tokens", found, f"Ask for at least {tokens - room + least}.")
         return ids[len(ids) - room :]
