@@ -28,6 +28,12 @@ def test_the_smoke_tier_holds_beside_full_and_random(name):
     assert _found.latest(name) == line
 
 
+@pytest.mark.slow
+def test_the_cpu_tier_measures_the_real_model():
+    (line,) = claim(["full"], "cpu")
+    assert line["verdict"] == "reproduced" and "SmolLM2" in line["setting"]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_paper_is_named(name):
     said = importlib.import_module(f"saccade.claims.{name.replace('-', '_')}").CLAIM

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from saccade import models, ops, tasks
-from saccade.attach import attach, fingerprint
-from saccade.attach.calibration import Subject as Calibrated
+from saccade.attach import attach, calibration, fingerprint
 from saccade.claims._contract import SEED, Check, Evidence, Progress
 from saccade.core import rng
 from saccade.core.budget import Budget
@@ -87,7 +86,7 @@ def ceiling(text: Bench, budget: float, bar: float) -> str:
     return f"The exact top keys of every row, as many pairs, lose {lost:+.3f} nats themselves: {blame}."
 
 
-def captured(subject: Calibrated, texts: Sequence[Tensor], budget: float) -> Iterator[Captured]:
+def captured(subject: calibration.Subject, texts: Sequence[Tensor], budget: float) -> Iterator[Captured]:
     """Site, q, k, v of the prefill of every text in every layer."""
     places = {spot.place.layer: dataclasses.asdict(spot.place) for spot in subject.found.sites}
     for layer, q, k, v in subject.capture_qkv(texts):
