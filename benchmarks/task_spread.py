@@ -3,8 +3,8 @@
     PYTHONPATH=src python benchmarks/task_spread.py --tokens 256 512 1024 2048 --count 40
 
 A line for each task, length and method: score of `full` with its 95 % interval, for hits also by depth; for the methods
-the mean paired difference and its standard deviation. `spread` in a task's file is the largest of these deviations at 512
-tokens, rounded up. `--device cuda` makes minutes of what takes two CPU cores an hour.
+the mean paired difference and its standard deviation. `spread` in a task's file is the largest of these deviations at
+512 tokens, rounded up. `--device cuda` makes minutes of what takes two CPU cores an hour.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def report(subject: Subject, task: tasks.Task, tokens: int, args: argparse.Names
         if parse(spec).exercised(task.one_pass):
             scores = [outcome["score"] for outcome in measure(subject, spec, args.budget, task, samples)]
             d = paired(scores, dense, task.metric == "hit")
-            print(f"{head}  {spec} at {args.budget}: {d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}] sd {d.sd:.3f}", flush=True)
+            said = f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}] sd {d.sd:.3f}"
+            print(f"{head}  {spec} at {args.budget}: {said}", flush=True)
 
 
 def main() -> None:

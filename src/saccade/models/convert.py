@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.util
+import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saccade.core.errors import ModelUnavailable
@@ -23,10 +27,19 @@ def gguf(source: Path, target: Path) -> None:
 
     Raises:
         ModelUnavailable: the file is cut short, or of an architecture that transformers does not read.
+        OSError: it cannot be written.
     """
     model, tokenizer = read_gguf(source, torch.bfloat16)
-    model.save_pretrained(target)
+    _save(model, target)
     tokenizer.save_pretrained(target)
+
+
+def _save(model: transformers.PreTrainedModel, target: Path) -> None:
+    try:
+        model.save_pretrained(target)
+    except SafetensorError as error:  # the operating system's words are in its text, the number is lost
+        full = f"os error {errno.ENOSPC}" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, first_line(error)) from error
 
 
 def read_gguf(source: Path, dtype: torch.dtype):
@@ -38,9 +51,11 @@ def read_gguf(source: Path, dtype: torch.dtype):
     with source.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelUnavailable(f"cannot read {source.name}", "it is no GGUF file", "Give one, or a model's folder.")
+    place, name = source.parent, source.name
     try:
-        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=dtype, **_unpacked())
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        with contextlib.redirect_stderr(io.StringIO()):  # the reader draws a bar that nothing turns off
+            model = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=dtype, **_unpacked())
+            tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name)
     except Exception as error:  # the reader raises whatever its parts raise: struct, numpy, key and value errors
         found = f"transformers' GGUF reader stopped at {type(error).__name__}: {first_line(error)}"
         do = "The file may be cut short, or of an architecture that transformers does not read from GGUF."
@@ -67,11 +82,9 @@ def onnx(source: Path, target: Path) -> None:
     """An int8 ONNX export of a Llama to `LlamaForCausalLM`, with the config and tokenizer files that lie beside it.
 
     Raises:
-        ModelUnavailable: the `onnx` package is missing, or weights are.
+        ModelUnavailable: weights are missing.
+        OSError: it cannot be written.
     """
-    if importlib.util.find_spec("onnx") is None:
-        asked = f"cannot read {source.name}"
-        raise ModelUnavailable(asked, "it is an ONNX file and the onnx package is missing", "pip install onnx")
     target.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(source.parent / name, target / name)
@@ -84,7 +97,7 @@ def onnx(source: Path, target: Path) -> None:
         raise ModelUnavailable(f"cannot read {source.name}", found, "Only ONNX exports of Llama are read.")
     model = transformers.LlamaForCausalLM(config)
     model.load_state_dict(weights)
-    model.to(torch.bfloat16).save_pretrained(target)
+    _save(model.to(torch.bfloat16), target)
 
 
 def _weights(source: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -113,4 +126,13 @@ def _dequantised(stored: dict[str, np.ndarray], name: str, zero_point: str) -> n
     return (stored[name].astype("f4") - stored[zero_point].astype("f4")) * scale
 
 
-READERS = {"gguf": gguf, "onnx": onnx}
+def reader(name: str, form: str) -> Callable[[Path, Path], None]:
+    """How a fetched file is read; asked for before the download, which would else be in vain.
+
+    Raises:
+        ModelUnavailable: it takes a package that is not here.
+    """
+    if form == "onnx" and importlib.util.find_spec("onnx") is None:
+        found = "it lies there as an ONNX file and the package onnx is missing"
+        raise ModelUnavailable(f"cannot prepare the model {name!r}", found, "Install it: pip install 'saccade[onnx]'.")
+    return {"gguf": gguf, "onnx": onnx}[form]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as bars
 
-from saccade.core.errors import BadOption, ModelUnavailable
+from saccade.core.errors import BadOption, ModelUnavailable, UnknownName
 from saccade.models import convert, fetch
 from saccade.models.fetch import Progress
 from saccade.models.known import KNOWN, Known, folder, is_cached
@@ -35,6 +37,7 @@ def load(
 
     Raises:
         BadOption: an unknown dtype, or a device that is not here.
+        UnknownName: almost the name of a known model.
         ModelUnavailable: it cannot be fetched or read; what was there before is untouched.
     """
     precision, place = _dtype(dtype), _device(device)
@@ -95,11 +98,14 @@ def _load_known(known: Known, dtype: torch.dtype, progress: Progress):
 
 def _make(known: Known, progress: Progress) -> None:
     """Download, convert, and put the finished folder in place in one step: it is whole, or not there."""
+    read = convert.reader(known.name, known.format)
     with fetch.workspace(known) as work:
         source = fetch.assemble(known, work, progress)
         progress(0, 1, f"{known.name}: converting")
-        convert.READERS[known.format](source, work / "ready")
+        read(source, work / "ready")
         folder(known.name).parent.mkdir(parents=True, exist_ok=True)
+        if not is_cached(known.name):  # what lies there is a ruin, which `replace` would not remove
+            shutil.rmtree(folder(known.name), ignore_errors=True)
         try:
             os.replace(work / "ready", folder(known.name))
         except OSError:
@@ -109,11 +115,21 @@ def _make(known: Known, progress: Progress) -> None:
 
 
 def _load_other(name: str, dtype: torch.dtype):
+    if _is_path(name) and not Path(name).exists():
+        known = f"Known by name: {', '.join(KNOWN)}."
+        raise ModelUnavailable(f"cannot load {name!r}", "there is no such file or folder", known)
+    if "/" not in name and not Path(name).exists() and difflib.get_close_matches(name, KNOWN, cutoff=0.5):
+        raise UnknownName("model", name, KNOWN, "Or give a folder, or a name that transformers knows.")
     try:
         return _from_pretrained(name, dtype)
     except Exception as error:  # transformers and the hub raise many kinds: the user needs one
         found = f"it is none of the known ({', '.join(KNOWN)}), and transformers says: {convert.first_line(error)}"
         raise ModelUnavailable(f"cannot load {name!r}", found, "Give a known name or a folder with a model.") from error
+
+
+def _is_path(name: str) -> bool:
+    """Names for transformers are `name` or `owner/name`; all else means a place on this machine."""
+    return name.startswith((".", "~", "/")) or name.count("/") > 1 or name.endswith(".gguf")
 
 
 def _from_pretrained(name: str, dtype: torch.dtype):
