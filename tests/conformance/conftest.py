@@ -1,5 +1,5 @@
-"""Every test that takes a `case` runs for every registered method in all of its forms, one that takes a `plain` case for
-each as it comes; `--method NAME` leaves one method.
+"""Tests of a `case` run for every registered method in all of its forms, those of a `plain` case for each as it comes;
+`--method NAME` leaves one method.
 
 A test marked `claims("chunks")` is expected to fail, and must, for a method whose card gives a reason against "chunks":
 a limitation that is none turns the suite red. A card speaks of the method as it comes; other forms of it may be better.

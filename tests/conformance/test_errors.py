@@ -28,6 +28,7 @@ from saccade.core.errors import (
     BugInSaccade,
     CannotRun,
     DoesNotCompose,
+    ModelUnavailable,
     SaccadeError,
     UnknownName,
 )
@@ -163,7 +164,7 @@ def test_13_learning_and_what_was_learnt(plain, tmp_path, monkeypatch):
     file = learnt.save(tmp_path / "artefacts" / name / "mine")
     attach(model, plain.method()).detach()
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(BadArtefact, match="mine.safetensors.*cannot be read"):
+    with pytest.raises(BadArtefact, match=r"mine\.safetensors.*cannot be read"):
         attach(model, plain.method())
 
 
@@ -203,6 +204,15 @@ def test_13_what_the_docstring_raises_a_test_raises(plain):
     documented = set(re.findall(r"^ {4}(\w+): ", doc.partition("Raises:")[2], re.MULTILINE))
     own = TESTS / "methods" / f"test_{plain.name.replace('-', '_')}.py"
     assert documented - raised_in([own] if own.exists() else []) == set()
+
+
+@pytest.mark.parametrize("there", ["junk.gguf", "a folder", "nothing"])
+def test_13_a_model_that_cannot_be_read(there, tmp_path):
+    """A file that is none, an empty folder, nothing at all: without a network, in one sentence."""
+    (tmp_path / "junk.gguf").write_bytes(b"no model")
+    (tmp_path / "a folder").mkdir()
+    with pytest.raises(ModelUnavailable, match=re.escape(there)):
+        models.load(str(tmp_path / there))
 
 
 def test_13_an_unknown_name_says_the_nearest():

@@ -17,7 +17,7 @@ from tests.methods.handmade import in_pieces
 
 @pytest.mark.claims("chunks")
 @given(data=st.data())
-@settings(FEW, max_examples=6)
+@settings(FEW, max_examples=4)
 def test_06_chunks_and_steps_equal_one_pass(case, data):
     """A prompt in chunks equals the prompt at once; a prompt and steps after it equal one forward over everything."""
     trial = data.draw(trials(case))
@@ -58,7 +58,7 @@ def test_06_steps_after_the_prompt_equal_one_forward(case, data):
 @given(data=st.data())
 @settings(FEW, max_examples=2)
 def test_06_generate_takes_those_steps(case, data):
-    """Greedy `generate`, also with the prompt in chunks where the card claims chunks, follows the logits of forwards."""
+    """Greedy `generate` follows the logits of forwards."""
     trial = data.draw(trials(case))
     prompt = trial.ids()[:, : trial.prompt]
     with trial.attach():
@@ -89,18 +89,18 @@ def test_08_beams_selection_and_repetition_commute_with_the_cache(case, data):
 
 @pytest.mark.claims("cache-ops")
 @given(data=st.data())
-@settings(FEW, max_examples=8)
+@settings(FEW, max_examples=4)
 def test_08_tokens_taken_back_were_never_there(case, data):
     """Some tokens, a wrong guess, crop, other tokens: as if the guess had not been read."""
     trial = data.draw(trials(case))
-    before = data.draw(st.integers(0, 10))
+    before = data.draw(st.integers(0, 9))
     ids, wrong = trial.ids(), trial.ids(name=5)[:, -data.draw(st.integers(1, 4)) :]
     known = torch.cat([ids[:, : trial.prompt], trial.ids(name=9)[:, :before]], 1)
     with trial.attach(), torch.no_grad():
         cache = trial.model(known[:, : trial.prompt], use_cache=True).past_key_values
         for i in range(trial.prompt, known.shape[1]):
             trial.model(known[:, i : i + 1], past_key_values=cache)
-        with contextlib.suppress(CannotRun):  # refused by methods that drop nothing after the prompt: they need not wait
+        with contextlib.suppress(CannotRun):  # refused where nothing is dropped after the prompt: no need to wait
             for layer in cache.layers:
                 layer.activate_past_recording()
         trial.model(wrong, past_key_values=cache)

@@ -18,7 +18,7 @@ from tests.methods.handmade import in_pieces
 @pytest.mark.claims("padding")
 @pytest.mark.parametrize("side", ["left", "right"])
 @given(data=st.data())
-@settings(FEW, max_examples=3)
+@settings(FEW, max_examples=2)
 def test_04_padding_changes_nothing_on_real_tokens(case, side, data):
     trial = data.draw(trials(case))
     short = data.draw(st.integers(1, trial.prompt))
@@ -95,9 +95,9 @@ def test_15_the_same_seed_gives_the_same_selection(case, data):
 
 
 @given(data=st.data())
-@FEW
-def test_15_another_seed_matters_only_to_methods_that_draw(case, data):
-    trial = data.draw(trials(case))
-    others = [read(trial, trial.ids(), seed=seed) for seed in range(4)]
+@settings(FEW, max_examples=2)
+def test_15_another_seed_matters_only_to_methods_that_draw(plain, data):
+    trial = data.draw(trials(plain))
+    others = [read(trial, trial.ids(), seed=seed) for seed in range(3)]
     same = all(torch.equal(others[0], x) for x in others)
-    assert same or "site.seed" in inspect.getsource(inspect.getmodule(get(case.name)))
+    assert same or "site.seed" in inspect.getsource(inspect.getmodule(get(plain.name)))

@@ -66,6 +66,8 @@ class DuoAttention(Cache):
         lacks={
             "chunks": "which heads are full depends on the prompt's length, known only at the end of a first chunk;"
             " tokens read after the prompt agree exactly, however they are cut",
+            "gqa": "the number of full heads is rounded down over all key/value heads: of two copies of a head, one may"
+            " be full",
         },
     )
 
