@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from saccade.core.errors import BadArtefact
+from saccade.core.errors import BadArtefact, CannotRun
 from saccade.core.paths import SHIPPED, cache_dir
 
 
@@ -33,14 +33,26 @@ class Artefact:
     figures: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
-        """Write PATH.safetensors and PATH.json; returns the former."""
+        """Write PATH.safetensors and PATH.json; returns the former.
+
+        Raises:
+            CannotRun: the folder is read-only or the disk full; an older artefact there is left whole.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = Path(path).with_suffix(".safetensors")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.tensors.items()}, path)
+        draft, words_draft = path.with_suffix(".tensors-draft"), path.with_suffix(".words-draft")
         words = {k: v for k, v in asdict(_without_tensors(self)).items() if k != "tensors"}
-        path.with_suffix(".json").write_text(json.dumps(words, indent=1, sort_keys=True) + "\n")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({k: v.contiguous() for k, v in self.tensors.items()}, draft)
+            words_draft.write_text(json.dumps(words, indent=1, sort_keys=True) + "\n")
+            draft.replace(path)
+            words_draft.replace(path.with_suffix(".json"))
+        except (OSError, SafetensorError) as e:
+            do = "Make room, or move the cache with SACCADE_CACHE."
+            raise CannotRun(f"save the artefact {path}", f"it cannot be written ({e})", do) from e
         return path
 
     @classmethod

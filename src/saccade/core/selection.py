@@ -8,6 +8,7 @@ say.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,14 +58,15 @@ class Selection:
         return max(1, q * k - q * (q - 1) // 2 if self.causal else q * k)
 
     def __and__(self, other: Selection) -> Pairs:
-        return self._joined(other, self.mask() & other.mask())
+        return self._joined(other, torch.logical_and)
 
     def __or__(self, other: Selection) -> Pairs:
-        return self._joined(other, self.mask() | other.mask())
+        return self._joined(other, torch.logical_or)
 
-    def _joined(self, other: Selection, mask: Tensor) -> Pairs:
+    def _joined(self, other: Selection, join: Callable[[Tensor, Tensor], Tensor]) -> Pairs:
         assert (self.queries, self.keys) == (other.queries, other.keys), "selections of different shapes"
-        return Pairs(allowed=mask, queries=self.queries, keys=self.keys, causal=self.causal and other.causal)
+        allowed = join(self.mask(), other.mask())
+        return Pairs(allowed=allowed, queries=self.queries, keys=self.keys, causal=self.causal and other.causal)
 
 
 def causal_mask(queries: int, keys: int, device: torch.device | str = "cpu") -> Bool[Tensor, "q k"]:
