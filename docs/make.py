@@ -1,0 +1,252 @@
+"""Make the generated pages: one per method, the tables of README and docs/index.md, and the comparison that is shown.
+
+    python docs/make.py                 write what has changed
+    python docs/make.py --check         write nothing; end with 1 where a page is not up to date
+    python docs/make.py --run RUN_DIR   show this finished run of `saccade compare` (copied, without its cells)
+
+Cards, docstrings, results of claims and the run in docs/run are all that is read: nothing here is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+os.environ["SACCADE_CACHE"] = str(ROOT / "docs" / "no-cache")  # results in the repository count, those of a user do not
+
+from saccade.claims._found import lines  # noqa: E402
+from saccade.cli.show import bibtex, idea, options  # noqa: E402
+from saccade.core import registry  # noqa: E402
+from saccade.core.card import PROPERTIES, Card  # noqa: E402
+from saccade.report import markdown, tables  # noqa: E402
+from saccade.report.run import Run  # noqa: E402
+
+RUN = ROOT / "docs" / "run"
+RUN_FILES = ("run.json", "env.json", "summary.json")
+NOTE = "<!-- made by docs/make.py from the card, the docstring and the results of claims; do not edit -->\n"
+FILLED = ("README.md", "docs/index.md")
+
+# properties of the conformance suite, in words
+WORDS = {
+    "full-budget": "a full budget equals dense attention",
+    "mask": "the output equals dense attention under the selection's mask",
+    "budget": "what is achieved stays within what is asked, and short contexts work",
+    "padding": "padding changes nothing on real tokens",
+    "batch": "a row depends on no neighbour and on no earlier sample",
+    "chunks": "a prompt in chunks equals the prompt at once, and steps equal one pass",
+    "gqa": "grouped heads equal repeated heads",
+    "cache-ops": "beam reorder, crop and batch select commute with the cache",
+    "detach": "detaching restores the model bit for bit",
+    "causality": "nothing depends on a later token",
+    "forms": "all forms of a layer agree, gradients too",
+    "memory": "poisoned memory and strided inputs change nothing; the dtype is kept",
+    "errors": "every documented error is raised, with its text",
+    "bytes": "bytes reported are bytes held",
+    "seed": "the same seed gives the same selection",
+    "assisted": "assisted decoding",
+    "compile": "torch.compile",
+    "backward": "gradients",
+}
+ACHIEVED = {
+    "sparse": 'run.record.density("prefill")',
+    "cache": "run.record.kept_fraction, run.record.bytes_held",
+    "decode": 'run.record.density("decode")',
+}
+assert set(PROPERTIES) <= set(WORDS), "a new property needs its words"
+
+
+def measured(name: str) -> dict[str, Any] | None:
+    """The newest result on a real model; the smoke tier tests our machinery, not the paper."""
+    return max((x for x in lines(name) if x["tier"] != "smoke"), key=lambda x: x["date"], default=None)
+
+
+def stem(name: str) -> str:
+    """File name of a method."""
+    return name.replace("-", "_")
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    cells = [heads, ["---"] * len(heads), *[[text.replace("|", "\\|") for text in row] for row in rows]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def page(name: str) -> str:
+    """All that is known of a method."""
+    card = registry.card(name)
+    parts = [f"# {name}\n\n{_origin(card)}\n\n> {card.summary}", _idea(card), _options(name), _use(card)]
+    parts += [_claim(name, card), _properties(card)]
+    if card.departures:
+        parts.append("## Where it departs from paper or official code\n\n" + _bullets(card.departures))
+    if card.paper:
+        parts.append(f"## Cite the paper\n\n```bibtex\n{bibtex(card)}\n```")
+    return NOTE + "\n" + "\n\n".join(parts) + "\n"
+
+
+def _bullets(texts: Iterator[str] | tuple[str, ...]) -> str:
+    return "\n".join(f"- {text}" for text in texts)
+
+
+def _origin(card: Card) -> str:
+    if not card.paper:
+        return f"*{card.title}* · family `{card.family}` · a baseline, without a paper of its own"
+    code = f" · official code [{card.official}](https://github.com/{card.official})" if card.official else ""
+    licence = f" ({card.licence_of_official})" if card.official and card.licence_of_official else ""
+    paper = f"[{card.paper}]({card.link})" if card.link else card.paper
+    return f"*{card.title}* · {card.authors}, {card.year} · {paper}{code}{licence} · family `{card.family}`"
+
+
+def _idea(card: Card) -> str:
+    # the docstring is plain text: its equations would be read as Markdown's emphasis
+    text = f"## Idea\n\n```text\n{idea(card.name)}\n```"
+    return text + (f"\n\nIn one line: `{card.equation}`." if card.equation else "")
+
+
+def _options(name: str) -> str:
+    made = [o for o in options(name) if o["option"] != "artefact"]
+    if not made:
+        return "## Options\n\nIt has none."
+    rows = [[f"`{o['option']}`", f"`{o['type']}`", f"`{o['default']}`", o["about"]] for o in made]
+    return "## Options\n\n" + table(["option", "type", "default", "meaning"], rows)
+
+
+def _use(card: Card) -> str:
+    code = f'with saccade.attach(model, "{card.name}", budget=0.25) as run:\n    out = model.generate(**inputs)\n'
+    text = f"## Use\n\n```python\n{code}print({ACHIEVED.get(card.family, 'run.record.bytes_held')})\n```"
+    text += f"\n\nA budget means: {card.budget}." if card.budget else ""
+    text += f"\n\nIts score is given the model's {' and '.join(card.needs)}." if card.needs else ""
+    if card.calibrated:
+        text += f"\n\nIt is calibrated: `saccade calibrate {card.name} --model NAME` makes its artefact for another model."
+    return text
+
+
+def _claim(name: str, card: Card) -> str:
+    found = measured(name)
+    again = f"Measure it: `saccade claim {name} --tier cpu`."
+    compare = f"Compare it: `saccade compare --methods {name}`."
+    if found is None:
+        return f"## Claim\n\nNot attempted yet. {again}\n\n{compare}"
+    rows = [[c["name"], _range(c), f"{c['bar']:.3g}", "yes" if c["holds"] else "no"] for c in found["checks"]]
+    versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
+    parts = [
+        f"**{found['verdict']}** (tier `{found['tier']}`, {found['date'][:10]})",
+        f"The paper ({found['where']}): {found['says']}",
+        f"Here: {found['setting']}.",
+        table(["check", "found, with its interval", "bar", "holds"], rows),
+        *([found["reason"]] if found["reason"] else []),
+        f"{found['hardware']}; {versions}; commit {found['commit']}; {found['seconds']:.0f} s. {again}",
+        compare,
+    ]
+    return "## Claim\n\n" + "\n\n".join(parts)
+
+
+def _range(check: dict[str, Any]) -> str:
+    value, low, high = (f"{check[k]:.3g}" if check[k] is not None else "none" for k in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _properties(card: Card) -> str:
+    held = [WORDS[p] for p in PROPERTIES if p not in card.lacks and (p != "forms" or card.family == "mixers")]
+    text = "## What is tested\n\nThe conformance suite tests that " + "; ".join(held) + "."
+    lacks = [f"{WORDS[what]} (`{what}`): {why}" for what, why in card.lacks.items()]
+    return text + (f"\n\nIt does not have:\n\n{_bullets(lacks)}" if lacks else "")
+
+
+def methods(prefix: str) -> str:
+    """The table of all methods; `prefix` leads to their pages."""
+    rows = []
+    for name in registry.list_methods():
+        card, found = registry.card(name), measured(name)
+        paper = f"[{card.paper.removeprefix('arXiv:')}]({card.link})" if card.link else "–"
+        said = f"{found['verdict']} ({found['date'][:10]})" if found else "–" if card.baseline else "not attempted"
+        rows.append([f"[{name}]({prefix}methods/{stem(name)}.md)", card.family, paper, card.summary, said])
+    return table(["method", "family", "paper", "what it does", "claim, re-measured"], rows)
+
+
+def comparison(prefix: str) -> str:
+    """The run that is shown, at one budget; the whole of it is a page."""
+    if not (RUN / "summary.json").is_file():
+        return "No run is committed yet: `python docs/make.py --run RUN_DIR` puts one here."
+    run = Run.read(RUN)
+    whole = tables.overview(run)
+    budgets = list(dict.fromkeys(row[1].text for row in whole.rows))
+    shown = [row for row in whole.rows if row[1].text == budgets[len(budgets) // 2]]
+    parts = [
+        f"{whole.caption}, at one of its budgets; the rest is in [the whole report]({prefix}comparison.md).",
+        "Passkey-like tasks score hits (higher is better), losses are in nats (lower is better). _In italics_: not to be"
+        " told from `full`. **Bold**: worse than the same budget spent at random.",
+        markdown.table(tables.Table(whole.caption, whole.heads, shown)),
+        f"Measured on: {_machine(run.env)}.",
+    ]
+    return "\n\n".join(parts)
+
+
+def _machine(env: Any) -> str:
+    known = [env.get("cpu"), env.get("device_name"), *(f"{k} {env[k]}" for k in ("torch", "transformers") if k in env)]
+    return ", ".join(str(x) for x in dict.fromkeys(known) if x)
+
+
+def pages() -> dict[Path, str]:
+    """path -> what should be there."""
+    made = {ROOT / "docs" / "methods" / f"{stem(n)}.md": page(n) for n in registry.list_methods()}
+    for name in FILLED:
+        prefix = "" if name.startswith("docs/") else "docs/"
+        text = (ROOT / name).read_text(encoding="utf-8")
+        made[ROOT / name] = _fill(_fill(text, "methods", methods, prefix), "comparison", comparison, prefix)
+    if (RUN / "summary.json").is_file():
+        made[ROOT / "docs" / "comparison.md"] = NOTE + "\n" + markdown.render(Run.read(RUN))
+    return made
+
+
+def _fill(text: str, part: str, make: Callable[[str], str], prefix: str) -> str:
+    """The text with what is between `<!-- part -->` and `<!-- /part -->` made anew, where it has these marks."""
+    between = rf"(<!-- {part} -->\n).*?(<!-- /{part} -->)"
+    return re.sub(between, lambda m: f"{m[1]}{make(prefix)}\n{m[2]}", text, flags=re.DOTALL)
+
+
+def stale() -> list[str]:
+    """Pages that are missing, not up to date, or of a method that is gone."""
+    wanted = pages()
+    old = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
+    gone = [p for p in (ROOT / "docs" / "methods").glob("*.md") if p not in wanted]
+    return sorted(str(p.relative_to(ROOT)) for p in old + gone)
+
+
+def write() -> list[str]:
+    """Bring all pages up to date; returns those that were not."""
+    old, wanted = stale(), pages()
+    for name in old:
+        if (ROOT / name) in wanted:
+            (ROOT / name).parent.mkdir(parents=True, exist_ok=True)
+            (ROOT / name).write_text(wanted[ROOT / name], encoding="utf-8")
+        else:
+            (ROOT / name).unlink()
+    return old
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 where a page is not up to date")
+    parser.add_argument("--run", type=Path, metavar="RUN_DIR", help="show this finished run")
+    given = parser.parse_args()
+    if given.run:
+        Run.read(given.run)  # it is whole, or an error says what is wrong
+        RUN.mkdir(exist_ok=True)
+        for name in RUN_FILES:
+            shutil.copy(given.run / name, RUN / name)
+    old = stale() if given.check else write()
+    print("\n".join(old) or "all pages are up to date")
+    return 1 if given.check and old else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
