@@ -124,7 +124,7 @@ def _use(card: Card) -> str:
     text += f"\n\nA budget means: {card.budget}." if card.budget else ""
     text += f"\n\nIts score is given the model's {' and '.join(card.needs)}." if card.needs else ""
     if card.calibrated:
-        text += f"\n\nIt is calibrated: `saccade calibrate {card.name} --model NAME` makes its artefact for another model."
+        text += f"\n\nIt is calibrated: `saccade calibrate {card.name} --model NAME` makes what it needs for a model."
     return text
 
 
@@ -181,8 +181,8 @@ def comparison(prefix: str) -> str:
     shown = [row for row in whole.rows if row[1].text == budgets[len(budgets) // 2]]
     parts = [
         f"{whole.caption}, at one of its budgets; the rest is in [the whole report]({prefix}comparison.md).",
-        "Passkey-like tasks score hits (higher is better), losses are in nats (lower is better). _In italics_: not to be"
-        " told from `full`. **Bold**: worse than the same budget spent at random.",
+        "Retrieval scores hits (higher is better), losses are in nats (lower is better). _In italics_: not to be told"
+        " from `full`. **Bold**: worse than the same budget spent at random.",
         markdown.table(tables.Table(whole.caption, whole.heads, shown)),
         f"Measured on: {_machine(run.env)}.",
     ]
