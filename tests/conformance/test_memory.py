@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saccade.attach.engine import Engine
 from tests.conformance.cases import FEW, tiny, trials
-from tests.conformance.runs import assert_same, read
+from tests.conformance.runs import Padded, assert_same, read
 from tests.methods.handmade import in_pieces
 
 FRESH = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"))
@@ -57,12 +57,21 @@ def test_12_the_poison_works():
 @given(data=st.data())
 @FEW
 def test_12_fresh_memory_is_written_before_it_is_read(case, data):
-    """Bit for bit the same under poison, for two rows of a batch."""
+    """Bit for bit the same under poison, for two rows of a batch; and where rows are padded, also at the padding."""
     trial = data.draw(trials(case))
     ids = trial.ids(rows=2)
-    clean = read(trial, ids)
+    padded = Padded.of([ids[0], ids[1, :5], ids[1, :0]], "left")
+    clean, clean_padded = read(trial, ids), read_prompt(trial, padded)
     with poison():
         assert torch.equal(read(trial, ids), clean)
+        assert torch.equal(read_prompt(trial, padded), clean_padded)
+
+
+@torch.no_grad()
+def read_prompt(trial, rows):
+    """Logits of every slot of a padded prompt."""
+    with trial.attach():
+        return trial.model(rows.ids, attention_mask=rows.real.long(), position_ids=rows.position).logits
 
 
 @pytest.mark.claims("memory")
