@@ -11,7 +11,6 @@ import pytest
 from saccade import models
 from saccade.cli import parser
 from saccade.core import errors as kinds
-from saccade.core import registry
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -76,8 +75,3 @@ def test_the_page_of_errors_is_complete_and_right():
     for name, kin, code in rows:
         assert ours[name].exit_code == int(code)
         assert kin in [base.__name__ for base in ours[name].__mro__]
-
-
-def test_the_changes_name_every_method():
-    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert not [name for name in registry.list_methods() if name not in text]
