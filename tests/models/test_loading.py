@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import gguf
 import numpy as np
 import pytest
@@ -65,6 +67,16 @@ def good_gguf(tmp_path_factory):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_the_readers_bar_is_not_shown(good_gguf, capfd, monkeypatch):
+    def read(*args, **kwargs):
+        print("a bar", file=sys.stderr)
+        raise ValueError("nobody")
+
+    monkeypatch.setattr(loading.convert.AutoModelForCausalLM, "from_pretrained", read)
+    refused(good_gguf, "ValueError: nobody")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_gguf_of_an_unknown_architecture(good_gguf):

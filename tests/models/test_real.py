@@ -12,9 +12,17 @@ from saccade import models
 from saccade.models.known import KNOWN, folder
 
 
-def continued(model, tokenizer, prompt: str, tokens: int = 16) -> str:
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    out = model.generate(ids, max_new_tokens=tokens, do_sample=False)
+QUESTION = "What is the capital of France?"
+
+
+def answer(name: str, model, tokenizer) -> str:
+    """Greedy; a base model goes on with the plain question."""
+    text = QUESTION
+    if KNOWN[name].chat:
+        turn = [{"role": "user", "content": QUESTION}]
+        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=16, do_sample=False)
     return tokenizer.decode(out[0, ids.shape[1] :])
 
 
@@ -31,7 +39,7 @@ def test_the_default_model_loads_in_under_a_second_and_answers():
     print(f"smollm2 from its bfloat16 copy: {took:.2f} s")
     assert took < 1
     model, tokenizer = models.load("smollm2")
-    assert "Paris" in continued(model, tokenizer, "The capital of France is")
+    assert "Paris" in answer("smollm2", model, tokenizer)
     assert sum(p.numel() for p in model.parameters()) == KNOWN["smollm2"].parameters
 
 
@@ -47,7 +55,7 @@ def test_it_is_fetched_checked_converted_and_sane(name, tmp_path, monkeypatch):
     model, tokenizer = models.load(name, progress=lambda *what: told.append(what))
     assert told[-1][2] == f"{name}: ready"
     assert sum(p.numel() for p in model.parameters()) == KNOWN[name].parameters
-    assert "Paris" in continued(model, tokenizer, "The capital of France is")
+    assert "Paris" in answer(name, model, tokenizer)
     kept = sum(f.stat().st_size for f in folder(name).iterdir())
     assert KNOWN[name].kept_bytes <= kept < 1.2 * KNOWN[name].kept_bytes + 50_000_000
     assert not any((tmp_path / "downloads").glob("*")), "the download is not kept twice"

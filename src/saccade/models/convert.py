@@ -53,7 +53,7 @@ def read_gguf(source: Path, dtype: torch.dtype):
             raise ModelUnavailable(f"cannot read {source.name}", "it is no GGUF file", "Give one, or a model's folder.")
     place, name = source.parent, source.name
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the reader draws a bar that nothing turns off
+        with contextlib.redirect_stderr(io.StringIO()):  # the reader's bar heeds no setting
             model = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=dtype, **_unpacked())
             tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name)
     except Exception as error:  # the reader raises whatever its parts raise: struct, numpy, key and value errors
