@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import saccade
+from saccade.core.errors import CannotRun
 
 NAMES = {
     "attach",
@@ -70,3 +71,8 @@ def test_the_version_is_the_packages():
         assert version("saccade") == saccade.__version__
     except PackageNotFoundError:
         pytest.skip("not installed, only on the path")
+
+
+def test_replace_refuses_in_words_while_there_is_no_mixer():
+    with pytest.raises(CannotRun, match=r"replace layers \[0, 2\] by 'gla': no mixer is registered yet\. See: saccade l"):
+        saccade.replace(None, [0, 2], "gla")
