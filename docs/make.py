@@ -134,13 +134,14 @@ def _claim(name: str, card: Card) -> str:
     compare = f"Compare it: `saccade compare --methods {name}`."
     if found is None:
         return f"## Claim\n\nNot attempted yet. {again}\n\n{compare}"
-    rows = [[c["name"], _range(c), f"{c['bar']:.3g}", "yes" if c["holds"] else "no"] for c in found["checks"]]
+    rows = [[c["name"], _range(c), *map(_short, (c["bar"], c["n"], c["smallest_effect"])), "yes" if c["holds"] else "no"]
+            for c in found["checks"]]  # fmt: skip
     versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
     parts = [
         f"**{found['verdict']}** (tier `{found['tier']}`, {found['date'][:10]})",
         f"The paper ({found['where']}): {found['says']}",
         f"Here: {found['setting']}.",
-        table(["check", "found, with its interval", "bar", "holds"], rows),
+        table(["check", "found, with its interval", "bar", "samples", "smallest visible effect", "holds"], rows),
         *([found["reason"]] if found["reason"] else []),
         f"{found['hardware']}; {versions}; commit {found['commit']}; {found['seconds']:.0f} s. {again}",
         compare,
@@ -149,8 +150,12 @@ def _claim(name: str, card: Card) -> str:
 
 
 def _range(check: dict[str, Any]) -> str:
-    value, low, high = (f"{check[k]:.3g}" if check[k] is not None else "none" for k in ("value", "low", "high"))
+    value, low, high = (_short(check[k]) for k in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
 
 
 def _properties(card: Card) -> str:
