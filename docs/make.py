@@ -134,7 +134,7 @@ def _claim(name: str, card: Card) -> str:
     compare = f"Compare it: `saccade compare --methods {name}`."
     if found is None:
         return f"## Claim\n\nNot attempted yet. {again}\n\n{compare}"
-    rows = [[c["name"], _range(c), *map(_short, (c["bar"], c["n"], c["smallest_effect"])), "yes" if c["holds"] else "no"]
+    rows = [[c["name"], _range(c), *map(_short, (c["bar"], c["n"], c["smallest_effect"])), ("no", "yes")[c["holds"]]]
             for c in found["checks"]]  # fmt: skip
     versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
     parts = [
