@@ -11,7 +11,6 @@ import torch
 from saccade import models
 from saccade.models.known import KNOWN, folder
 
-
 QUESTION = "What is the capital of France?"
 
 
