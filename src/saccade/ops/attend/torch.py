@@ -35,14 +35,11 @@ class Logits:
     softcap: float | None
 
     def __call__(self, q: Tensor, k: Tensor, buffer: Tensor) -> Tensor:
-        """[r n], before anything is hidden; q as `scaled` gives it."""
-        s = torch.mm(q, k.T, out=buffer[: len(q) * len(k)].view(len(q), len(k)))
-        return s if self.softcap is None else s.tanh_().mul_(self.softcap * LOG2E)
-
-    def scaled(self, q: Tensor) -> Tensor:
-        """Queries with all constant factors in them, in float32 or better."""
-        factor = self.scale * LOG2E if self.softcap is None else self.scale / self.softcap
-        return q.to(wide(q)) * factor
+        """[r n], before anything is hidden. The product scales its sums: scaled queries would be rounded once more."""
+        s = buffer[: len(q) * len(k)].view(len(q), len(k))
+        if self.softcap is None:
+            return torch.addmm(s, q, k.T, beta=0, alpha=self.scale * LOG2E, out=s)
+        return torch.addmm(s, q, k.T, beta=0, alpha=self.scale / self.softcap, out=s).tanh_().mul_(self.softcap * LOG2E)
 
     def slope(self, s: Tensor) -> Tensor | float:
         """d logits / d (scale q k^T), from the logits: 1 - tanh^2."""
@@ -112,8 +109,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, work: list[Share], logits: Logits)
         b, g, heads = share.batch, share.kv_head, share.heads
         rows, buffer = q[b, heads, first:last], _Buffer(k)
         for tile in share.tiles(first, last):
-            mine = logits.scaled(rows[:, tile.start - first : tile.stop - first])
-            o, e = _tile_forward(mine.flatten(0, 1), k[b, g], v[b, g], tile, logits, buffer)
+            mine = rows[:, tile.start - first : tile.stop - first].flatten(0, 1).to(k.dtype)
+            o, e = _tile_forward(mine, k[b, g], v[b, g], tile, logits, buffer)
             out[b, heads, tile.start : tile.stop] = o.view(len(rows), -1, o.shape[-1]).to(out.dtype)
             lse[b, heads, tile.start : tile.stop] = e.view(len(rows), -1)
 
@@ -222,7 +219,7 @@ def _tile_backward(
         return torch.zeros_like(q)
     keys, values = _take(k, tile.keys), _take(v, tile.keys)
     size = len(q) * tile.size
-    s = logits(logits.scaled(q), keys, buffers[0].of(size))
+    s = logits(q, keys, buffers[0].of(size))
     slope = logits.slope(s)
     _hide(s, tile)
     p, _, total = _exponentials(s)  # not 2^(s - lse): the rounding of lse would be in all of the row
