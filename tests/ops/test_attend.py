@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from saccade import ops
 from saccade.core import rng
 from saccade.core.errors import BadInput, BadOption, CannotRun
-from saccade.core.selection import Pairs, Selection, dense
+from saccade.core.selection import Blocks, Pairs, Selection, Spans, dense
+from saccade.ops.attend import flex
 from tests.helpers import (
     KERNELS,
     TURNS,
@@ -173,3 +175,84 @@ def test_back_ends_that_are_not_there_are_refused():
         ops.attend(q, k, v, dense(8, 8), impl="magic")
     with pytest.raises(CannotRun, match="attend with impl='triton': its Triton kernels are not part of this version"):
         ops.attend(q, k, v, dense(8, 8), impl="triton")
+
+
+def test_flex_says_every_reason_why_it_cannot():
+    q, k, v = (x.double() for x in tensors(1, 4, 2, 64, 64, 8))
+    with pytest.raises(CannotRun) as error:
+        ops.attend(q, k, v, build("lines", 1, 4, 64, 64, True, 1, 16), impl="flex")
+    for why in (
+        "FlexAttention gives no gradient and no lse on a cpu device",
+        "it computes in float32 at most, and the inputs are float64",
+        "there are 64 queries; it takes 128 or more",
+        "heads of 8; it takes 16 or more",
+        "it takes blocks and causal spans; the selection is of lines",
+    ):
+        assert why in str(error.value)
+    with pytest.raises(CannotRun, match="blocks of 16; its own are 128 wide"):
+        ops.attend(q, k, v, build("blocks", 1, 4, 64, 64, True, 1, 16), impl="flex")
+
+
+@pytest.mark.parametrize("kind", ["blocks", "spans"])
+@pytest.mark.parametrize("keys, queries", [(512, 512), (700, 300)])
+def test_the_block_lists_that_flex_is_given_are_the_selection(kind, keys, queries):
+    """Uncompiled and on a CPU: what it lists as whole or in part, and its rule, without the kernel."""
+    selection = _for_flex(kind, queries, keys)
+    mask = (flex._blocks if kind == "blocks" else flex._spans)(selection, torch.device("cpu"))
+    wanted = selection.mask()
+    b, h, _, _ = wanted.shape
+    index = torch.meshgrid(*(torch.arange(n) for n in (b, h, queries, keys)), indexing="ij")
+    assert torch.equal(mask.mask_mod(*index), wanted)
+    size = mask.BLOCK_SIZE
+    wide = [_unlisted(*lists, size, wanted.shape) for lists in _lists(mask)]
+    assert not (wide[0] & wide[1]).any()
+    assert torch.equal((wide[0] & wanted) | wide[1], wanted)
+    assert not (wide[1] & ~wanted).any()
+
+
+def _lists(mask):
+    return (mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices)
+
+
+def _unlisted(count, index, size, shape):
+    table = torch.zeros(index.shape, dtype=torch.bool)
+    listed = torch.arange(index.shape[-1]) < count[..., None]
+    table.scatter_(-1, index.long(), listed)
+    return table.repeat_interleave(size[0], 2).repeat_interleave(size[1], 3)[:, :, : shape[2], : shape[3]]
+
+
+def _for_flex(kind: str, queries: int, keys: int) -> Selection:
+    if kind == "spans":
+        sinks, window = torch.tensor([0, 5, 130, 1]), torch.tensor([keys, 1, 100, 300])
+        return Spans(sinks=sinks, window=window, queries=queries, keys=keys)
+    nqb, nkb = -(-queries // 128), -(-keys // 128)
+    keep = torch.rand(1, 4, nqb, nkb, generator=rng.generator("flex")) < 0.6
+    return Blocks.of(keep, queries=queries, keys=keys, q_block=128, k_block=128)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["blocks", "spans"])
+@pytest.mark.parametrize("size", HEAD_SIZES)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_flex_on_a_gpu_both_ways(kind, size, softcap):
+    selection = _for_flex(kind, 700, 900)
+    inputs = tensors(1, 4, 2, 700, 900, size)
+    ours, theirs = (_on_gpu(inputs, selection, softcap, impl) for impl in ("flex", "reference"))
+    exact = _on_gpu([x.double() for x in inputs], selection, softcap, "reference")
+    for name, a, b, e in zip(("out", "lse", "dq", "dk", "dv"), ours, theirs, exact):
+        assert_within(a, e, max(error(b, e), rounding(e, torch.float32)), name)
+
+
+def _on_gpu(inputs, selection, softcap, impl):
+    """Output, lse and gradients, brought back."""
+    moved = [x.cuda().requires_grad_() for x in inputs]
+    out, lse = ops.attend(*moved, _moved(selection), softcap=softcap, impl=impl)
+    weights = torch.randn(out.shape, generator=rng.generator("weights", 0, *out.shape)).to(out)
+    seen = selection.mask().any(-1).cuda()
+    total = (out * weights).sum() + torch.where(seen, lse, 0.0).sum()
+    found = [out, torch.where(seen, lse, 0.0), *torch.autograd.grad(total, moved)]
+    return [x.detach().cpu() for x in found]
+
+
+def _moved(s: Selection) -> Selection:
+    return dataclasses.replace(s, **{n: x.cuda() for n, x in vars(s).items() if isinstance(x, torch.Tensor)})

@@ -8,7 +8,7 @@ from torch import Tensor
 from saccade.core.errors import BadInput
 from saccade.core.selection import Selection
 from saccade.ops import dispatch
-from saccade.ops.attend import reference
+from saccade.ops.attend import flex, reference
 from saccade.ops.attend import torch as tiled
 from saccade.ops.attend.tiles import axes
 
@@ -31,7 +31,8 @@ def attend(
     heads in order (h / g each). Sums are in float32 or better; the output has the dtype of q, lse float32 or better.
     Differentiable in q, k and v, through both results.
 
-    impl: "auto", "torch", "reference" (dense under a mask, the oracle), "flex" (compiled FlexAttention), "triton"
+    impl: "auto", "torch", "reference" (dense under a mask, the oracle), "flex" (FlexAttention: blocks and spans on a
+        CUDA device; never chosen by "auto", since it is compiled anew for shapes that it has not seen), "triton"
     report: is told which back end ran, as "attend:torch"
 
     Raises:
@@ -44,12 +45,18 @@ def attend(
     name = dispatch.pick(
         "attend",
         impl,
-        {"torch": list, "reference": list, "triton": lambda: dispatch.NO_TRITON},
+        {
+            "torch": list,
+            "reference": list,
+            "flex": lambda: flex.reasons(q, v, selection),
+            "triton": lambda: dispatch.NO_TRITON,
+        },
         report,
     )
     if name == "reference":
         return reference.masked(q, k, v, selection.mask(), scale=scale, softcap=softcap)
-    return tiled.attend(q, k, v, selection, scale=scale, softcap=softcap)
+    back_end = flex if name == "flex" else tiled
+    return back_end.attend(q, k, v, selection, scale=scale, softcap=softcap)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor) -> None:
