@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.attach import compat
+from saccade.attach.compat import CACHE
 from saccade.core.selection import causal_mask
 from tests.conformance.cases import LAYERS, Trial
 from tests.helpers import TIMES, error, rounding
@@ -73,7 +74,7 @@ def watch(trial: Trial, ids: Tensor | None = None) -> Watched:
         held = [run.record.layers[layer].kept[0] for layer in range(LAYERS)]
         heard_prompt = heard[:]
         heard.clear()
-        second = trial.model(ids[:, trial.prompt :], past_key_values=first.past_key_values, use_cache=True)
+        second = trial.model(ids[:, trial.prompt :], **{CACHE: first[CACHE]}, use_cache=True)
         masks = [_pairs(trial, layer, held[layer], heard_prompt, heard) for layer in range(LAYERS)]
         return Watched(torch.cat([first.logits, second.logits], 1), masks, held, run.record)
 
@@ -158,8 +159,8 @@ def read_padded(model: Any, prompts: Sequence[Tensor], rests: Sequence[Tensor], 
     lengths = torch.tensor([len(p) for p in prompts])[:, None]
     cache = compat.new_cache(model)
     with torch.no_grad():
-        out = model(first.ids, attention_mask=first.real.long(), position_ids=first.position, past_key_values=cache)
+        out = model(first.ids, attention_mask=first.real.long(), position_ids=first.position, **{CACHE: cache})
         whole = torch.cat([first.real, torch.ones_like(more, dtype=torch.bool)], 1).long()
         where = lengths + torch.arange(more.shape[1])
-        after = model(more, attention_mask=whole, position_ids=where, past_key_values=cache)
+        after = model(more, attention_mask=whole, position_ids=where, **{CACHE: cache})
     return [torch.cat([a[r], b])[None] for a, r, b in zip(out.logits, first.real, after.logits)]

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from saccade.attach.compat import CACHE
 from saccade.attach.engine import Engine
 from tests.conformance.cases import FEW, tiny, trials
 from tests.conformance.runs import Padded, assert_same, read
@@ -102,8 +103,8 @@ def test_12_the_dtype_stays(case, dtype, data):
     trial = dataclasses.replace(trial, model=tiny(*trial.heads, dtype))
     with trial.attach(), torch.no_grad():
         out = trial.model(trial.ids()[:, : trial.prompt], use_cache=True)
-        logits = trial.model(trial.ids()[:, trial.prompt :], past_key_values=out.past_key_values).logits
-        stored = [b.columns[name] for layer in out.past_key_values.layers for b in layer.store.buckets
+        logits = trial.model(trial.ids()[:, trial.prompt :], **{CACHE: out[CACHE]}).logits
+        stored = [b.columns[name] for layer in out[CACHE].layers for b in layer.store.buckets
                   for name in ("keys", "values")]  # fmt: skip
     assert {x.dtype for x in (out.logits, logits, *stored)} == {dtype}
     assert out.logits.isfinite().all() and logits.isfinite().all()
@@ -117,10 +118,10 @@ def test_14_bytes_reported_are_bytes_held(case, data):
     trial, rows = data.draw(trials(case)), data.draw(st.integers(1, 3))
     ids, n = trial.ids(rows), trial.prompt
     with trial.attach() as run, torch.no_grad():
-        cache = trial.model(ids[:, :n], use_cache=True).past_key_values
+        cache = trial.model(ids[:, :n], use_cache=True)[CACHE]
         assert run.record.bytes_held == reachable(cache)
         for part in (ids[:, n : n + 1], ids[:, n + 1 :]):
-            trial.model(part, past_key_values=cache)
+            trial.model(part, **{CACHE: cache})
             assert run.record.bytes_held == reachable(cache)
 
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saccade.attach.compat import CACHE
 from saccade.core.errors import CannotRun
 from tests.conformance.cases import FEW, trials
 from tests.conformance.runs import assert_same, read
@@ -39,8 +40,8 @@ def in_chunks(trial, cuts):
         cache = run.new_cache()
         with run.prompt():
             for start, end in zip([0, *cuts], [*cuts, n]):
-                out.append(trial.model(ids[:, start:end], past_key_values=cache).logits)
-        out.append(trial.model(ids[:, n:], past_key_values=cache).logits)
+                out.append(trial.model(ids[:, start:end], **{CACHE: cache}).logits)
+        out.append(trial.model(ids[:, n:], **{CACHE: cache}).logits)
     return torch.cat(out, 1)
 
 
@@ -79,10 +80,10 @@ def test_08_beams_selection_and_repetition_commute_with_the_cache(case, data):
     how = data.draw(st.sampled_from(["reorder_cache", "batch_select_indices", "batch_repeat_interleave"]))
     order = torch.arange(rows).repeat_interleave(2) if how == "batch_repeat_interleave" else order
     with trial.attach(), torch.no_grad():
-        cache = trial.model(ids[:, :n], use_cache=True).past_key_values
-        trial.model(ids[:, n : n + 1], past_key_values=cache)
+        cache = trial.model(ids[:, :n], use_cache=True)[CACHE]
+        trial.model(ids[:, n : n + 1], **{CACHE: cache})
         getattr(cache, how)(2 if how == "batch_repeat_interleave" else order)
-        moved = trial.model(ids[order, n + 1 :], past_key_values=cache).logits
+        moved = trial.model(ids[order, n + 1 :], **{CACHE: cache}).logits
         straight = in_pieces(trial.model, ids[order], [n, n + 1])[:, n + 1 :]
     assert_same(moved, straight, trial, f"{how} {order.tolist()}")
 
@@ -97,15 +98,15 @@ def test_08_tokens_taken_back_were_never_there(case, data):
     ids, wrong = trial.ids(), trial.ids(name=5)[:, -data.draw(st.integers(1, 4)) :]
     known = torch.cat([ids[:, : trial.prompt], trial.ids(name=9)[:, :before]], 1)
     with trial.attach(), torch.no_grad():
-        cache = trial.model(known[:, : trial.prompt], use_cache=True).past_key_values
+        cache = trial.model(known[:, : trial.prompt], use_cache=True)[CACHE]
         for i in range(trial.prompt, known.shape[1]):
-            trial.model(known[:, i : i + 1], past_key_values=cache)
+            trial.model(known[:, i : i + 1], **{CACHE: cache})
         with contextlib.suppress(CannotRun):  # refused where nothing is dropped after the prompt: no need to wait
             for layer in cache.layers:
                 layer.activate_past_recording()
-        trial.model(wrong, past_key_values=cache)
+        trial.model(wrong, **{CACHE: cache})
         cache.crop(-wrong.shape[1])
-        after = trial.model(ids[:, trial.prompt :], past_key_values=cache).logits
+        after = trial.model(ids[:, trial.prompt :], **{CACHE: cache}).logits
         straight = in_pieces(
             trial.model,
             torch.cat([known, ids[:, trial.prompt :]], 1),

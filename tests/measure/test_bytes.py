@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from saccade import models
 from saccade.attach import attach
+from saccade.attach.compat import CACHE
 from saccade.measure.bytes import cache_bytes, full_cache_bytes
 
 
@@ -18,7 +19,7 @@ from saccade.measure.bytes import cache_bytes, full_cache_bytes
 def test_a_full_cache_counted_without_a_forward_equals_one_with(family, window, tokens, rows):
     net = models.tiny(family, window=window)
     with torch.no_grad():
-        cache = net(torch.ones(rows, tokens, dtype=torch.long), use_cache=True).past_key_values
+        cache = net(torch.ones(rows, tokens, dtype=torch.long), use_cache=True)[CACHE]
     assert cache_bytes(cache) == full_cache_bytes(net, tokens, rows)
 
 
@@ -30,7 +31,7 @@ def test_bytes_of_full_are_two_tensors_per_layer():
 def test_a_cache_under_a_method_holds_what_was_kept():
     net, ids = models.tiny("llama"), torch.arange(3, 103)[None]
     with torch.no_grad(), attach(net, "knorm", budget=0.25) as run:
-        cache = net(ids, use_cache=True).past_key_values
+        cache = net(ids, use_cache=True)[CACHE]
         assert cache_bytes(cache) == run.record.bytes_held
     share = cache_bytes(cache) / full_cache_bytes(net, 100)
     assert 0.25 <= share < 0.35, "a quarter of the keys and values, and their positions"
@@ -39,6 +40,6 @@ def test_a_cache_under_a_method_holds_what_was_kept():
 def test_an_empty_cache_holds_nothing():
     net = models.tiny("llama")
     with torch.no_grad():
-        cache = net(torch.ones(1, 1, dtype=torch.long), use_cache=True).past_key_values
+        cache = net(torch.ones(1, 1, dtype=torch.long), use_cache=True)[CACHE]
     cache.reset()
     assert cache_bytes(type(cache)(config=net.config)) == 0

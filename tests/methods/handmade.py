@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saccade import models
+from saccade.attach.compat import CACHE
 from saccade.attach.listening import listening
 from saccade.attach.probe import probe
 from saccade.core import rng
@@ -60,7 +61,7 @@ def in_pieces(model, ids: Tensor, cuts: list[int]) -> Tensor:
     """Logits of the same cache fed piece by piece; cuts are where pieces end."""
     with torch.no_grad():
         first = model(ids[:, : cuts[0]], use_cache=True)
-        out, cache = [first.logits], first.past_key_values
+        out, cache = [first.logits], first[CACHE]
         for start, end in zip(cuts, [*cuts[1:], ids.shape[1]]):
-            out.append(model(ids[:, start:end], past_key_values=cache, use_cache=True).logits)
+            out.append(model(ids[:, start:end], **{CACHE: cache}, use_cache=True).logits)
     return torch.cat(out, 1)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saccade.attach import attach
+from saccade.attach.compat import CACHE
 from saccade.core.budget import Budget
 from saccade.methods.cache.streaming import Streaming
 from tests.methods.handmade import in_pieces, site, tiny, tokens, under_mask
@@ -39,9 +40,9 @@ def test_a_budget_in_tokens_is_the_mask_however_the_text_is_cut(held, sinks, cut
 @settings(max_examples=25, deadline=None)
 def test_a_fraction_is_never_exceeded_and_keeps_at_least_one_key(share, n, sinks):
     with attach(MODEL, Streaming(sink_tokens=sinks), budget=share) as run, torch.no_grad():
-        cache = MODEL(tokens(N)[:, :n], use_cache=True).past_key_values
+        cache = MODEL(tokens(N)[:, :n], use_cache=True)[CACHE]
         assert all(len(h) == Budget.of(share).tokens(n) for h in run.record.layer(1).kept[0])
-        MODEL(tokens(5), past_key_values=cache)
+        MODEL(tokens(5), **{CACHE: cache})
         assert all(1 <= len(h) <= Budget.of(share).tokens(n + 5) for h in run.record.layer(1).kept[0])
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saccade import models
+from saccade.attach.compat import CACHE
 from saccade.core.errors import BadOption, UnknownName
 from saccade.models.families import FAMILIES, VOCAB
 
@@ -63,7 +64,7 @@ def test_shapes_are_those_asked_for(family, layers, heads, head_size):
     model = models.tiny(family, layers=layers, heads=heads[0], kv_heads=kv, head_size=head_size)
     config = model.config
     assert config.num_hidden_layers == layers and config.num_attention_heads == heads[0]
-    cache = model(ids(5), use_cache=True).past_key_values
+    cache = model(ids(5), use_cache=True)[CACHE]
     assert len(cache.layers) == layers
     assert all(layer.keys.shape == (1, kv, 5, head_size) for layer in cache.layers)
     assert logits(model, ids(5)).shape == (1, 5, VOCAB)

@@ -15,8 +15,11 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-OLDEST, NEWEST_TESTED = Version("5.17"), Version("5.23.99")
+OLDEST, NEWEST_TESTED = Version("5.17"), Version("5.24.99")
 NAME = "saccade"  # a plain word: names with "flash", "sdpa" or a slash are treated specially by transformers
+
+CACHES = ("past_key_values", "cache")  # what forwards, `generate` and outputs have called the cache
+CACHE = CACHES[Version(transformers.__version__) >= Version("5.24.dev0")]  # and call it now
 
 _warned = False
 

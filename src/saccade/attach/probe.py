@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from saccade.attach import compat
+from saccade.attach.compat import CACHE
 from saccade.attach.engine import Place
 from saccade.attach.interface import PROBED, install
 from saccade.attach.layer import SaccadeLayer
@@ -63,7 +64,7 @@ def _forward(model: Any) -> list[dict[str, Any]]:
         ]
         with torch.no_grad():
             ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
+            model(input_ids=ids, **{CACHE: cache}, use_cache=True)
     finally:
         model.train(training)
         PROBED.reset(token)

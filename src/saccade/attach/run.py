@@ -80,7 +80,7 @@ class Run:
     # --- caches -----------------------------------------------------------------------------------------------------
 
     def new_cache(self) -> Any:
-        """An empty cache of this run, for `past_key_values=`; `generate` and `model(use_cache=True)` make their own."""
+        """An empty cache of this run, to give to forwards; `generate` and `model(use_cache=True)` make their own."""
         return self._equip(compat.new_cache(self.model))
 
     def _equip(self, cache: Any) -> Any:
@@ -89,7 +89,7 @@ class Run:
             raise CannotRun(
                 f"run {self.title} with a {type(cache).__name__}",
                 "its layers are of a fixed size, quantised or offloaded, and cannot be replaced",
-                "Leave cache_implementation and past_key_values away.",
+                "Leave cache_implementation away, and the cache that was given.",
             )
         engines = {module.layer_idx: engine for module, engine in self._engines.items()}
         layers = cache.layers or compat.new_cache(self.model).layers
@@ -111,16 +111,19 @@ class Run:
     def _give_cache(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         wanted = kwargs.get("use_cache")
         wanted = getattr(model.config.get_text_config(), "use_cache", True) if wanted is None else wanted
-        if kwargs.get("past_key_values") is not None:
-            kwargs["past_key_values"] = self._equip(kwargs["past_key_values"])
-        elif wanted and not (model.training and torch.is_grad_enabled()):
-            kwargs["past_key_values"] = self.new_cache()
+        if not self._equip_given(kwargs) and wanted and not (model.training and torch.is_grad_enabled()):
+            kwargs[compat.CACHE] = self.new_cache()
         return args, kwargs
+
+    def _equip_given(self, kwargs: dict[str, Any]) -> bool:
+        """Equip the cache among the arguments; whether there is one."""
+        given = [name for name in compat.CACHES if kwargs.get(name) is not None]
+        kwargs.update({name: self._equip(kwargs[name]) for name in given})
+        return bool(given)
 
     def _prepare_cache(self, original: Callable, generation_config: Any, model_kwargs: dict, *rest: Any) -> Any:
         result = original(generation_config, model_kwargs, *rest)
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"] = self._equip(model_kwargs["past_key_values"])
+        self._equip_given(model_kwargs)
         return result
 
     # --- the prompt -------------------------------------------------------------------------------------------------
@@ -139,7 +142,7 @@ class Run:
 
         with run.prompt():
             for chunk in ids.split(512, dim=1):
-                out = model(chunk, past_key_values=cache)
+                out = model(chunk, past_key_values=cache)  # from transformers 5.24 on: cache=cache
         """
         self.more_prompt = True
         try:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saccade import models, ops, tasks
 from saccade.attach import attach, calibration, fingerprint
+from saccade.attach.compat import CACHE
 from saccade.claims._contract import SEED, Check, Evidence, Progress
 from saccade.core import rng
 from saccade.core.budget import Budget
@@ -139,5 +140,5 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     first = model(ids[:, :PROMPT], use_cache=True)
     if ids.shape[1] == PROMPT:
         return first.logits
-    rest = model(ids[:, PROMPT:], past_key_values=first.past_key_values, use_cache=True)
+    rest = model(ids[:, PROMPT:], **{CACHE: first[CACHE]}, use_cache=True)
     return torch.cat([first.logits, rest.logits], 1)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from saccade import models
 from saccade.attach import attach
+from saccade.attach.compat import CACHE
 from saccade.claims._bench import Bench, Progress
 from saccade.claims._contract import Check, Claim, Evidence
 from saccade.core import rng
@@ -54,7 +55,7 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
 def _logits(model, ids: Tensor) -> Tensor:
     half = ids.shape[1] // 2
     first = model(ids[:, :half], use_cache=True)
-    rest = model(ids[:, half:], past_key_values=first.past_key_values, use_cache=True)
+    rest = model(ids[:, half:], **{CACHE: first[CACHE]}, use_cache=True)
     return torch.cat([first.logits, rest.logits], 1)
 
 

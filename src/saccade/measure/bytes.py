@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saccade.attach import compat
+from saccade.attach.compat import CACHE
 
 
 def cache_bytes(cache: Any) -> int:
@@ -29,7 +30,7 @@ def full_cache_bytes(model: Any, tokens: int, rows: int = 1) -> int:
     The shapes come from a forward over one token, so sliding layers and odd heads are as the model has them.
     """
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-    seed = model(ids, past_key_values=compat.new_cache(model), use_cache=True).past_key_values
+    seed = model(ids, **{CACHE: compat.new_cache(model)}, use_cache=True)[CACHE]
     cache = compat.new_cache(model)
     for index, layer in enumerate(seed.layers):
         k, v = (t.new_zeros(rows, t.shape[1], tokens, t.shape[3]) for t in (layer.keys, layer.values))

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saccade.attach import Run
+from saccade.attach.compat import CACHE
 from saccade.core.budget import Budget
 from saccade.core.errors import BadInput
 from saccade.core.record import Record
@@ -127,12 +128,12 @@ def _two_stages(
     start = clock(subject.device)
     first = subject.model(context, use_cache=True, logits_to_keep=1)
     seconds_prefill = clock(subject.device) - start
-    cache, logits = first.past_key_values, first.logits
+    cache, logits = first[CACHE], first.logits
     held, kept = cache_bytes(cache), run.record.kept_fraction if run else 1.0
     drawn = picture(run.record) if run and draw else None
     start = clock(subject.device)
     if continuation.shape[1] > 1:
-        rest = subject.model(continuation[:, :-1], past_key_values=cache, use_cache=True)
+        rest = subject.model(continuation[:, :-1], **{CACHE: cache}, use_cache=True)
         logits = torch.cat([logits, rest.logits], 1)
     return Passed(logits, seconds_prefill, clock(subject.device) - start, held, kept, drawn)
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from saccade.attach.compat import CACHE
 from saccade.core.budget import Budget
 from saccade.measure.bytes import cache_bytes
 from saccade.measure.contestants import Contestant
@@ -55,9 +56,9 @@ def _timed(subject: Subject, who: Contestant, budget: Budget, ids: Tensor, seed:
 def _generate(subject: Subject, prompt: Tensor, rest: Tensor) -> tuple[int, float, float]:
     """Bytes held after the prompt, its seconds, and seconds per further token (without sampling: the text is given)."""
     start = clock(subject.device)
-    cache = subject.model(prompt, use_cache=True, logits_to_keep=1).past_key_values
+    cache = subject.model(prompt, use_cache=True, logits_to_keep=1)[CACHE]
     prefill = clock(subject.device) - start
     held, start = cache_bytes(cache), time.perf_counter()
     for token in rest.split(1, dim=1):
-        subject.model(token, past_key_values=cache, use_cache=True)
+        subject.model(token, **{CACHE: cache}, use_cache=True)
     return held, prefill, (clock(subject.device) - start) / rest.shape[1]
