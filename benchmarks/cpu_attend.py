@@ -3,26 +3,31 @@
     PYTHONPATH=src python benchmarks/cpu_attend.py
 
 Every round times PyTorch's dense causal kernel and each density once, one after the other, so that a slow minute hits
-them all; a ratio is of two times of one round. A line for each density: median, least and largest ratio over the
-rounds, and the largest difference from the reference on a shorter text. `--json` prints the same for machines.
+them all; a ratio is of two times of one round. A line for each density, with blocks drawn for each key/value head (its
+query heads share them) and with others for each query head: median, least and largest ratio over the rounds, and the
+largest difference from the reference on a shorter text. `--json` prints the same for machines.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from saccade import ops
 from saccade.core import rng
 from saccade.core.selection import Blocks
 from saccade.measure.environment import environment
 
+LISTS = ("kv", "query")
 CHECKED_TOKENS = 1024  # the reference makes the whole map
 
 
@@ -41,7 +46,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def inputs(args: argparse.Namespace, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(args: argparse.Namespace, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Random queries, keys and values."""
     draw = rng.generator("benchmarks/cpu_attend")
     heads = (args.heads, args.kv_heads, args.kv_heads)
@@ -50,16 +55,17 @@ def inputs(args: argparse.Namespace, tokens: int) -> tuple[torch.Tensor, torch.T
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-def random_blocks(args: argparse.Namespace, tokens: int, density: float) -> Blocks:
-    """Of each key/value head's causal blocks the share `density`, the diagonal ones among them; per head of its own."""
+def random_blocks(args: argparse.Namespace, tokens: int, density: float, lists: str) -> Blocks:
+    """Of the causal blocks the share `density`, those on the diagonal first; drawn per head of `lists`."""
     n = -(-tokens // args.block)
     causal = torch.ones(n, n, dtype=torch.bool).tril()
-    score = torch.rand(1, args.kv_heads, n, n, generator=rng.generator("benchmarks/cpu_attend/blocks"))
+    drawn = args.heads if lists == "query" else args.kv_heads
+    score = torch.rand(1, drawn, n, n, generator=rng.generator("benchmarks/cpu_attend/blocks"))
     score.diagonal(dim1=-2, dim2=-1).fill_(2)
-    score.masked_fill_(~causal, -1)
-    keep = torch.zeros_like(score, dtype=torch.bool).flatten(2)
-    top = score.flatten(2).topk(max(n, round(density * int(causal.sum()))), -1).indices
-    keep = keep.scatter_(-1, top, True).view_as(score).repeat_interleave(args.heads // args.kv_heads, 1)
+    flat = score.masked_fill_(~causal, -1).flatten(2)
+    top = flat.topk(max(n, round(density * int(causal.sum()))), -1).indices
+    keep = torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, top, True).view_as(score)
+    keep = keep.repeat_interleave(args.heads // drawn, 1)
     return Blocks.of(keep, queries=tokens, keys=tokens, q_block=args.block, k_block=args.block)
 
 
@@ -71,36 +77,41 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 @torch.no_grad()
-def measure(args: argparse.Namespace) -> list[dict[str, float]]:
-    """A row for each density."""
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each density and kind of lists."""
     q, k, v = inputs(args, args.tokens)
-    dense = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
-    sparse = [lambda d=d: ops.attend(q, k, v, random_blocks(args, args.tokens, d)) for d in args.densities]
-    for work in [dense, *sparse]:
-        work()
-    rounds = [[seconds(work) for work in [dense, *sparse]] for _ in range(args.rounds)]
-    rows = []
-    for i, density in enumerate(args.densities, 1):
-        ratios = [r[0] / r[i] for r in rounds]
-        rows.append(
-            {
-                "density": density,
-                "achieved": float(random_blocks(args, args.tokens, density).density().mean()),
-                "ratio": statistics.median(ratios),
-                "least": min(ratios),
-                "largest": max(ratios),
-                "dense_seconds": statistics.median(r[0] for r in rounds),
-                "seconds": statistics.median(r[i] for r in rounds),
-                "difference": difference(args, density),
-            }
-        )
-    return rows
+
+    def dense() -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def sparse(density: float, lists: str) -> Tensor:
+        return ops.attend(q, k, v, random_blocks(args, args.tokens, density, lists))[0]
+
+    cases = [(density, lists) for lists in LISTS for density in args.densities]
+    work = [dense, *(functools.partial(sparse, *case) for case in cases)]
+    rounds = [[seconds(w) for w in work] for _ in range(args.rounds + 1)][1:]  # the first one warms up
+    return [_row(args, *case, [(r[0], r[i]) for r in rounds]) for i, case in enumerate(cases, 1)]
 
 
-def difference(args: argparse.Namespace, density: float) -> float:
+def _row(args: argparse.Namespace, density: float, lists: str, times: list[tuple[float, float]]) -> dict[str, Any]:
+    ratios = [dense / ours for dense, ours in times]
+    return {
+        "lists": lists,
+        "density": density,
+        "pairs": float(random_blocks(args, args.tokens, density, lists).density().mean()),
+        "ratio": statistics.median(ratios),
+        "least": min(ratios),
+        "largest": max(ratios),
+        "dense_seconds": statistics.median(dense for dense, _ in times),
+        "seconds": statistics.median(ours for _, ours in times),
+        "difference": difference(args, density, lists),
+    }
+
+
+def difference(args: argparse.Namespace, density: float, lists: str) -> float:
     """Largest difference from the reference, on a text that is short enough for it."""
     q, k, v = inputs(args, CHECKED_TOKENS)
-    blocks = random_blocks(args, CHECKED_TOKENS, density)
+    blocks = random_blocks(args, CHECKED_TOKENS, density, lists)
     ours, oracle = (ops.attend(q, k, v, blocks, impl=impl)[0].double() for impl in ("torch", "reference"))
     return float((ours - oracle).abs().max())
 
@@ -116,12 +127,12 @@ def main() -> None:
         return
     print(f"{here['cpu']}, {args.threads} threads, torch {here['torch']}, python {platform.python_version()}")
     print(", ".join(f"{name} {value}" for name, value in what.items()))
-    print("density  achieved  times as fast as dense  (least - largest)   dense s     our s  largest difference")
+    print("lists of     blocks  pairs  times as fast as dense  (least - largest)  dense s  our s  largest difference")
     for r in rows:
         spread = f"({r['least']:.2f} - {r['largest']:.2f})"
         print(
-            f"{r['density']:7.2f}  {r['achieved']:8.3f}  {r['ratio']:22.2f}  {spread:>17}  {r['dense_seconds']:8.3f}"
-            f"  {r['seconds']:8.3f}  {r['difference']:18.1e}"
+            f"{r['lists'] + ' heads':11}  {r['density']:6.2f}  {r['pairs']:5.3f}  {r['ratio']:22.2f}  {spread:>17}"
+            f"  {r['dense_seconds']:7.3f}  {r['seconds']:5.3f}  {r['difference']:18.1e}"
         )
 
 

@@ -15,6 +15,7 @@ from saccade.core import rng
 from saccade.core.errors import BadInput, BadOption, CannotRun
 from saccade.core.selection import Blocks, Pairs, Selection, Spans, dense
 from saccade.ops.attend import flex
+from saccade.ops.attend.tiles import shares
 from tests.helpers import (
     KERNELS,
     TURNS,
@@ -256,3 +257,15 @@ def _on_gpu(inputs, selection, softcap, impl):
 
 def _moved(s: Selection) -> Selection:
     return dataclasses.replace(s, **{n: x.cuda() for n, x in vars(s).items() if isinstance(x, torch.Tensor)})
+
+
+@pytest.mark.parametrize("kind", ["blocks", "gather"])
+def test_heads_with_the_same_lists_are_computed_together_and_come_out_alike(kind):
+    one = build(kind, 2, 2, 100, 130, True, 3, 32)
+    lists = {n: x.repeat_interleave(2, 1) for n, x in vars(one).items() if isinstance(x, torch.Tensor)}
+    twins = dataclasses.replace(one, **lists)
+    assert [s.members for s in shares(twins, 2, 4, 2)] == [(0, 1), (2, 3)] * 2
+    assert len(shares(build(kind, 2, 4, 100, 130, True, 3, 32), 2, 4, 2)) == 8
+    q, k, v = tensors(2, 4, 2, 100, 130, 32)
+    out, lse = ops.attend(q, k, v, twins)
+    assert_close_as_torch(out, q, k, v, twins.mask(), lse=lse)

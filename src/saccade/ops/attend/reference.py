@@ -37,5 +37,5 @@ def masked(
 
 def exponentials(logits: Float[Tensor, "*rows k"]) -> tuple[Float[Tensor, "*rows k"], Float[Tensor, "*rows"]]:
     """softmax and log-sum-exp along the keys; zeros and -inf where every logit is -inf."""
-    lse = torch.logsumexp(logits, -1)
-    return torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]), lse
+    lse = torch.logsumexp(logits, -1)  # not exp(logits - lse): the rounding of lse would be in all of the row
+    return logits.softmax(-1).masked_fill((lse == -torch.inf)[..., None], 0.0), lse

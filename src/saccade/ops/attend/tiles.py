@@ -5,29 +5,31 @@ A tile costs two matrix products over its keys, so what matters is that few keys
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from saccade.core.selection import Blocks, Buckets, Gather, Lines, Pairs, PerHead, Selection, Spans, causal_mask
 
 ROWS = 128  # queries in a tile: its logits then stay in the second-level cache up to about 2,000 keys
 SMALL_BLOCK = 16  # lists for fewer queries than this are joined: one masked tile beats many thin products
+LOGITS = 1 << 20  # of tiles that are computed together: what a call costs is paid then, and more would leave the cache
 TABLE = 1 << 22  # entries of a (query block x key) table that is made at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """rows: queries [start, stop). keys: ascending. hidden: of the last keys, what no row may see; None: nothing."""
+    """rows: queries [start, stop). keys: ascending. hidden: of the last keys, what a row may not see; None: nothing."""
 
     start: int
     stop: int
-    keys: slice | Int[Tensor, " n"]
+    keys: slice | np.ndarray
     size: int
     hidden: Bool[Tensor, "r t"] | None
 
@@ -59,16 +61,40 @@ class Share:
         s = self.selection
         return type(s) is Spans and s.dilation == 1 and int(s.window[_at(s.window, self.row[1])]) >= s.keys
 
-    @property
-    def heads(self) -> slice | list[int]:
-        """The query heads as an index, a slice where it can be."""
-        a, b = self.members[0], self.members[-1]
-        return slice(a, b + 1) if b - a + 1 == len(self.members) else list(self.members)
+    def rows(self, tile: Tile, heads: int, queries: int) -> np.ndarray:
+        """The tile's rows in a [b h q] flattened to one axis: the queries of one query head after the other."""
+        first = [(self.batch * heads + h) * queries for h in self.members]
+        each = [np.arange(a + tile.start, a + tile.stop) for a in first]
+        return each[0] if len(each) == 1 else np.concatenate(each)
+
+    def keys(self, tile: Tile, kv_heads: int, keys: int) -> slice | np.ndarray:
+        """The tile's keys in a [b g k] flattened to one axis."""
+        first = (self.batch * kv_heads + self.kv_head) * keys
+        if isinstance(tile.keys, slice):
+            return slice(tile.keys.start + first, tile.keys.stop + first)
+        return tile.keys + first
 
     @property
     def q_block(self) -> int:
         """Queries that share a list."""
         return getattr(self.selection, "q_block", 1)
+
+
+Batch = list[tuple[Share, Tile]]
+
+
+def batches(shares: Iterable[Share], first: int, last: int) -> Iterator[Batch]:
+    """Tiles of the queries [first, last), those of one shape together, as far as their logits fit into the cache."""
+    waiting: dict[tuple[int, ...], Batch] = {}
+    for share in shares:
+        for tile in share.tiles(first, last):
+            rows = len(share.members) * (tile.stop - tile.start)
+            shape = (len(share.members), rows, tile.size, 0 if tile.hidden is None else tile.hidden.shape[1])
+            alike = waiting.setdefault(shape, [])
+            alike.append((share, tile))
+            if (len(alike) + 1) * rows * tile.size > LOGITS:
+                yield waiting.pop(shape)
+    yield from waiting.values()
 
 
 def axes(selection: Selection) -> tuple[int, int]:
@@ -102,11 +128,25 @@ def shares(selection: Selection, batch: int, heads: int, kv_heads: int) -> list[
             alike: dict[tuple[int, int], list[int]] = {}
             for h in range(g * group, (g + 1) * group):
                 part, row = rows[h]
-                alike.setdefault((id(part), row), []).append(h)
+                twins = (first for first in alike if first[0] == id(part) and _same(part, b, first[1], row))
+                alike.setdefault(next(twins, (id(part), row)), []).append(h)
             for members in alike.values():
                 part, row = rows[members[0]]
                 out.append(Share(b, g, tuple(members), part, (b if axes(part)[0] > 1 else 0, row)))
     return out
+
+
+def _same(selection: Selection, batch: int, one: int, other: int) -> bool:
+    """Whether two heads have the same lists: heads of a group often do, and are then one product."""
+    match selection:
+        case Blocks():
+            lists = [selection.crow, selection.col]
+        case Gather():
+            lists = [x for x in (selection.index, selection.ranges) if x is not None]
+        case _:
+            return one == other
+    b = batch if axes(selection)[0] > 1 else 0
+    return one == other or all(torch.equal(x[b, one], x[b, other]) for x in lists)
 
 
 def _head_rows(selection: Selection, heads: int) -> list[tuple[Selection, int]]:
@@ -144,28 +184,31 @@ def _tile(s: Selection, start: int, stop: int, keys: np.ndarray) -> Tile:
     if not s.causal:
         return Tile(start, stop, _run(keys), len(keys), None)
     first = start + s.offset
-    seen, end = int(keys.searchsorted(first + 1)), int(keys.searchsorted(stop + s.offset))
+    seen, end = keys.searchsorted((first + 1, stop + s.offset)).tolist()
     hidden = _later(keys[seen:end], first, stop - start) if end > seen else None
     return Tile(start, stop, _run(keys[:end]), end, hidden)
-
-
-_TRIANGLE = torch.ones(ROWS, ROWS, dtype=torch.bool).triu(1)
 
 
 def _later(keys: np.ndarray, first: int, rows: int) -> Bool[Tensor, "r t"]:
     """keys > position of each row; all lie behind the first row, so that a run of them is a piece of a triangle."""
     run = _run(keys)
     if isinstance(run, slice):
-        return _TRIANGLE[:rows, run.start - first : run.stop - first]
-    return run > torch.arange(first, first + rows, dtype=torch.int32)[:, None]
+        return _triangle(rows, run.start - first, run.stop - first)
+    return torch.from_numpy(run > np.arange(first, first + rows, dtype=np.int32)[:, None])
 
 
-def _run(keys: np.ndarray) -> slice | Tensor:
+@functools.lru_cache(maxsize=256)
+def _triangle(rows: int, start: int, stop: int) -> Bool[Tensor, "r t"]:
+    """Column > row, of the columns [start, stop). The same object every time, so that tiles share it."""
+    return torch.arange(start, stop) > torch.arange(rows)[:, None]
+
+
+def _run(keys: np.ndarray) -> slice | np.ndarray:
     """A slice if the keys follow on one another: it need not be copied."""
     if not len(keys):
         return slice(0, 0)
     a, b = int(keys[0]), int(keys[-1])
-    return slice(a, b + 1) if b - a + 1 == len(keys) else torch.from_numpy(keys)
+    return slice(a, b + 1) if b - a + 1 == len(keys) else keys
 
 
 def _pieces(first: int, last: int) -> Iterator[tuple[int, int]]:

@@ -1,8 +1,9 @@
 """Attention tile by tile in plain torch: gather the keys, two products, a softmax between. Bounded memory, both ways.
 
-For a tile with logits S (base 2):  P = 2^S / rowsum(2^S),  out = P V;  backwards P is computed again:
+For a tile with logits S:  P = e^S / rowsum(e^S),  out = P V;  backwards P is computed again:
 dV += P^T dO,  dP = dO V^T,  dS = P (dP - rowsum(P dP) + dlse),  dQ = scale dS K,  dK += scale dS^T Q.
-On the CPU two Python threads with one core each beat one loop with two: the products are too small to be split.
+Small tiles of one shape go together, since a call costs as much as a small product. On the CPU two Python threads with
+one core each beat one loop with two: the products are too small to be split.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saccade.core.selection import Gather, Selection
 from saccade.ops.attend.rows import FEW, gathered
-from saccade.ops.attend.tiles import ROWS, Share, Tile, shares
+from saccade.ops.attend.tiles import ROWS, Batch, Share, batches, shares
 
 LOG2E = math.log2(math.e)
 CHUNK = 1024  # queries in a job: small enough that the threads end together
@@ -29,21 +31,22 @@ ALONE = 1 << 21  # pairs below which a thread costs more than it gives
 
 @dataclass(frozen=True)
 class Logits:
-    """How logits are made; in base 2, because torch has a fast 2^x on CPUs and a slow e^x."""
+    """How logits are made."""
 
     scale: float
     softcap: float | None
 
     def __call__(self, q: Tensor, k: Tensor, buffer: Tensor) -> Tensor:
-        """[r n], before anything is hidden. The product scales its sums: scaled queries would be rounded once more."""
-        s = buffer[: len(q) * len(k)].view(len(q), len(k))
+        """[t r n], nothing hidden yet. The product scales its sums: scaled queries would be rounded once more."""
+        s = buffer.view(*q.shape[:2], k.shape[1])
         if self.softcap is None:
-            return torch.addmm(s, q, k.T, beta=0, alpha=self.scale * LOG2E, out=s)
-        return torch.addmm(s, q, k.T, beta=0, alpha=self.scale / self.softcap, out=s).tanh_().mul_(self.softcap * LOG2E)
+            return torch.baddbmm(s, q, k.mT, beta=0, alpha=self.scale, out=s)
+        torch.baddbmm(s, q, k.mT, beta=0, alpha=self.scale / self.softcap, out=s)
+        return s.tanh_().mul_(self.softcap)
 
     def slope(self, s: Tensor) -> Tensor | float:
         """d logits / d (scale q k^T), from the logits: 1 - tanh^2."""
-        return 1.0 if self.softcap is None else 1.0 - (s / (self.softcap * LOG2E)).square()
+        return 1.0 if self.softcap is None else 1.0 - (s / self.softcap).square()
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -95,78 +98,144 @@ class _Attend(torch.autograd.Function):
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, work: list[Share], logits: Logits) -> tuple[Tensor, Tensor]:
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # PyTorch's kernel does not look
+    q = q.contiguous()
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))  # PyTorch's kernel does not look
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=wide(q))
     sparse = [s for s in work if not _flash(q, k, v, s, logits, out, lse)]
     if not sparse:
         return out, lse
-    k, v = k.to(wide(k)), v.to(wide(v))
-    jobs = [(s, a, min(a + c, q.shape[2])) for s in sparse for c in [_chunk(s)] for a in range(0, q.shape[2], c)]
+    fused = _fused(q, v, logits)
+    keys, values = (x.to(x.dtype if fused else wide(x)).flatten(0, 2) for x in (k, v))
+    queries = q.flatten(0, 2)
+    out_rows, lse_rows = out.view(-1, out.shape[-1]), lse.view(-1)
+    ranges = [(a, min(a + c, q.shape[2])) for c in [_chunk(sparse)] for a in range(0, q.shape[2], c)]
+    cores = torch.get_num_threads()
+    jobs = [(sparse[i::cores], *some) for some in ranges for i in range(min(cores, len(sparse)))]
 
-    def job(task: tuple[Share, int, int]) -> None:
-        share, first, last = task
-        b, g, heads = share.batch, share.kv_head, share.heads
-        rows, buffer = q[b, heads, first:last], _Buffer(k)
-        for tile in share.tiles(first, last):
-            mine = rows[:, tile.start - first : tile.stop - first].flatten(0, 1).to(k.dtype)
-            o, e = _tile_forward(mine, k[b, g], v[b, g], tile, logits, buffer)
-            out[b, heads, tile.start : tile.stop] = o.view(len(rows), -1, o.shape[-1]).to(out.dtype)
-            lse[b, heads, tile.start : tile.stop] = e.view(len(rows), -1)
+    def job(task: tuple[list[Share], int, int]) -> None:
+        buffer = _Buffer(keys)
+        for batch in batches(*task):
+            rows = _rows(batch, q)
+            mine = queries.index_select(0, rows).view(len(batch), -1, q.shape[-1]).to(keys.dtype)
+            index, size = _keys(batch, k), batch[0][1].size
+            if not size:
+                o, e = mine.new_zeros(*mine.shape[:2], v.shape[-1]), mine.new_full(mine.shape[:2], -torch.inf)
+            elif fused:
+                o, e = _fused_forward(mine, _take(keys, index, size), _take(values, index, size), batch, logits.scale)
+            else:
+                o, e = _batch_forward(mine, _take(keys, index, size), _take(values, index, size), batch, logits, buffer)
+            out_rows.index_copy_(0, rows, o.flatten(0, 1).to(out.dtype))
+            lse_rows.index_copy_(0, rows, e.flatten().to(lse.dtype))
 
     _in_threads(job, sorted(jobs, key=lambda j: -j[2]), q)
     return out, lse
 
 
-def _chunk(share: Share) -> int:
-    """Queries in a job: about CHUNK, whole query blocks."""
-    return -(-CHUNK // share.q_block) * share.q_block
+def _chunk(shares: Sequence[Share]) -> int:
+    """Queries in a job: about CHUNK, whole query blocks of all."""
+    block = math.lcm(*{share.q_block for share in shares})
+    return -(-CHUNK // block) * block
+
+
+def _rows(batch: Batch, q: Float[Tensor, "b h q d"]) -> Int[Tensor, " m"]:
+    """The rows of all tiles, one after the other, in [b h q] flattened."""
+    rows = [share.rows(tile, q.shape[1], q.shape[2]) for share, tile in batch]
+    return torch.from_numpy(np.concatenate(rows)).to(q.device)
+
+
+def _keys(batch: Batch, k: Float[Tensor, "b g k d"]) -> slice | Int[Tensor, " m"]:
+    """The keys of all tiles, one after the other, in [b g k] flattened; a slice need not be copied."""
+    lists = [share.keys(tile, k.shape[1], k.shape[2]) for share, tile in batch]
+    if len(lists) == 1 and isinstance(lists[0], slice):
+        return lists[0]
+    whole = [np.arange(x.start, x.stop) if isinstance(x, slice) else x for x in lists]
+    return torch.from_numpy(np.concatenate(whole)).to(k.device)
+
+
+def _fused(q: Tensor, v: Tensor, logits: Logits) -> bool:
+    """Whether PyTorch's own kernel for CPUs can do it, which keeps the logits in the cache and gives lse too."""
+    return q.device.type == "cpu" and logits.softcap is None and q.shape[-1] == v.shape[-1]
+
+
+def _kernel(
+    q: Float[Tensor, "b h q d"], k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Float[Tensor, "b h q d"], Float[Tensor, "b h q"]]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+    )
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, share: Share, logits: Logits, out: Tensor, lse: Tensor) -> bool:
-    """Dense heads go to PyTorch's own kernel, which gives lse too; False where it cannot."""
+    """Compute a dense head whole; False where that cannot be."""
     square = q.shape[2] == k.shape[2] or not share.selection.causal  # its causality counts from the first key
-    if logits.softcap is not None or q.device.type != "cpu" or not square or not share.dense or not q.shape[2]:
+    if not square or not share.dense or not q.shape[2] or not _fused(q, v, logits):
         return False
-    if q.shape[-1] != v.shape[-1]:
-        return False
-    b, g, heads = share.batch, share.kv_head, share.heads
+    b, g, heads = share.batch, share.kv_head, list(share.members)
     keys, values = (x[b : b + 1, g : g + 1].expand(-1, len(share.members), -1, -1) for x in (k, v))
-    o, e = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q[b : b + 1, heads], keys, values, 0.0, share.selection.causal, scale=logits.scale
-    )
+    o, e = _kernel(q[b : b + 1, heads], keys, values, None, share.selection.causal, logits.scale)
     out[b, heads], lse[b, heads] = o[0], e[0].to(lse.dtype)
     return True
 
 
-def _tile_forward(
-    q: Tensor, k: Tensor, v: Tensor, tile: Tile, logits: Logits, buffer: _Buffer
-) -> tuple[Tensor, Tensor]:
-    """Output [r dv] and natural lse [r] of one tile."""
-    if not tile.size:
-        return q.new_zeros(len(q), v.shape[-1]), q.new_full((len(q),), -torch.inf)
-    s = logits(q, _take(k, tile.keys), buffer.of(len(q) * tile.size))
-    _hide(s, tile)
+def _fused_forward(
+    q: Float[Tensor, "t r d"], k: Float[Tensor, "t n d"], v: Float[Tensor, "t n d"], batch: Batch, scale: float
+) -> tuple[Float[Tensor, "t r d"], Float[Tensor, "t r"]]:
+    """Output and lse of tiles of one shape, by PyTorch's kernel."""
+    heads, hidden = len(batch[0][0].members), _hidden(batch)
+    q = q.unflatten(1, (heads, -1))
+    k, v = (x[:, None].expand(-1, heads, -1, -1) for x in (k, v))
+    mask = None
+    if hidden is not None:
+        mask = q.new_zeros(len(hidden), 1, q.shape[2], k.shape[2])
+        mask[..., -hidden.shape[-1] :].masked_fill_(hidden[:, None], -torch.inf)
+        mask = mask.expand(len(batch), heads, -1, -1)
+    out, lse = _kernel(q, k, v, mask, False, scale)
+    if hidden is not None and hidden.shape[-1] == k.shape[2]:  # where a row sees nothing the kernel says 0
+        lse = lse.masked_fill(hidden.all(-1)[:, None], -torch.inf)
+    return out.flatten(1, 2), lse.flatten(1, 2)
+
+
+def _batch_forward(
+    q: Float[Tensor, "t r d"], k: Float[Tensor, "t n d"], v: Float[Tensor, "t n dv"], batch: Batch, logits: Logits,
+    buffer: _Buffer,
+) -> tuple[Float[Tensor, "t r dv"], Float[Tensor, "t r"]]:  # fmt: skip
+    """Output and lse of tiles of one shape."""
+    s = logits(q, k, buffer.of(q.shape[0] * q.shape[1] * k.shape[1]))
+    _hide(s, batch)
     p, top, total = _exponentials(s)
-    out = torch.mm(p, _take(v, tile.keys)).div_(total.clamp(min=torch.finfo(s.dtype).tiny))
-    return out, top.add_(total.log2_()).div_(LOG2E)[:, 0]
+    out = torch.bmm(p, v).div_(total.clamp(min=torch.finfo(s.dtype).tiny))
+    return out, top.add_(total.log_())[..., 0]
 
 
-def _exponentials(s: Float[Tensor, "r n"]) -> tuple[Tensor, Tensor, Tensor]:
-    """2^(s - top) in the place of s, the largest logit of each row and the sum; all 0, finite, 0 if it sees nothing."""
+def _exponentials(s: Float[Tensor, "t r n"]) -> tuple[Tensor, Tensor, Tensor]:
+    """e^(s - top) in the place of s, the largest logit of each row and the sum; all 0, finite, 0 if it sees nothing.
+
+    As a power of two, which torch computes several times as fast on a CPU; the factor comes after the difference, where
+    its rounding costs least.
+    """
     top = s.amax(-1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
-    p = s.sub_(top).exp2_()
+    p = s.sub_(top).mul_(LOG2E).exp2_()
     return p, top, p.sum(-1, keepdim=True)
 
 
-def _take(x: Float[Tensor, "k d"], keys: slice | Tensor) -> Tensor:
-    return x[keys] if isinstance(keys, slice) else x.index_select(0, keys.to(x.device))
+def _take(x: Float[Tensor, "k d"], index: slice | Int[Tensor, " m"], size: int) -> Float[Tensor, "t n d"]:
+    return (x[index] if isinstance(index, slice) else x.index_select(0, index)).view(-1, size, x.shape[-1])
 
 
-def _hide(s: Float[Tensor, "r n"], tile: Tile) -> None:
-    if tile.hidden is not None:
-        rows, tail = tile.hidden.shape
-        s.view(-1, rows, s.shape[1])[:, :, -tail:].masked_fill_(tile.hidden.to(s.device), -torch.inf)
+def _hidden(batch: Batch) -> Bool[Tensor, "t r tail"] | None:
+    """What rows may not see of each tile's last keys; one for all where it is the same."""
+    masks = [tile.hidden for _, tile in batch if tile.hidden is not None]
+    if not masks:
+        return None
+    return masks[0][None] if all(m is masks[0] for m in masks) else torch.stack(masks)
+
+
+def _hide(s: Float[Tensor, "t r n"], batch: Batch) -> None:
+    hidden = _hidden(batch)
+    if hidden is not None:
+        _, rows, tail = hidden.shape
+        s.unflatten(1, (-1, rows))[..., -tail:].masked_fill_(hidden[:, None].to(s.device), -torch.inf)
 
 
 class _Buffer:
@@ -178,7 +247,7 @@ class _Buffer:
     def of(self, size: int) -> Tensor:
         if len(self.memory) < size:
             self.memory = self.memory.new_empty(size + size // 4)
-        return self.memory
+        return self.memory[:size]
 
 
 # --- backward -------------------------------------------------------------------------------------------------------
@@ -189,56 +258,63 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     kind = wide(q)
     dq, dk, dv = (torch.zeros(x.shape, device=x.device, dtype=kind) for x in (q, k, v))
-    whole = [x.to(kind) for x in (q, k, v, d_out)]
+    queries, keys, values, outs, lses = (x.to(kind).flatten(0, 2) for x in (q, k, v, d_out, d_lse))
+    sums, dq_rows = (dk.flatten(0, 2), dv.flatten(0, 2)), dq.flatten(0, 2)
 
     def job(mine: list[Share]) -> None:
         buffers = _Buffer(dk), _Buffer(dk)
-        for share in mine:
-            b, g, heads = share.batch, share.kv_head, share.heads
-            rows = [x[b, heads] for x in (whole[0], whole[3], d_lse)]
-            sums = dk[b, g], dv[b, g]
-            for tile in share.tiles(0, q.shape[2]):
-                here = [x[:, tile.start : tile.stop].flatten(0, 1) for x in rows]
-                part = _tile_backward(here, whole[1][b, g], whole[2][b, g], sums, tile, logits, buffers)
-                dq[b, heads, tile.start : tile.stop] = part.view(len(share.members), -1, part.shape[-1])
+        for batch in batches(mine, 0, q.shape[2]):
+            rows = _rows(batch, q)
+            here = [x.index_select(0, rows).unflatten(0, (len(batch), -1)) for x in (queries, outs, lses)]
+            part = _batch_backward(here, keys, values, sums, _keys(batch, k), batch, logits, buffers)
+            dq_rows.index_copy_(0, rows, part.flatten(0, 1))
 
-    groups: dict[tuple[int, int], list[Share]] = {}
-    for share in work:  # one thread for all that add to the same keys
-        groups.setdefault((share.batch, share.kv_head), []).append(share)
-    _in_threads(job, list(groups.values()), q)
+    _in_threads(job, _by_kv_head(work), q)  # one thread for all that add to the same keys
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _tile_backward(
-    rows: Sequence[Tensor], k: Tensor, v: Tensor, sums: tuple[Tensor, Tensor], tile: Tile, logits: Logits,
-    buffers: tuple[_Buffer, _Buffer],
-) -> Tensor:  # fmt: skip
-    """dq of one tile; its dk and dv are added to `sums`."""
+def _by_kv_head(shares: Sequence[Share]) -> list[list[Share]]:
+    """Those that read the same keys and values together."""
+    groups: dict[tuple[int, int], list[Share]] = {}
+    for share in shares:
+        groups.setdefault((share.batch, share.kv_head), []).append(share)
+    return list(groups.values())
+
+
+def _batch_backward(
+    rows: Sequence[Tensor], k: Tensor, v: Tensor, sums: tuple[Tensor, Tensor], index: slice | Tensor, batch: Batch,
+    logits: Logits, buffers: tuple[_Buffer, _Buffer],
+) -> Float[Tensor, "t r d"]:  # fmt: skip
+    """dq of tiles of one shape; their dk and dv are added to `sums`."""
     q, d_out, d_lse = rows
-    if not tile.size:
+    size = batch[0][1].size
+    if not size:
         return torch.zeros_like(q)
-    keys, values = _take(k, tile.keys), _take(v, tile.keys)
-    size = len(q) * tile.size
-    s = logits(q, keys, buffers[0].of(size))
+    keys, values = _take(k, index, size), _take(v, index, size)
+    many = q.shape[0] * q.shape[1] * size
+    s = logits(q, keys, buffers[0].of(many))
     slope = logits.slope(s)
-    _hide(s, tile)
-    p, _, total = _exponentials(s)  # not 2^(s - lse): the rounding of lse would be in all of the row
+    _hide(s, batch)
+    p, _, total = _exponentials(s)  # not e^(s - lse): the rounding of lse would be in all of the row
     p.div_(total.clamp_(min=torch.finfo(s.dtype).tiny))
-    _add(sums[1], tile.keys, p.T, d_out)
-    d_p = torch.mm(d_out, values.T, out=buffers[1].of(size)[:size].view(len(q), -1))
+    heads = len(batch[0][0].members)
+    _add(sums[1], index, p, d_out, heads)
+    d_p = torch.bmm(d_out, values.mT, out=buffers[1].of(many).view_as(p))
     d_s = d_p.mul_(p)
     delta = d_s.sum(-1) - d_lse  # not from out: where a row sees one key this cancels exactly
-    d_s.sub_(p.mul_(delta[:, None])).mul_(slope)
-    _add(sums[0], tile.keys, d_s.T, q * logits.scale)
-    return torch.mm(d_s, keys).mul_(logits.scale)
+    d_s.sub_(p.mul_(delta[..., None])).mul_(slope)
+    _add(sums[0], index, d_s, q * logits.scale, heads)
+    return torch.bmm(d_s, keys).mul_(logits.scale)
 
 
-def _add(total: Tensor, keys: slice | Tensor, a: Tensor, b: Tensor) -> None:
-    """total[keys] += a b; no key is listed twice."""
-    if isinstance(keys, slice):
-        total[keys].addmm_(a, b)
+def _add(total: Float[Tensor, "k d"], index: slice | Tensor, a: Tensor, b: Float[Tensor, "t r d"], heads: int) -> None:
+    """total[index] += a^T b. Each query head is summed by itself: shorter sums round less."""
+    a, b = (x.unflatten(1, (heads, -1)) for x in (a, b))
+    more = torch.matmul(a.mT, b).sum(1)
+    if isinstance(index, slice):
+        total[index] += more[0]
     else:
-        total.index_add_(0, keys.to(total.device), torch.mm(a, b))
+        total.index_add_(0, index, more.flatten(0, 1))
 
 
 # --- threads --------------------------------------------------------------------------------------------------------
