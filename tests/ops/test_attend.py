@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -229,6 +230,20 @@ def _for_flex(kind: str, queries: int, keys: int) -> Selection:
     nqb, nkb = -(-queries // 128), -(-keys // 128)
     keep = torch.rand(1, 4, nqb, nkb, generator=rng.generator("flex")) < 0.6
     return Blocks.of(keep, queries=queries, keys=keys, q_block=128, k_block=128)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("kind", ["blocks", "spans"])
+def test_what_flex_is_given_through_its_compiled_kernel(kind):
+    """On a CPU, where it gives the output alone."""
+    selection = _for_flex(kind, 300, 700)
+    q, k, v = tensors(1, 4, 2, 300, 700, 64)
+    mask = (flex._blocks if kind == "blocks" else flex._spans)(selection, q.device)
+    kernel = torch.compile(flex.flex_attention, fullgraph=True)
+    with torch.no_grad():
+        out = kernel(q, k, v, block_mask=mask, scale=64**-0.5, enable_gqa=True)
+    assert_close_as_torch(out, q, k, v, selection.mask())
 
 
 @pytest.mark.gpu

@@ -57,7 +57,7 @@ def logits(sample: tasks.Sample, vocabulary: int = 60_000) -> torch.Tensor:
 
 def test_the_tasks_of_the_library():
     retrieval = {"passkey", "passkey-agnostic", "multi-key", "variable-tracking", "word-aggregation"}
-    assert set(ALL) >= {"loss", "continuation-loss", *retrieval}
+    assert set(ALL) >= {"loss", "continuation-loss", "perplexity", *retrieval}
     for name in ALL:
         assert tasks.get(name).name == name == tasks.get(name.replace("-", "_")).name
 
@@ -280,7 +280,7 @@ def test_too_few_tokens_are_refused_and_the_least_number_works(name, tokenizer):
         samples(name, tokenizer, least - 1, 1, 0)
 
 
-@pytest.mark.parametrize("name", sorted({"loss", *NEEDLES}))
+@pytest.mark.parametrize("name", sorted({"loss", "perplexity", *NEEDLES}))
 def test_more_than_the_shipped_text_is_refused(name):
     with pytest.raises(BadInput, match=r"a passage of \d+ tokens: the shipped text has \d+\. Ask for fewer tokens\."):
         samples(name, "letters", 400_000, 1, 0)
@@ -304,3 +304,15 @@ def test_the_description_is_what_the_class_says(name):
 def test_tasks_are_described_without_torch():
     program = "import sys; from saccade import tasks; [tasks.describe(n) for n in tasks.list_tasks()]; "
     assert python(program + "print('torch' in sys.modules)").strip() == "False"
+
+
+@given(tokenizer_names, st.integers(64, 700), seeds)
+def test_windows_of_the_perplexity_follow_on_one_another_and_count_each_token_once(tokenizer, tokens, seed):
+    made = samples("perplexity", tokenizer, tokens, 4, seed)
+    scored = [s.continuation[0].tolist() for s in made]
+    first = [s.facts["text_start"] for s in made]
+    for (a, before), (b, after) in itertools.pairwise(zip(first, made)):
+        if b > a:  # else the text came to its end
+            assert b - a == len(scored[0])
+            text_before = after.context[0].tolist()[-len(scored[0]) :]
+            assert text_before == before.continuation[0].tolist()

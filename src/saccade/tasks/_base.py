@@ -35,7 +35,7 @@ class Task(ABC):
     query_aware: the question is already in the context when it is compressed; None where there is no question
     chance: the score of a guesser who has understood the format; None for "nll"
     spread: standard deviation between samples for dense SmolLM2 at 1,024 tokens, for power calculations; the figures
-        are printed by `python benchmarks/dense_tasks.py`
+        are printed by `python benchmarks/task_spread.py`
     """
 
     name: ClassVar[str]

@@ -36,6 +36,18 @@ def start_token(tokenizer) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
+def room(tokenizer, tokens: int) -> int:
+    """At how many places besides the first a passage of so many tokens may begin.
+
+    Raises:
+        BadInput: the text has fewer tokens.
+    """
+    there = len(whole(tokenizer))
+    if there < tokens:
+        raise BadInput(f"a passage of {tokens} tokens", f"the shipped text has {there}", "Ask for fewer tokens.")
+    return there - tokens
+
+
 def passage(tokenizer, tokens: int, index: int, seed: int) -> tuple[list[int], int]:
     """Sample `index`'s passage: exactly `tokens` ids from the beginning of a sentence on, and where it begins.
 
@@ -45,12 +57,9 @@ def passage(tokenizer, tokens: int, index: int, seed: int) -> tuple[list[int], i
     Raises:
         BadInput: the text has fewer tokens.
     """
-    ids = whole(tokenizer)
-    room = len(ids) - tokens
-    if room < 0:
-        raise BadInput(f"a passage of {tokens} tokens", f"the shipped text has {len(ids)}", "Ask for fewer tokens.")
+    ids, last = whole(tokenizer), room(tokenizer, tokens)
     place = (rng.python("passage", seed).random() + index * GOLDEN) % 1.0
-    start = sentence_start(tokenizer, ids, round(place * room))
+    start = sentence_start(tokenizer, ids, round(place * last))
     return list(ids[start : start + tokens]), start
 
 
