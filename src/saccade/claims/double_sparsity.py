@@ -34,6 +34,7 @@ CLAIM = Claim(
 )
 # what layers 0 and 1 read is part of the budget: an eighth and a sixteenth of the keys in the other 28 of 30 layers
 EIGHTH, SIXTEENTH = (2 + 28 / 8) / 30, (2 + 28 / 16) / 30
+BARS = 0.03, 0.077  # nats, of these two
 QUERIES = 64  # last queries of a text that recall is measured on
 
 
@@ -55,13 +56,14 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     wide = text.difference(text.scores("double-sparsity:channels=16", EIGHTH), full)
     narrow = text.difference(text.scores("double-sparsity:channels=8", SIXTEENTH), full)
     kept = keys.difference(keys.scores("double-sparsity:channels=16", EIGHTH), keys.scores("full"))
+    exact = [text.difference(text.scores("double-sparsity:channels=64", b), full).mean for b in (EIGHTH, SIXTEENTH)]
     for bench in (text, keys):
         for baseline in ("random:part=decode", "streaming"):
             bench.scores(baseline, EIGHTH)
     checks = [
         at_least("8 qk channels minus 8 random, recall", paired(found["qk, 8"], found["random, 8"], False), 0.10),
-        at_most("an eighth of the keys minus full, nats (3 %)", wide, 0.03),
-        at_most("a sixteenth of the keys minus full, nats (8 %)", narrow, 0.077),
+        at_most("an eighth of the keys minus full, nats (3 %)", wide, BARS[0]),
+        at_most("a sixteenth of the keys minus full, nats (8 %)", narrow, BARS[1]),
         at_least("an eighth of the keys minus full, pass keys", kept, -0.05),
         at_least("best 8 channels shared with program text", mean_interval(_overlap(subject, text, made)), 0.7),
     ]
@@ -70,7 +72,13 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
         f" channels ranked on {made.data}"
     )
     recall = [{"channels": name, "recall": sum(v) / len(v), "n": len(v)} for name, v in found.items()]
-    return Evidence(checks, setting, table=text.rows() + keys.rows() + recall)
+    enough = all(lost <= bar for lost, bar in zip(exact, BARS))
+    blame = "the channels miss keys" if enough else "so few are not enough here, however found"
+    reason = (
+        f"With all 64 channels, an exact search, an eighth of the keys loses {exact[0]:+.3f} and a sixteenth"
+        f" {exact[1]:+.3f} nats: {blame}."
+    )
+    return Evidence(checks, setting, reason, table=text.rows() + keys.rows() + recall)
 
 
 def _recalls(subject: Any, samples: list[Tensor], made: Artefact) -> dict[str, list[float]]:
