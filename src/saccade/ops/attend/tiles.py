@@ -258,15 +258,22 @@ def _of_spans(s: Spans, b: int, h: int, first: int, last: int) -> Iterator[Tile]
     sinks, window = int(s.sinks[_at(s.sinks, h)]), int(s.window[_at(s.window, h)])
     for start, stop in _pieces(first, last):
         p, end = start + s.offset, stop + s.offset
-        near = max(p - window + 1, 0) if window else end
+        near = max(p - window + 1, 0)
         sunk = np.arange(min(sinks, near))
         keys = np.concatenate([sunk, np.arange(near, end)]).astype(np.int32)
         if end <= window:
             yield _tile(s, start, stop, keys)
-            continue
-        position = np.arange(p, end, dtype=np.int32)[:, None]
-        hidden = (keys > position) | ((keys <= position - window) & (keys >= sinks))
-        yield Tile(start, stop, _run(keys), len(keys), torch.from_numpy(hidden) if len(keys) else None)
+        else:
+            hidden = _band(stop - start, end - near, max(0, sinks - near), window)
+            yield Tile(start, stop, _run(keys), len(keys), hidden if end > near else None)
+
+
+@functools.lru_cache(maxsize=64)
+def _band(rows: int, keys: int, sunk: int, window: int) -> Bool[Tensor, "r k"]:
+    """What rows may not see of a run of keys that ends with the last row's own, whose first `sunk` are sinks: what is
+    ahead of them or left their window. The same object every time, so that tiles share it."""
+    behind = torch.arange(rows)[:, None] - torch.arange(rows - keys, rows)
+    return (behind < 0) | (behind >= window) & (torch.arange(keys) >= sunk)
 
 
 def _row_mask(s: Selection, b: int, h: int, start: int, stop: int) -> Bool[Tensor, "r k"]:
