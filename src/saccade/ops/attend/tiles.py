@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from saccade.core.selection import Blocks, Buckets, Gather, Lines, Pairs, PerHead, Selection, Spans, causal_mask
@@ -34,6 +34,15 @@ class Tile:
     hidden: Bool[Tensor, "r t"] | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Drawn(Selection):
+    """Lines, with the first keys of every query block's runs, and with their columns in order: made once."""
+
+    runs: Int[Tensor, "b h nqb t"]
+    columns: Int[Tensor, "b h v"]
+    q_block: int
+
+
 @dataclass(frozen=True)
 class Share:
     """Query heads of one key/value head that look at the same keys: row (batch, head) of a selection of one kind."""
@@ -49,6 +58,8 @@ class Share:
         kind = type(self.selection)
         if kind is Blocks:
             return _of_blocks(self.selection, *self.row, first, last)
+        if kind is _Drawn:
+            return _of_lines(self.selection, *self.row, first, last)
         if kind is Gather and self.selection.q_block >= SMALL_BLOCK:
             return _of_lists(self.selection, *self.row, first, last)
         if kind is Spans and self.selection.causal and self.selection.dilation == 1:
@@ -61,11 +72,10 @@ class Share:
         s = self.selection
         return type(s) is Spans and s.dilation == 1 and int(s.window[_at(s.window, self.row[1])]) >= s.keys
 
-    def rows(self, tile: Tile, heads: int, queries: int) -> np.ndarray:
+    def rows(self, tile: Tile, heads: int, queries: int) -> list[slice]:
         """The tile's rows in a [b h q] flattened to one axis: the queries of one query head after the other."""
         first = [(self.batch * heads + h) * queries for h in self.members]
-        each = [np.arange(a + tile.start, a + tile.stop) for a in first]
-        return each[0] if len(each) == 1 else np.concatenate(each)
+        return [slice(a + tile.start, a + tile.stop) for a in first]
 
     def keys(self, tile: Tile, kv_heads: int, keys: int) -> slice | np.ndarray:
         """The tile's keys in a [b g k] flattened to one axis."""
@@ -106,6 +116,8 @@ def axes(selection: Selection) -> tuple[int, int]:
             return selection.index.shape[0], selection.index.shape[1]
         case Lines():
             return selection.slashes.shape[0], selection.slashes.shape[1]
+        case _Drawn():
+            return selection.runs.shape[0], selection.runs.shape[1]
         case Pairs():
             return selection.allowed.shape[0], selection.allowed.shape[1]
         case Buckets():
@@ -164,7 +176,14 @@ def _head_rows(selection: Selection, heads: int) -> list[tuple[Selection, int]]:
 def _lower(selection: Selection) -> Selection:
     """Kinds that are computed as another kind."""
     if isinstance(selection, Lines):
-        return selection.gather()
+        return _Drawn(
+            runs=selection.tiles(),
+            columns=selection.verticals.sort(-1).values,
+            q_block=selection.block,
+            queries=selection.queries,
+            keys=selection.keys,
+            causal=selection.causal,
+        )
     if isinstance(selection, Spans) and selection.grid:
         return Pairs(
             allowed=selection.mask(), queries=selection.queries, keys=selection.keys, causal=selection.causal
@@ -252,6 +271,23 @@ def _of_lists(s: Gather, b: int, h: int, first: int, last: int) -> Iterator[Tile
         for i, mine in enumerate(np.split(keys, table.sum(-1).cumsum(0)[:-1].numpy()), i0):
             for start, stop in _pieces(i * s.q_block, min((i + 1) * s.q_block, last)):
                 yield _tile(s, start, stop, mine)
+
+
+def _of_lines(s: _Drawn, b: int, h: int, first: int, last: int) -> Iterator[Tile]:
+    """As `Lines.gather` says it: whole runs, and between them the columns that lie in none."""
+    every = np.arange(s.keys, dtype=np.int32)
+    columns = s.columns[b, h].cpu().numpy().astype(np.int32)
+    columns = columns[columns >= 0]
+    i0, i1 = first // s.q_block, -(-last // s.q_block)
+    for i, starts in enumerate(s.runs[b, h, i0:i1].cpu().numpy(), i0):
+        starts = starts[starts >= 0]
+        stops = np.minimum(starts + s.q_block, s.keys)
+        mine = columns[: columns.searchsorted((i + 1) * s.q_block + s.offset)] if s.causal else columns
+        before, after = mine.searchsorted((starts, stops)).tolist()
+        pieces = [x for a, z, *run in zip([0, *after], before, starts, stops) for x in (mine[a:z], every[slice(*run)])]
+        keys = np.concatenate([*pieces, mine[after[-1] if after else 0 :]])
+        for start, stop in _pieces(i * s.q_block, min((i + 1) * s.q_block, last)):
+            yield _tile(s, start, stop, keys)
 
 
 def _of_spans(s: Spans, b: int, h: int, first: int, last: int) -> Iterator[Tile]:

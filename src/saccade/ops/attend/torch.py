@@ -8,6 +8,7 @@ one core each beat one loop with two: the products are too small to be split.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -116,17 +117,17 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, work: list[Share], logits: Logits)
     def job(task: tuple[list[Share], int, int]) -> None:
         buffer = _Buffer(keys)
         for batch in batches(*task):
-            rows = _rows(batch, q)
-            mine = queries.index_select(0, rows).view(len(batch), -1, q.shape[-1]).to(keys.dtype)
-            index, size = _keys(batch, k), batch[0][1].size
-            if not size:
+            rows, index, (share, tile) = _rows(batch, q), _keys(batch, k), batch[0]
+            mine = _take(queries, rows, len(share.members) * (tile.stop - tile.start)).to(keys.dtype)
+            here, values_here = _take(keys, index, tile.size), _take(values, index, tile.size)
+            if not tile.size:
                 o, e = mine.new_zeros(*mine.shape[:2], v.shape[-1]), mine.new_full(mine.shape[:2], -torch.inf)
             elif fused:
-                o, e = _fused_forward(mine, _take(keys, index, size), _take(values, index, size), batch, logits.scale)
+                o, e = _fused_forward(mine, here, values_here, batch, logits.scale)
             else:
-                o, e = _batch_forward(mine, _take(keys, index, size), _take(values, index, size), batch, logits, buffer)
-            out_rows.index_copy_(0, rows, o.flatten(0, 1).to(out.dtype))
-            lse_rows.index_copy_(0, rows, e.flatten().to(lse.dtype))
+                o, e = _batch_forward(mine, here, values_here, batch, logits, buffer)
+            _put(out_rows, rows, o)
+            _put(lse_rows, rows, e)
 
     _in_threads(job, sorted(jobs, key=lambda j: -j[2]), q)
     return out, lse
@@ -138,19 +139,37 @@ def _chunk(shares: Sequence[Share]) -> int:
     return -(-CHUNK // block) * block
 
 
-def _rows(batch: Batch, q: Float[Tensor, "b h q d"]) -> Int[Tensor, " m"]:
+def _rows(batch: Batch, q: Float[Tensor, "b h q d"]) -> slice | Int[Tensor, " m"]:
     """The rows of all tiles, one after the other, in [b h q] flattened."""
-    rows = [share.rows(tile, q.shape[1], q.shape[2]) for share, tile in batch]
-    return torch.from_numpy(np.concatenate(rows)).to(q.device)
+    return _joined([x for share, tile in batch for x in share.rows(tile, q.shape[1], q.shape[2])], q.device)
 
 
 def _keys(batch: Batch, k: Float[Tensor, "b g k d"]) -> slice | Int[Tensor, " m"]:
-    """The keys of all tiles, one after the other, in [b g k] flattened; a slice need not be copied."""
-    lists = [share.keys(tile, k.shape[1], k.shape[2]) for share, tile in batch]
-    if len(lists) == 1 and isinstance(lists[0], slice):
-        return lists[0]
-    whole = [np.arange(x.start, x.stop) if isinstance(x, slice) else x for x in lists]
-    return torch.from_numpy(np.concatenate(whole)).to(k.device)
+    """The keys of all tiles, one after the other, in [b g k] flattened."""
+    return _joined([share.keys(tile, k.shape[1], k.shape[2]) for share, tile in batch], k.device)
+
+
+def _joined(pieces: Sequence[slice | np.ndarray], device: torch.device) -> slice | Int[Tensor, " m"]:
+    """One index for all; a slice as it is, which need not be copied."""
+    if len(pieces) == 1 and isinstance(pieces[0], slice):
+        return pieces[0]
+    whole = [np.arange(x.start, x.stop) if isinstance(x, slice) else x for x in pieces]
+    return torch.from_numpy(np.concatenate(whole)).to(device)
+
+
+def _take(x: Float[Tensor, "k d"], index: slice | Int[Tensor, " m"], size: int) -> Float[Tensor, "t n d"]:
+    """Rows of x, in tiles of `size`."""
+    some = x[index] if isinstance(index, slice) else x.index_select(0, index)
+    return some.unflatten(0, (-1, size)) if size else some[None]
+
+
+def _put(x: Float[Tensor, "k ..."], index: slice | Int[Tensor, " m"], values: Float[Tensor, "t r ..."]) -> None:
+    """Write rows where `_take` reads them."""
+    flat = values.flatten(0, 1).to(x.dtype)
+    if isinstance(index, slice):
+        x[index] = flat
+    else:
+        x.index_copy_(0, index, flat)
 
 
 def _fused(q: Tensor, v: Tensor, logits: Logits) -> bool:
@@ -186,14 +205,25 @@ def _fused_forward(
     q = q.unflatten(1, (heads, -1))
     k, v = (x[:, None].expand(-1, heads, -1, -1) for x in (k, v))
     mask = None
-    if hidden is not None:
-        mask = q.new_zeros(len(hidden), 1, q.shape[2], k.shape[2])
-        mask[..., -hidden.shape[-1] :].masked_fill_(hidden[:, None], -torch.inf)
+    if hidden is not None and len(hidden) == 1 and hidden.shape[-1] < k.shape[2]:  # the same for many tiles
+        wide = _added(batch[0][1].hidden, 1 << k.shape[2].bit_length(), q.dtype)
+        mask = wide[:, wide.shape[1] - k.shape[2] :].expand(len(batch), heads, -1, -1)
+    elif hidden is not None:
+        mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+        mask = torch.nn.functional.pad(mask, (k.shape[2] - hidden.shape[-1], 0))[:, None]
         mask = mask.expand(len(batch), heads, -1, -1)
     out, lse = _kernel(q, k, v, mask, False, scale)
     if hidden is not None and hidden.shape[-1] == k.shape[2]:  # where a row sees nothing the kernel says 0
         lse = lse.masked_fill(hidden.all(-1)[:, None], -torch.inf)
     return out.flatten(1, 2), lse.flatten(1, 2)
+
+
+@functools.lru_cache(maxsize=8)
+def _added(hidden: Bool[Tensor, "r tail"], size: int, dtype: torch.dtype) -> Float[Tensor, "r n"]:
+    """What is added to the logits of `size` keys, the last of which are hidden; fewer keys take its last columns."""
+    mask = torch.zeros(len(hidden), size, dtype=dtype)
+    mask[:, size - hidden.shape[1] :].masked_fill_(hidden, -torch.inf)
+    return mask
 
 
 def _batch_forward(
@@ -217,10 +247,6 @@ def _exponentials(s: Float[Tensor, "t r n"]) -> tuple[Tensor, Tensor, Tensor]:
     top = s.amax(-1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
     p = s.sub_(top).mul_(LOG2E).exp2_()
     return p, top, p.sum(-1, keepdim=True)
-
-
-def _take(x: Float[Tensor, "k d"], index: slice | Int[Tensor, " m"], size: int) -> Float[Tensor, "t n d"]:
-    return (x[index] if isinstance(index, slice) else x.index_select(0, index)).view(-1, size, x.shape[-1])
 
 
 def _hidden(batch: Batch) -> Bool[Tensor, "t r tail"] | None:
@@ -265,9 +291,10 @@ def _backward(
         buffers = _Buffer(dk), _Buffer(dk)
         for batch in batches(mine, 0, q.shape[2]):
             rows = _rows(batch, q)
-            here = [x.index_select(0, rows).unflatten(0, (len(batch), -1)) for x in (queries, outs, lses)]
+            each = len(batch[0][0].members) * (batch[0][1].stop - batch[0][1].start)
+            here = [_take(x, rows, each) for x in (queries, outs, lses)]
             part = _batch_backward(here, keys, values, sums, _keys(batch, k), batch, logits, buffers)
-            dq_rows.index_copy_(0, rows, part.flatten(0, 1))
+            _put(dq_rows, rows, part)
 
     _in_threads(job, _by_kv_head(work), q)  # one thread for all that add to the same keys
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
