@@ -106,7 +106,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, work: list[Share], logits: Logits)
     sparse = [s for s in work if not _flash(q, k, v, s, logits, out, lse)]
     if not sparse:
         return out, lse
-    fused = _fused(q, v, logits)
+    fused = _fused(q, v, logits) and all(bool(x.sum().isfinite()) for x in (q, k, v))  # under a mask it loses a NaN
     keys, values = (x.to(x.dtype if fused else wide(x)).flatten(0, 2) for x in (k, v))
     queries = q.flatten(0, 2)
     out_rows, lse_rows = out.view(-1, out.shape[-1]), lse.view(-1)
