@@ -12,6 +12,17 @@ SCORED_TOKENS = 512
 LEAST_TOKENS = 32
 
 
+def check_length(name: str, tokens: int) -> None:
+    """That a loss over so few tokens still means something.
+
+    Raises:
+        BadInput: it does not.
+    """
+    if tokens < LEAST_TOKENS:
+        asked = f"{name} in {tokens} tokens"
+        raise BadInput(asked, "that is too short to mean anything", f"Ask for {LEAST_TOKENS}.")
+
+
 class Loss(Task):
     """Mean loss in nats on the last 512 tokens of a passage of Moby-Dick (on the last half of a shorter one)."""
 
@@ -23,9 +34,7 @@ class Loss(Task):
     spread = 0.2
 
     def samples(self, tokenizer, tokens: int, count: int, seed: int) -> list[Sample]:
-        if tokens < LEAST_TOKENS:
-            asked = f"{self.name} in {tokens} tokens"
-            raise BadInput(asked, "that is too short to mean anything", f"Ask for {LEAST_TOKENS}.")
+        check_length(self.name, tokens)
         return [self._sample(tokenizer, tokens, index, seed) for index in range(count)]
 
     def _sample(self, tokenizer, tokens: int, index: int, seed: int) -> Sample:

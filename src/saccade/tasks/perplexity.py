@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 
 from saccade.core import rng
-from saccade.core.errors import BadInput
 from saccade.tasks._base import Sample, Task
 from saccade.tasks._text import room, sentence_start, start_token, whole
-
-LEAST_TOKENS = 32
+from saccade.tasks.loss import check_length
 
 
 class Perplexity(Task):
@@ -27,9 +25,7 @@ class Perplexity(Task):
     spread = 0.2
 
     def samples(self, tokenizer, tokens: int, count: int, seed: int) -> list[Sample]:
-        if tokens < LEAST_TOKENS:
-            asked = f"{self.name} in {tokens} tokens"
-            raise BadInput(asked, "that is too short to mean anything", f"Ask for {LEAST_TOKENS}.")
+        check_length(self.name, tokens)
         start, ids = start_token(tokenizer), whole(tokenizer)
         text = tokens - len(start)
         stride, places = text // 2, room(tokenizer, text) + 1

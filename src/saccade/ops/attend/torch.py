@@ -206,8 +206,8 @@ def _fused_forward(
     k, v = (x[:, None].expand(-1, heads, -1, -1) for x in (k, v))
     mask = None
     if hidden is not None and len(hidden) == 1 and hidden.shape[-1] < k.shape[2]:  # the same for many tiles
-        wide = _added(batch[0][1].hidden, 1 << k.shape[2].bit_length(), q.dtype)
-        mask = wide[:, wide.shape[1] - k.shape[2] :].expand(len(batch), heads, -1, -1)
+        added = _added(batch[0][1].hidden, 1 << k.shape[2].bit_length(), q.dtype)
+        mask = added[:, added.shape[1] - k.shape[2] :].expand(len(batch), heads, -1, -1)
     elif hidden is not None:
         mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
         mask = torch.nn.functional.pad(mask, (k.shape[2] - hidden.shape[-1], 0))[:, None]
