@@ -1,0 +1,60 @@
+"""What a device offers to Triton kernels, and why it does not."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def installed() -> bool:
+    """Whether Triton can be imported; CPU builds of torch come without it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on the CPU: for tests."""
+    if not installed() or os.environ.get("TRITON_INTERPRET", "0") == "0":
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def triton_reasons(*inputs: Tensor) -> list[str]:
+    """Why Triton kernels cannot run on these tensors, wherever they are; [] = they can."""
+    if not installed():
+        return ["triton is not installed: pip install triton"]
+    device = inputs[0].device
+    if device.type != "cuda" and not interpreted():
+        return [f"Triton kernels run on a CUDA device, and the inputs are on the {device.type}"]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return ["it gives no gradient, and an input asks for one: call it under torch.no_grad()"]
+    return []
+
+
+def triton_first(x: Tensor) -> bool:
+    """Whether "auto" tries Triton before plain torch: on CUDA devices."""
+    return x.is_cuda
+
+
+@functools.cache
+def multiprocessors(index: int | None) -> int:
+    """Of a CUDA device; where there is none (interpreter) a small number, so that tests split their work too."""
+    if not torch.cuda.is_available():
+        return 4
+    return torch.cuda.get_device_properties(index if index is not None else 0).multi_processor_count
+
+
+@functools.cache
+def dependent_launch(index: int | None) -> bool:
+    """Whether a kernel may start while the one before it ends (Hopper and later): saves a launch's latency."""
+    if not torch.cuda.is_available() or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(index if index is not None else 0) >= (9, 0)
