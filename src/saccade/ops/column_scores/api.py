@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from saccade.core.errors import BadInput
-from saccade.ops import dispatch
+from saccade.ops import device, dispatch
 from saccade.ops.attend.api import check
 from saccade.ops.column_scores import reference
 from saccade.ops.column_scores import torch as tiled
@@ -28,7 +30,7 @@ def column_scores(
 
     For choosing keys: it has no gradient.
 
-    impl: "auto", "torch" (two passes, never all logits), "reference", "triton"
+    impl: "auto", "torch" (two passes, never all logits), "reference", "triton" (CUDA, up to 128 queries; first there)
     report: is told which back end ran, as "column_scores:torch"
 
     Raises:
@@ -40,6 +42,23 @@ def column_scores(
         found = "causal queries are the last of the keys, and a row must see one"
         raise BadInput(f"column scores of {q.shape[2]} queries over {k.shape[2]} keys", found, "Give all keys.")
     options = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap, "causal": causal}
-    back_ends = {"torch": list, "reference": list, "triton": lambda: dispatch.NO_TRITON}
-    name = dispatch.pick("column_scores", impl, back_ends, report)
+    name = dispatch.pick("column_scores", impl, back_ends(q, k), report)
+    if name == "triton":
+        from saccade.ops.column_scores import triton as kernels
+
+        return kernels.column_scores(q, k, **options)
     return (reference if name == "reference" else tiled).column_scores(q, k, **options)
+
+
+def back_ends(q: Tensor, k: Tensor) -> dict[str, Callable[[], dispatch.Reasons]]:
+    """Back ends and why they cannot compute these, in the order "auto" tries."""
+
+    def by_triton() -> list[str]:
+        if not device.installed():
+            return device.triton_reasons(q)
+        from saccade.ops.column_scores import triton as kernels
+
+        return kernels.reasons(q, k)
+
+    plain = {"torch": list, "reference": list}
+    return {"triton": by_triton, **plain} if device.triton_first(q) else {**plain, "triton": by_triton}

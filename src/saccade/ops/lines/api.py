@@ -8,21 +8,50 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saccade.core.errors import BadInput
 from saccade.core.selection import Lines, causal_mask
+from saccade.ops import dispatch
+from saccade.ops.attend.api import check
+from saccade.ops.column_scores.api import back_ends
 
 
+@torch.no_grad()
 def line_scores(
     q: Float[Tensor, "b h w d"],
     k: Float[Tensor, "b g k d"],
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    impl: str = "auto",
+    report: dispatch.Report | None = None,
 ) -> tuple[Float[Tensor, "b h k"], Float[Tensor, "b h k"]]:
     """Attention of the last `w` queries, float32, summed over each column and over each diagonal.
 
     A diagonal is numbered by how far its keys are behind their queries. Far ones have fewer rows; sums stay sums.
+    For choosing lines: it has no gradient.
+
+    impl: "auto", "torch" (all weights of one call at once), "triton" (CUDA, up to 128 queries; first there)
+    report: is told which back end ran, as "line_scores:torch"
+
+    Raises:
+        BadInput: shapes or dtypes that do not fit together, or more queries than keys.
+        CannotRun: the back end that was asked for cannot compute this, with every reason.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    check(q, k, k)
+    if q.shape[2] > k.shape[2]:
+        asked = f"line scores of {q.shape[2]} queries over {k.shape[2]} keys"
+        raise BadInput(asked, "the queries are the last of the keys", "Give all keys.")
+    options = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap}
+    there = {name: why for name, why in back_ends(q, k).items() if name != "reference"}
+    if dispatch.pick("line_scores", impl, there, report) == "torch":
+        return _line_scores(q, k, **options)
+    from saccade.ops.column_scores import triton as kernels
+
+    return kernels.line_sums(q, k, causal=True, lines=True, **options)
+
+
+def _line_scores(q: Tensor, k: Tensor, *, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """By rows of the whole table of weights."""
     last, n = q.shape[2], k.shape[2]
     rows = q.float().unflatten(1, (k.shape[1], -1))
     logits = torch.einsum("bgsld,bgkd->bgslk", rows, k.float()).flatten(1, 2) * scale

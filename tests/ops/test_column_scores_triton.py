@@ -1,0 +1,119 @@
+"""column_scores and line_scores by Triton against float64: in its interpreter, and on a CUDA device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from saccade import ops
+from saccade.core.errors import BadInput, CannotRun
+from saccade.core.selection import causal_mask
+from tests.helpers import TURNS, assert_no_worse
+from tests.ops._triton import interpreter, run_in_interpreter
+from tests.ops.shapes import HEAD_SIZES, tensors
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def test_in_the_interpreter():
+    run_in_interpreter(__file__)
+
+
+def weights(q: Tensor, k: Tensor, softcap: float | None, causal: bool) -> Tensor:
+    """softmax of all logits, by PyTorch, in the precision of q."""
+    logits = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * q.shape[-1] ** -0.5
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if causal:
+        logits = logits.masked_fill(~causal_mask(q.shape[2], k.shape[2], q.device), -torch.inf)
+    return logits.softmax(-1)
+
+
+def along(p: Tensor) -> Tensor:
+    """Sums along diagonals, numbered by how far the key is behind its query."""
+    w, n = p.shape[-2:]
+    behind = torch.arange(n - w, n, device=p.device)[:, None] - torch.arange(n, device=p.device)
+    out = torch.zeros_like(p[..., 0, :])
+    for r in range(w):
+        seen = behind[r] >= 0
+        out[..., behind[r][seen]] += p[..., r, seen]
+    return out
+
+
+def check(q: Tensor, k: Tensor, softcap: float | None, causal: bool) -> None:
+    """Columns, and with `causal` diagonals, are as right as PyTorch's in float32."""
+    exact = weights(q.double(), k.double(), softcap, causal)
+    theirs = [weights(q.float().roll(t, -1), k.float().roll(t, -1), softcap, causal) for t in TURNS]
+    said = []
+    ours = ops.column_scores(q, k, softcap=softcap, causal=causal, impl="triton", report=said.append)
+    assert said == ["column_scores:triton"] and ours.dtype == torch.float32
+    assert_no_worse(ours, exact.sum(-2), [p.sum(-2) for p in theirs], "columns")
+    if causal:
+        columns, diagonals = ops.line_scores(q, k, softcap=softcap, impl="triton")
+        assert_no_worse(columns, exact.sum(-2), [p.sum(-2) for p in theirs], "columns beside diagonals")
+        assert_no_worse(diagonals, along(exact), [along(p) for p in theirs], "diagonals")
+
+
+@interpreter
+@settings(max_examples=4)
+@given(
+    st.integers(1, 150),
+    st.integers(1, 20),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    st.sampled_from([None, 5.0]),
+    st.sampled_from([16, 48]),
+)
+def test_sums_of_the_softmax(keys, queries, dtype, causal, softcap, size):
+    q, k, _ = tensors(2, 4, 2, min(queries, keys), keys, size, dtype)
+    check(q, k, softcap, causal)
+
+
+@interpreter
+def test_as_many_queries_as_it_takes_and_strided_keys():
+    q, k, _ = tensors(1, 2, 1, 128, 200, 16)
+    room = torch.full((1, 256, 1, 32), torch.nan)
+    room[:, :200, :, :16] = k.transpose(1, 2)
+    check(q, room[:, :200, :, :16].transpose(1, 2), None, True)
+
+
+@interpreter
+def test_what_it_cannot_run_says_why():
+    q, k, _ = (x.double() for x in tensors(1, 2, 1, 129, 130, 260))
+    for call in (ops.column_scores, ops.line_scores):
+        with pytest.raises(CannotRun) as error:
+            call(q, k, impl="triton")
+        for why in ("the inputs are float64", "heads of 260; it takes up to 256", "129 queries"):
+            assert why in str(error.value)
+
+
+def test_lines_of_more_queries_than_keys_are_refused():
+    q, k, _ = tensors(1, 2, 1, 5, 4, 16)
+    with pytest.raises(BadInput, match="line scores of 5 queries over 4 keys"):
+        ops.line_scores(q, k)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_lines_in_plain_torch(softcap):
+    q, k, _ = tensors(2, 4, 2, 13, 50, 16)
+    exact = weights(q.double(), k.double(), softcap, True)
+    theirs = [weights(q.roll(t, -1), k.roll(t, -1), softcap, True) for t in TURNS]
+    columns, diagonals = ops.line_scores(q, k, softcap=softcap)
+    assert_no_worse(columns, exact.sum(-2), [p.sum(-2) for p in theirs])
+    assert_no_worse(diagonals, along(exact), [along(p) for p in theirs])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", HEAD_SIZES)
+def test_values_on_a_gpu(size, dtype):
+    for queries, keys, softcap, causal in ((64, 3001, None, True), (128, 500, 5.0, True), (7, 1000, None, False)):
+        q, k, _ = (x.cuda() for x in tensors(1, 8, 2, queries, keys, size, dtype))
+        if dtype == torch.float32 and (size > 128 or (size > 64 and queries > 64)):
+            with pytest.raises(CannotRun, match="more than a multiprocessor holds"):
+                ops.line_scores(q, k, impl="triton")
+        else:
+            check(q, k, softcap, causal)
