@@ -175,7 +175,7 @@ def test_back_ends_that_are_not_there_are_refused():
     q, k, v = tensors(1, 4, 2, 8, 8, 32)
     with pytest.raises(BadOption, match="attend with impl='magic': there is no such back end"):
         ops.attend(q, k, v, dense(8, 8), impl="magic")
-    with pytest.raises(CannotRun, match="attend with impl='triton': its Triton kernels are not part of this version"):
+    with pytest.raises(CannotRun, match="attend with impl='triton'"):
         ops.attend(q, k, v, dense(8, 8), impl="triton")
 
 

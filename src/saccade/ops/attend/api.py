@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jaxtyping import Float
 from torch import Tensor
 
 from saccade.core.errors import BadInput
 from saccade.core.selection import Selection
-from saccade.ops import dispatch
+from saccade.ops import device, dispatch
 from saccade.ops.attend import flex, reference
 from saccade.ops.attend import torch as tiled
+from saccade.ops.attend import triton as kernels
 from saccade.ops.attend.tiles import axes
 
 
@@ -31,8 +34,10 @@ def attend(
     heads in order (h / g each). Sums are in float32 or better; the output has the dtype of q, lse float32 or better.
     Differentiable in q, k and v, through both results.
 
-    impl: "auto", "torch", "reference" (dense under a mask, the oracle), "flex" (FlexAttention: blocks and spans on a
-        CUDA device; never chosen by "auto", since it is compiled anew for shapes that it has not seen), "triton"
+    impl: "auto" (kernels of our own where they can compute it, else "torch"), "triton" (those kernels: blocks, gather,
+        lines and spans on a CUDA device), "torch", "reference" (dense under a mask, the oracle), "flex"
+        (FlexAttention: blocks and spans on a CUDA device; never chosen by "auto", since it is compiled anew for shapes
+        that it has not seen)
     report: is told which back end ran, as "attend:torch"
 
     Raises:
@@ -42,20 +47,18 @@ def attend(
     check(q, k, v)
     check_selection(q, k, selection)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    name = dispatch.pick(
-        "attend",
-        impl,
-        {
-            "torch": list,
-            "reference": list,
-            "flex": lambda: flex.reasons(q, v, selection),
-            "triton": lambda: dispatch.NO_TRITON,
-        },
-        report,
-    )
+    able: dict[str, Callable[[], dispatch.Reasons]] = {
+        "torch": list,
+        "reference": list,
+        "flex": lambda: flex.reasons(q, v, selection),
+        "triton": lambda: kernels.reasons(q, v, selection, scale),
+    }
+    if device.triton_first(q):
+        able = {"triton": able.pop("triton"), **able}
+    name = dispatch.pick("attend", impl, able, report)
     if name == "reference":
         return reference.masked(q, k, v, selection.mask(), scale=scale, softcap=softcap)
-    back_end = flex if name == "flex" else tiled
+    back_end = {"torch": tiled, "flex": flex, "triton": kernels}[name]
     return back_end.attend(q, k, v, selection, scale=scale, softcap=softcap)
 
 

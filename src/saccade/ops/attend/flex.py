@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
@@ -19,6 +20,7 @@ from saccade.core.selection import Blocks, Selection, Spans
 
 BLOCK = 128  # queries and keys of a block where the selection names none; and the fewest queries that are worth it
 LEAST_SIZE = 16  # of a head, for the kernel's products
+FORMS = 1024  # compiled for different shapes and rules; PyTorch stops at 8 of a function, and all calls share this one
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -57,7 +59,8 @@ def attend(
         options["score_mod"] = _capped(softcap)
     mask = _blocks(selection, q.device) if isinstance(selection, Blocks) else _spans(selection, q.device)
     q, k, v = (x.contiguous() for x in (q, k, v))
-    out, aux = _compiled()(q, k, v, block_mask=mask, return_aux=AuxRequest(lse=True), **options)
+    with torch._dynamo.config.patch(recompile_limit=FORMS, accumulated_recompile_limit=FORMS):
+        out, aux = _compiled()(q, k, v, block_mask=mask, return_aux=AuxRequest(lse=True), **options)
     return out, aux.lse.float()
 
 

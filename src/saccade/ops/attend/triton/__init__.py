@@ -1,0 +1,86 @@
+"""Attention over a selection by kernels of our own in Triton, for a CUDA device; forward and backward, with lse.
+
+Every kind of selection becomes lists (`lists.py`): numbers of whole key blocks, lists of keys, ranges, or a window, for
+each query block. One kernel walks over them (`kernels.py`), query heads that read the same keys side by side. Triton is
+imported with the first call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from saccade.core.selection import Selection
+from saccade.ops import device
+from saccade.ops.attend.triton.lists import Lists, listed
+from saccade.ops.attend.triton.lists import reasons as of_selection
+
+SIZES = (16, 256)  # of a head
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+CAPABILITY = (8, 0)
+
+
+def reasons(q: Tensor, v: Tensor, selection: Selection, scale: float) -> list[str]:
+    """Why it cannot compute this; [] means that it can."""
+    out = of_machine(q)
+    if q.dtype not in DTYPES:
+        out.append(f"it computes in float16, bfloat16 and float32, and the inputs are {str(q.dtype).split('.')[-1]}")
+    odd = [d for d in (q.shape[-1], v.shape[-1]) if not SIZES[0] <= d <= SIZES[1]]
+    if odd:
+        out.append(f"heads of {odd[0]}; it takes {SIZES[0]} to {SIZES[1]}")
+    if not scale > 0:
+        out.append(f"a scale of {scale:g}; it takes positive ones")
+    return out + of_selection(selection)
+
+
+def of_machine(q: Tensor) -> list[str]:
+    """What the device and the packages lack."""
+    if not device.installed():
+        return ["Triton is not installed: pip install triton"]
+    where = q.device.type
+    if where != "cuda":
+        why = f"Triton kernels run on a CUDA device, and the inputs are on the {where}"
+        return [] if device.interpreted() else [why]
+    if torch.version.hip:
+        return ["it was tried on NVIDIA devices only, and this is an AMD one"]
+    found = torch.cuda.get_device_capability(q.device)
+    least = ".".join(map(str, CAPABILITY))
+    return [] if found >= CAPABILITY else [f"compute capability {found[0]}.{found[1]}; it takes {least} or more"]
+
+
+def attend(
+    q: Float[Tensor, "b h q d"],
+    k: Float[Tensor, "b g k d"],
+    v: Float[Tensor, "b g k dv"],
+    selection: Selection,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Float[Tensor, "b h q dv"], Float[Tensor, "b h q"]]:
+    """softmax over the selected pairs, and lse; differentiable in q, k, v through both."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    parts = listed(selection, q, q.shape[1] // k.shape[1])
+    return _Attend.apply(q, k, v, parts, scale, softcap)  # type: ignore[return-value]
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: list[Lists], scale: float, softcap: float | None):
+        from saccade.ops.attend.triton import launch
+
+        out, lse = launch.forward(q, k, v, parts, scale, softcap)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rest = parts, scale, softcap
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor):  # type: ignore[override]
+        from saccade.ops.attend.triton import launch
+
+        q, k, v, out, lse = ctx.saved_tensors
+        return (*launch.backward(q, k, v, out, lse, d_out, d_lse, *ctx.rest), None, None, None)

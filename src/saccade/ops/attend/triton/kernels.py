@@ -1,0 +1,673 @@
+"""The kernels: one that walks over the keys of some queries (forward, and dQ), one that walks over the queries of some
+keys (dK and dV), and the row sums that the backward pass needs.
+
+Sums are in float32, exponentials to the base 2. With S the scaled logits in units of log 2:
+
+    forward   m' = max(m, rowmax S),  P = 2^(S - m'),  l' = l 2^(m - m') + rowsum P,  O' = O 2^(m - m') + P V
+    backward  P = 2^(S - lse),  dP = dO V^T,  dS = P (dP - delta),  delta = rowsum(dO O) - dlse
+              dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO
+
+A pair that must not be seen has S = -inf; a row that has seen nothing yet has m = -inf, and is taken off 0 instead.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+SCANNED: tl.constexpr = tl.constexpr(256)  # entries of a list that are counted at a time
+
+
+@triton.jit
+def _load(at, rows, sizes, ROWS: tl.constexpr, SIZES: tl.constexpr):
+    """A tile; zeros outside. A mask that is always true is left out: it costs registers."""
+    if ROWS and SIZES:
+        return tl.load(at, mask=rows & sizes, other=0.0)
+    if ROWS:
+        return tl.load(at, mask=rows, other=0.0)
+    if SIZES:
+        return tl.load(at, mask=sizes, other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def _tanh(x):
+    t = tl.math.exp2(tl.abs(x) * (-2 * LOG2E))
+    return tl.where(x < 0, -1.0, 1.0) * (1 - t) / (1 + t)
+
+
+@triton.jit
+def _count(entries, n, whole, seen, STEP: tl.constexpr, WIDTH: tl.constexpr):
+    """Of ascending key blocks, without entries of -1: how many end by `whole`, and how many begin before `seen`."""
+    here = tl.arange(0, SCANNED)
+    ends = tl.zeros([SCANNED], tl.int32)
+    begins = tl.zeros([SCANNED], tl.int32)
+    for j in range(0, n, SCANNED):
+        e = tl.load(entries + j + here, mask=j + here < n, other=-1)
+        ends += ((e >= 0) & (e * STEP + WIDTH <= whole)).to(tl.int32)
+        begins += ((e >= 0) & (e * STEP < seen)).to(tl.int32)
+    return tl.sum(ends), tl.sum(begins)
+
+
+@triton.jit
+def _used(index, n, seen):
+    """The place behind the last key of a list that is before `seen`."""
+    here = tl.arange(0, SCANNED)
+    last = tl.zeros([SCANNED], tl.int32)
+    for j in range(0, n, SCANNED):
+        key = tl.load(index + j + here, mask=j + here < n, other=-1)
+        last = tl.maximum(last, tl.where((key >= 0) & (key < seen), j + here + 1, 0))
+    return tl.max(last)
+
+
+@triton.jit
+def _step(
+    q,  # [m d]
+    k,  # [d n]
+    v,  # [n dv] forward, [dv n] backward
+    do,  # [m dv]
+    seen,  # [m n]: which pairs are computed, where MASKED
+    keys,  # [n]
+    here,  # [n]: which of those are keys, where MASKED
+    m,  # [m] forward: largest logit so far; backward: lse
+    l,  # [m] forward: sum so far; backward: delta
+    acc,  # [m dv] forward: O; [m d] backward: dQ
+    DK,
+    DV,
+    scale,
+    cap,
+    k_sizes,
+    v_sizes,
+    dk_row,
+    dv_row,
+    D: tl.constexpr,
+    DVS: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    ATOMIC: tl.constexpr,
+):
+    """One tile of keys."""
+    s = tl.dot(q, k, input_precision="ieee")
+    unit = scale * LOG2E
+    if CAPPED:
+        t = _tanh(s * (scale / cap))
+        s = t * (cap * LOG2E)
+        unit = 1.0
+    if MASKED:
+        s = tl.where(seen, s, -float("inf"))
+    if BACKWARD:
+        p = tl.math.exp2(s * unit - m[:, None])
+        dp = tl.dot(do, v, input_precision="ieee")
+        ds = p * (dp - l[:, None])
+        if CAPPED:
+            ds = ds * (1 - t * t)
+        ds = ds.to(k.dtype)
+        acc = tl.dot(ds, tl.trans(k), acc, input_precision="ieee")
+        if ATOMIC:
+            dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+            dk = tl.dot(tl.trans(ds), q, input_precision="ieee") * scale
+            at = keys.to(tl.int64)[:, None]
+            if MASKED:
+                kept = here[:, None]
+            else:
+                kept = (keys >= 0)[:, None]
+            tl.atomic_add(DV + at * dv_row + v_sizes[None, :], dv, mask=kept & (v_sizes < DVS)[None, :], sem="relaxed")
+            tl.atomic_add(DK + at * dk_row + k_sizes[None, :], dk, mask=kept & (k_sizes < D)[None, :], sem="relaxed")
+    else:
+        top = tl.maximum(m, tl.max(s, 1) * unit)
+        if MASKED:
+            base = tl.where(top == -float("inf"), 0.0, top)
+        else:
+            base = top
+        p = tl.math.exp2(s * unit - base[:, None])
+        shrink = tl.math.exp2(m - base)
+        l = l * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        m = top
+    return m, l, acc
+
+
+@triton.jit
+def over_keys(
+    Q,
+    K,
+    V,
+    DO,
+    OUT,  # forward: O; backward: dQ
+    LSE,
+    DELTA,
+    DK,
+    DV,
+    HEADS,  # [slots] query head of each, where MAPPED
+    CROW,
+    COL,
+    INDEX,
+    BITS,
+    RANGES,
+    SINKS,
+    WINDOW,
+    scale,
+    cap,
+    heads,
+    group,
+    queries,
+    keys,
+    q_block,
+    blocks,  # query blocks
+    width,  # entries of a row of COL, where not CSR
+    listed,  # entries of a row of INDEX
+    ranges,
+    q_b, q_h, q_n,
+    k_b, k_h, k_n,
+    v_b, v_h, v_n,
+    do_b, do_h, do_n,
+    out_b, out_h, out_n,
+    dk_b, dk_h, dk_n,
+    dv_b, dv_h, dv_n,
+    crow_b, crow_h,
+    col_b, col_h, col_i,
+    index_b, index_h, index_i,
+    bits_b, bits_h, bits_i,
+    ranges_b, ranges_h, ranges_i,
+    span_h,
+    D: tl.constexpr,
+    DVS: tl.constexpr,
+    BD: tl.constexpr,  # head sizes, up to powers of two
+    BDV: tl.constexpr,
+    BM: tl.constexpr,  # rows of a tile: PACK heads of ROWS queries
+    BN: tl.constexpr,
+    ROWS: tl.constexpr,
+    PACK: tl.constexpr,
+    SLOTS: tl.constexpr,  # programs that share keys and lie side by side
+    SUB: tl.constexpr,  # tiles of a query block
+    RUNS: tl.constexpr,  # 1: whole tiles of keys, 2: key by key
+    STEP: tl.constexpr,  # keys between the entries of COL, and keys of each
+    WIDTH: tl.constexpr,
+    CSR: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MARKED: tl.constexpr,  # columns have a bit each that says whether they count
+    RANGED: tl.constexpr,
+    SPANS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    CAPPED: tl.constexpr,
+    MAPPED: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    ATOMIC: tl.constexpr,
+):
+    """Some queries of one list, over all keys of that list. Programs that read the same keys are neighbours."""
+    x = tl.program_id(0)
+    b = tl.program_id(2).to(tl.int64)
+    tile = blocks * SUB - 1 - x // SLOTS  # causal lists are longest at the end: those first
+    block = tile // SUB
+    if MAPPED:
+        line = tl.program_id(1)
+        head0 = tl.load(HEADS + line)
+        kv = head0 // group
+    else:
+        kv = tl.program_id(1)
+        head0 = kv * group + (x % SLOTS) * PACK
+        line = head0
+    offset = keys - queries
+    q0 = block * q_block + (tile % SUB) * ROWS
+    end = tl.minimum(tl.minimum(q0 + ROWS, (block + 1) * q_block), queries)
+    r = tl.arange(0, BM)
+    row = q0 + r % ROWS
+    member = r // ROWS
+    head = head0 + member
+    alive = (row < end) & (member < PACK) & (head < (kv + 1) * group)
+    position = row + offset
+    if CAUSAL:
+        whole = q0 + offset + 1  # keys before it are seen by every row, and those from `before` on by none
+        before = end + offset
+    else:
+        whole = keys
+        before = keys
+
+    d = tl.arange(0, BD)
+    dv = tl.arange(0, BDV)
+    n = tl.arange(0, BN)
+    d_here = d < D
+    dv_here = dv < DVS
+    far = head.to(tl.int64)
+    at = row.to(tl.int64)
+    q = tl.load(
+        Q + b * q_b + (far * q_h + at * q_n)[:, None] + d[None, :], mask=alive[:, None] & d_here[None, :], other=0.0
+    )
+    K += b * k_b + kv.to(tl.int64) * k_h
+    V += b * v_b + kv.to(tl.int64) * v_h
+    DK += b * dk_b + kv.to(tl.int64) * dk_h
+    DV += b * dv_b + kv.to(tl.int64) * dv_h
+    k_at = K + n[None, :] * k_n + d[:, None]
+    SIZES: tl.constexpr = D != BD
+    V_SIZES: tl.constexpr = DVS != BDV
+    k_mask = d_here[:, None]
+    if BACKWARD:
+        v_at = V + n[None, :] * v_n + dv[:, None]
+        v_mask = dv_here[:, None]
+        do = tl.load(
+            DO + b * do_b + (far * do_h + at * do_n)[:, None] + dv[None, :],
+            mask=alive[:, None] & dv_here[None, :],
+            other=0.0,
+        )
+        rows = (b * heads + far) * queries + at
+        m = tl.load(LSE + rows, mask=alive, other=float("inf")) * LOG2E
+        m = tl.where(m == -float("inf"), float("inf"), m)  # a row that sees nothing: P = 0
+        l = tl.load(DELTA + rows, mask=alive, other=0.0)
+        acc = tl.zeros([BM, BD], tl.float32)
+    else:
+        v_at = V + n[:, None] * v_n + dv[None, :]
+        v_mask = dv_here[None, :]
+        do = q
+        m = tl.full([BM], -float("inf"), tl.float32)
+        l = tl.zeros([BM], tl.float32)
+        acc = tl.zeros([BM, BDV], tl.float32)
+
+    if RUNS:
+        entries = COL + b * col_b + line.to(tl.int64) * col_h
+        if CSR:
+            crow = CROW + b * crow_b + line.to(tl.int64) * crow_h + block
+            first = tl.load(crow)
+            many = tl.load(crow + 1) - first
+            entries += first
+        else:
+            entries += block.to(tl.int64) * col_i
+            many = width
+        n_whole, n_seen = _count(entries, many, whole, before, STEP, WIDTH)
+    if RUNS == 1:
+        R: tl.constexpr = WIDTH // BN
+        for j in range(n_whole * R):
+            start = tl.load(entries + j // R) * STEP + (j % R) * BN
+            k = _load(k_at + start.to(tl.int64) * k_n, k_mask, k_mask, False, SIZES)
+            v = _load(v_at + start.to(tl.int64) * v_n, v_mask, v_mask, False, V_SIZES)
+            m, l, acc = _step(
+                q, k, v, do, k_mask, start + n, k_mask, m, l, acc, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
+                False, CAPPED, BACKWARD, ATOMIC,
+            )
+        for j in range(n_whole * R, n_seen * R):
+            start = tl.load(entries + j // R) * STEP + (j % R) * BN
+            key = start + n
+            here = key < keys
+            if CAUSAL:
+                seen = key[None, :] <= position[:, None]
+            else:
+                seen = here[None, :] & (position >= 0)[:, None]
+            if BACKWARD:
+                v_here = here[None, :]
+            else:
+                v_here = here[:, None]
+            k = _load(k_at + start.to(tl.int64) * k_n, here[None, :], k_mask, True, SIZES)
+            v = _load(v_at + start.to(tl.int64) * v_n, v_here, v_mask, True, V_SIZES)
+            m, l, acc = _step(
+                q, k, v, do, seen, key, here, m, l, acc, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
+                True, CAPPED, BACKWARD, ATOMIC,
+            )
+    if RUNS == 2:
+        for j in range(0, n_seen * WIDTH, BN):
+            entry = tl.load(entries + (j + n) // WIDTH, mask=j + n < n_seen * WIDTH, other=-1)
+            key = entry * STEP + (j + n) % WIDTH
+            here = (entry >= 0) & (key < keys)
+            key = tl.where(here, key, 0)
+            seen = here[None, :] & (position >= 0)[:, None]
+            if CAUSAL:
+                seen = here[None, :] & (key[None, :] <= position[:, None])
+            k, v = _gathered(K, V, key, here, k_n, v_n, d, dv, k_mask, v_mask, SIZES, V_SIZES, BACKWARD)
+            m, l, acc = _step(
+                q, k, v, do, seen, key, here, m, l, acc, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
+                True, CAPPED, BACKWARD, ATOMIC,
+            )
+    if COLUMNS:
+        index = INDEX + b * index_b + line.to(tl.int64) * index_h + block.to(tl.int64) * index_i
+        bits = BITS + b * bits_b + line.to(tl.int64) * bits_h + block.to(tl.int64) * bits_i
+        many = _used(index, listed, before)
+        for j in range(0, many, BN):
+            key = tl.load(index + j + n, mask=j + n < many, other=-1)
+            here = (key >= 0) & (key < keys)
+            if MARKED:
+                word = tl.load(bits + (j + n) // 32, mask=j + n < many, other=0)
+                here = here & (((word >> ((j + n) % 32)) & 1) > 0)
+            key = tl.where(here, key, 0)
+            seen = here[None, :] & (position >= 0)[:, None]
+            if CAUSAL:
+                seen = here[None, :] & (key[None, :] <= position[:, None])
+            k, v = _gathered(K, V, key, here, k_n, v_n, d, dv, k_mask, v_mask, SIZES, V_SIZES, BACKWARD)
+            m, l, acc = _step(
+                q, k, v, do, seen, key, here, m, l, acc, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
+                True, CAPPED, BACKWARD, ATOMIC,
+            )
+    if RANGED:
+        pairs = RANGES + b * ranges_b + line.to(tl.int64) * ranges_h + block.to(tl.int64) * ranges_i
+        for e in range(ranges):
+            low = tl.maximum(tl.load(pairs + 2 * e), 0)
+            high = tl.minimum(tl.minimum(tl.load(pairs + 2 * e + 1), keys), before)
+            inner = low + tl.maximum(tl.minimum(high, whole) - low, 0) // BN * BN
+            for j in range((inner - low) // BN):
+                start = low + j * BN
+                k = _load(k_at + start.to(tl.int64) * k_n, k_mask, k_mask, False, SIZES)
+                v = _load(v_at + start.to(tl.int64) * v_n, v_mask, v_mask, False, V_SIZES)
+                m, l, acc = _step(
+                    q, k, v, do, k_mask, start + n, k_mask, m, l, acc, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
+                    False, CAPPED, BACKWARD, ATOMIC,
+                )
+            for j in range((tl.maximum(high - inner, 0) + BN - 1) // BN):
+                start = inner + j * BN
+                key = start + n
+                here = key < high
+                seen = here[None, :] & (position >= 0)[:, None]
+                if CAUSAL:
+                    seen = here[None, :] & (key[None, :] <= position[:, None])
+                if BACKWARD:
+                    v_here = here[None, :]
+                else:
+                    v_here = here[:, None]
+                k = _load(k_at + start.to(tl.int64) * k_n, here[None, :], k_mask, True, SIZES)
+                v = _load(v_at + start.to(tl.int64) * v_n, v_here, v_mask, True, V_SIZES)
+                m, l, acc = _step(
+                    q, k, v, do, seen, key, here, m, l, acc, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
+                    True, CAPPED, BACKWARD, ATOMIC,
+                )
+    if SPANS:
+        window = tl.load(WINDOW + line * span_h)
+        sinks = tl.minimum(tl.load(SINKS + line * span_h), before)
+        p0 = q0 + offset
+        low = tl.maximum(p0 - window + 1, 0) // BN * BN
+        if CAUSAL:
+            high = before
+            full = whole
+        else:
+            high = tl.maximum(tl.minimum(keys, end + offset - 1 + window), sinks)
+            full = tl.minimum(keys, p0 + window)
+        inner = tl.maximum((tl.maximum(end + offset - window, 0) + BN - 1) // BN * BN, low)
+        outer = tl.maximum(full // BN * BN, inner)
+        for j in range((outer - inner) // BN):
+            start = inner + j * BN
+            k = _load(k_at + start.to(tl.int64) * k_n, k_mask, k_mask, False, SIZES)
+            v = _load(v_at + start.to(tl.int64) * v_n, v_mask, v_mask, False, V_SIZES)
+            m, l, acc = _step(
+                q, k, v, do, k_mask, start + n, k_mask, m, l, acc, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
+                False, CAPPED, BACKWARD, ATOMIC,
+            )
+        sunk = tl.minimum((sinks + BN - 1) // BN, low // BN)
+        early = sunk + (inner - low) // BN
+        late = early + tl.maximum(high - outer + BN - 1, 0) // BN
+        for j in range(late):
+            start = tl.where(j < sunk, j * BN, tl.where(j < early, low + (j - sunk) * BN, outer + (j - early) * BN))
+            key = start + n
+            here = key < keys
+            behind = position[:, None] - key[None, :]
+            if CAUSAL:
+                seen = (behind >= 0) & ((behind < window) | (key < sinks)[None, :])
+            else:
+                seen = here[None, :] & ((tl.abs(behind) < window) | (key < sinks)[None, :])
+            if BACKWARD:
+                v_here = here[None, :]
+            else:
+                v_here = here[:, None]
+            k = _load(k_at + start.to(tl.int64) * k_n, here[None, :], k_mask, True, SIZES)
+            v = _load(v_at + start.to(tl.int64) * v_n, v_here, v_mask, True, V_SIZES)
+            m, l, acc = _step(
+                q, k, v, do, seen, key, here, m, l, acc, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
+                True, CAPPED, BACKWARD, ATOMIC,
+            )
+
+    place = OUT + b * out_b + (far * out_h + at * out_n)[:, None]
+    if BACKWARD:
+        tl.store(place + d[None, :], (acc * scale).to(OUT.dtype.element_ty), mask=alive[:, None] & d_here[None, :])
+    else:
+        some = l != 0  # true of a NaN
+        acc = acc / tl.where(some, l, 1.0)[:, None]
+        tl.store(place + dv[None, :], acc.to(OUT.dtype.element_ty), mask=alive[:, None] & dv_here[None, :])
+        lse = tl.where(some, (m + tl.math.log2(tl.where(some, l, 1.0))) * LN2, -float("inf"))
+        tl.store(LSE + (b * heads + far) * queries + at, lse, mask=alive)
+
+
+@triton.jit
+def _gathered(
+    K,
+    V,
+    key,  # [n]
+    here,
+    k_n,
+    v_n,
+    d,
+    dv,
+    k_mask,
+    v_mask,
+    SIZES: tl.constexpr,
+    V_SIZES: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    """Keys [d n] and values ([n dv], backward [dv n]) from anywhere."""
+    at = key.to(tl.int64)
+    k = _load(K + (at * k_n)[None, :] + d[:, None], here[None, :], k_mask, True, SIZES)
+    if BACKWARD:
+        v = _load(V + (at * v_n)[None, :] + dv[:, None], here[None, :], v_mask, True, V_SIZES)
+    else:
+        v = _load(V + (at * v_n)[:, None] + dv[None, :], here[:, None], v_mask, True, V_SIZES)
+    return k, v
+
+
+@triton.jit
+def row_sums(O, DO, DLSE, DELTA, heads, queries, o_b, o_h, o_n, do_b, do_h, do_n, DVS: tl.constexpr,
+             BDV: tl.constexpr, BM: tl.constexpr):
+    """delta = rowsum(dO O) - dlse, [b h q]."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    head = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    dv = tl.arange(0, BDV)
+    alive = row < queries
+    mask = alive[:, None] & (dv < DVS)[None, :]
+    far = row.to(tl.int64)[:, None]
+    o = tl.load(O + b * o_b + head.to(tl.int64) * o_h + far * o_n + dv[None, :], mask=mask, other=0.0)
+    do = tl.load(DO + b * do_b + head.to(tl.int64) * do_h + far * do_n + dv[None, :], mask=mask, other=0.0)
+    at = (b * heads + head) * queries + row
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) - tl.load(DLSE + at, mask=alive, other=0.0)
+    tl.store(DELTA + at, delta, mask=alive)
+
+
+@triton.jit
+def _turned(
+    k,  # [n d]
+    v,  # [n dv]
+    Q,
+    DO,
+    LSE,
+    DELTA,
+    q0,
+    m,  # arange over the rows of a tile
+    queries,
+    q_n,
+    do_n,
+    q_mask,
+    do_mask,
+    dk,
+    dv,
+    scale,
+    cap,
+    D_MASK: tl.constexpr,
+    DV_MASK: tl.constexpr,
+    seen,  # [n m] or anything
+    MASKED: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """One tile of queries, rows q0 + m, onto dK and dV."""
+    row = q0 + m
+    alive = row < queries
+    at = row.to(tl.int64)
+    q = _load(Q + (at * q_n)[:, None] + q_mask[0], alive[:, None], q_mask[1], True, D_MASK)
+    do = _load(DO + (at * do_n)[:, None] + do_mask[0], alive[:, None], do_mask[1], True, DV_MASK)
+    lse = tl.load(LSE + row, mask=alive, other=float("inf")) * LOG2E
+    lse = tl.where(lse == -float("inf"), float("inf"), lse)
+    delta = tl.load(DELTA + row, mask=alive, other=0.0)
+    s = tl.dot(k, tl.trans(q), input_precision="ieee")
+    unit = scale * LOG2E
+    if CAPPED:
+        t = _tanh(s * (scale / cap))
+        s = t * (cap * LOG2E)
+        unit = 1.0
+    if MASKED:
+        s = tl.where(seen, s, -float("inf"))
+    p = tl.math.exp2(s * unit - lse[None, :])
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+    dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+    ds = p * (dp - delta[None, :])
+    if CAPPED:
+        ds = ds * (1 - t * t)
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def over_queries(
+    Q,
+    K,
+    V,
+    DO,
+    LSE,
+    DELTA,
+    DK,
+    DV,
+    HEADS,
+    FIRST,  # [kv heads + 1]: where the slots of each key/value head begin, where MAPPED
+    CROW,  # lists of query blocks, for each key block
+    ROW,
+    SINKS,
+    WINDOW,
+    scale,
+    cap,
+    heads,
+    group,
+    queries,
+    keys,
+    q_b, q_h, q_n,
+    k_b, k_h, k_n,
+    v_b, v_h, v_n,
+    do_b, do_h, do_n,
+    dk_b, dk_h, dk_n,
+    dv_b, dv_h, dv_n,
+    crow_b, crow_h,
+    row_b, row_h,
+    span_h,
+    D: tl.constexpr,
+    DVS: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    Q_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    SPANS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    CAPPED: tl.constexpr,
+    MAPPED: tl.constexpr,
+):
+    """dK and dV of some keys, over all queries of all heads that look at them."""
+    n0 = tl.program_id(0) * BN  # causal lists are longest at the first keys: those first
+    kv = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    offset = keys - queries
+    m = tl.arange(0, BM)
+    key = n0 + tl.arange(0, BN)
+    n1 = tl.minimum(n0 + BN, keys)
+    d = tl.arange(0, BD)
+    dv = tl.arange(0, BDV)
+    far = key.to(tl.int64)[:, None]
+    k_mask = (key < keys)[:, None] & (d < D)[None, :]
+    v_mask = (key < keys)[:, None] & (dv < DVS)[None, :]
+    k = tl.load(K + b * k_b + kv.to(tl.int64) * k_h + far * k_n + d[None, :], mask=k_mask, other=0.0)
+    v = tl.load(V + b * v_b + kv.to(tl.int64) * v_h + far * v_n + dv[None, :], mask=v_mask, other=0.0)
+    d_k = tl.zeros([BN, BD], tl.float32)
+    d_v = tl.zeros([BN, BDV], tl.float32)
+    q_mask = (d[None, :], (d < D)[None, :])
+    do_mask = (dv[None, :], (dv < DVS)[None, :])
+    D_MASK: tl.constexpr = D != BD
+    DV_MASK: tl.constexpr = DVS != BDV
+    if MAPPED:
+        slot0 = tl.load(FIRST + kv)
+        slots = tl.load(FIRST + kv + 1) - slot0
+    else:
+        slot0 = kv * group
+        slots = group
+    for s in range(slots):
+        line = slot0 + s
+        if MAPPED:
+            head = tl.load(HEADS + line)
+        else:
+            head = line
+        q_at = Q + b * q_b + head.to(tl.int64) * q_h
+        do_at = DO + b * do_b + head.to(tl.int64) * do_h
+        row0 = (b * heads + head) * queries
+        if SPANS:
+            window = tl.load(WINDOW + line * span_h)
+            sinks = tl.load(SINKS + line * span_h)
+            low = n0
+            high = n1 - 1 + window
+            full_low = n1 - 1
+            full_high = n0 + window
+            if not CAUSAL:
+                low = n0 - window + 1
+                full_low = n1 - window
+            if n0 < sinks:
+                high = keys
+                if not CAUSAL:
+                    low = 0
+            if n1 <= sinks:
+                full_high = keys
+                if not CAUSAL:
+                    full_low = 0
+            low = tl.maximum(low - offset, 0) // BM * BM
+            high = tl.minimum(high, keys) - offset
+            inner = tl.maximum((tl.maximum(full_low - offset, 0) + BM - 1) // BM * BM, low)
+            outer = tl.maximum(tl.maximum(tl.minimum(full_high, keys) - offset, 0) // BM * BM, inner)
+            for j in range((outer - inner) // BM):
+                q0 = inner + j * BM
+                d_k, d_v = _turned(
+                    k, v, q_at, do_at, LSE + row0, DELTA + row0, q0, m, queries, q_n, do_n, q_mask, do_mask, d_k, d_v,
+                    scale, cap, D_MASK, DV_MASK, k_mask, False, CAPPED,
+                )
+            early = (inner - low) // BM
+            late = early + tl.maximum(high - outer + BM - 1, 0) // BM
+            for j in range(late):
+                q0 = tl.where(j < early, low + j * BM, outer + (j - early) * BM)
+                behind = (q0 + m + offset)[None, :] - key[:, None]
+                if CAUSAL:
+                    seen = (behind >= 0) & ((behind < window) | (key < sinks)[:, None])
+                else:
+                    seen = (tl.abs(behind) < window) | (key < sinks)[:, None]
+                d_k, d_v = _turned(
+                    k, v, q_at, do_at, LSE + row0, DELTA + row0, q0, m, queries, q_n, do_n, q_mask, do_mask, d_k, d_v,
+                    scale, cap, D_MASK, DV_MASK, seen, True, CAPPED,
+                )
+        else:
+            R: tl.constexpr = Q_BLOCK // BM
+            crow = CROW + b * crow_b + line.to(tl.int64) * crow_h + n0 // K_BLOCK
+            first = tl.load(crow)
+            many = tl.load(crow + 1) - first
+            entries = ROW + b * row_b + line.to(tl.int64) * row_h + first
+            hidden = 0
+            partly = 0
+            if CAUSAL:  # query blocks that end before the first key, and those that begin before the last
+                hidden, partly = _count(entries, many, n0 - offset, n1 - 1 - offset, Q_BLOCK, Q_BLOCK)
+            for j in range(hidden * R, partly * R):
+                q0 = tl.load(entries + j // R) * Q_BLOCK + (j % R) * BM
+                seen = key[:, None] <= (q0 + m + offset)[None, :]
+                d_k, d_v = _turned(
+                    k, v, q_at, do_at, LSE + row0, DELTA + row0, q0, m, queries, q_n, do_n, q_mask, do_mask, d_k, d_v,
+                    scale, cap, D_MASK, DV_MASK, seen, True, CAPPED,
+                )
+            for j in range(partly * R, many * R):
+                q0 = tl.load(entries + j // R) * Q_BLOCK + (j % R) * BM
+                d_k, d_v = _turned(
+                    k, v, q_at, do_at, LSE + row0, DELTA + row0, q0, m, queries, q_n, do_n, q_mask, do_mask, d_k, d_v,
+                    scale, cap, D_MASK, DV_MASK, k_mask, False, CAPPED,
+                )
+    tl.store(
+        DK + b * dk_b + kv.to(tl.int64) * dk_h + far * dk_n + d[None, :],
+        (d_k * scale).to(DK.dtype.element_ty),
+        mask=k_mask,
+    )
+    tl.store(
+        DV + b * dv_b + kv.to(tl.int64) * dv_h + far * dv_n + dv[None, :], d_v.to(DV.dtype.element_ty), mask=v_mask
+    )

@@ -1,0 +1,194 @@
+"""Which shape of kernel runs, and the launches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from jaxtyping import Float
+from torch import Tensor
+
+from saccade.ops.attend.triton import hopper, kernels
+from saccade.ops.attend.triton.lists import FEWEST, TILE, Lists, turned
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a kernel: keys (for dK and dV queries) of a step, warps, and how many steps are loaded ahead."""
+
+    step: int
+    warps: int
+    stages: int
+
+
+def power(n: int) -> int:
+    """The power of two that holds n, and a product takes."""
+    return max(FEWEST, 1 << (n - 1).bit_length())
+
+
+def forward_shape(dtype: torch.dtype, size: int, rows: int, runs: int) -> Shape:
+    """Measured on an H200; smaller where a tile would not fit into the registers or the shared memory."""
+    if dtype == torch.float32:
+        return Shape(32 if size <= 128 else 16, 4, 1)
+    if size > 128:
+        return Shape(32 if rows <= 64 else 64, 4 if rows <= 64 else 8, 2)
+    if rows <= 64:
+        return Shape(64, 4, 3)
+    return Shape(128 if runs % 128 == 0 else 64, 8, 2)
+
+
+def backward_shape(dtype: torch.dtype, size: int, rows: int) -> Shape:
+    if dtype == torch.float32:
+        return Shape(32 if size <= 128 else 16, 4, 1)
+    if size > 128:
+        return Shape(32, 8, 1)
+    return Shape(64, 4 if rows <= 64 else 8, 2)
+
+
+def turned_shape(dtype: torch.dtype, size: int) -> Shape:
+    """step: queries; with as many keys as `turned_keys` says."""
+    if dtype == torch.float32:
+        return Shape(32 if size <= 128 else 16, 4, 1)
+    if size > 128:
+        return Shape(32, 8, 1)
+    return Shape(64, 8, 2)
+
+
+def turned_keys(dtype: torch.dtype, size: int, block: int) -> int:
+    if dtype == torch.float32:
+        return 32
+    return min(block, 64 if size > 128 else 128)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, parts: list[Lists], scale: float, cap: float | None, special: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Output, and lse in float32. `special`: by the warp-specialised form where it fits."""
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    for part in parts:
+        if special and hopper.fits(q, k, v, part, cap):
+            hopper.forward(q, k, v, out, lse, part, scale)
+        else:
+            _over_keys(q, k, v, None, out, lse, None, None, None, part, scale, cap)
+    return out, lse
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Float[Tensor, "b h q"],
+    d_out: Tensor,
+    d_lse: Float[Tensor, "b h q"],
+    parts: list[Lists],
+    scale: float,
+    cap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+    delta = _row_sums(out, d_out, d_lse)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    alone = len(parts) == 1 and parts[0].turnable
+    make = torch.empty if alone else torch.zeros
+    dk, dv = (make(x.shape, dtype=x.dtype if alone else torch.float32, device=x.device) for x in (k, v))
+    for part in parts:
+        onto = None if part.turnable else (dk, dv)
+        _over_keys(q, k, v, d_out, dq, lse, delta, *(onto or (None, None)), part, scale, cap)
+        if part.turnable:
+            mine = (dk, dv) if alone else tuple(torch.empty_like(x) for x in (dk, dv))
+            _over_queries(q, k, v, d_out, lse, delta, *mine, part, scale, cap)
+            if not alone:
+                dk += mine[0]
+                dv += mine[1]
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _strides(*tensors: Tensor | None) -> list[int]:
+    """Of the first three axes."""
+    return [n for x in tensors for n in ((0, 0, 0) if x is None else x.stride()[:3])]
+
+
+def _lined(x: Tensor | None, axes: int) -> list[int]:
+    """Strides of a list's first axes; 0 where one row stands for all."""
+    if x is None:
+        return [0] * axes
+    return [0 if x.shape[i] == 1 and i < 2 else x.stride(i) for i in range(axes)]
+
+
+def _over_keys(q, k, v, d_out, out, lse, delta, dk, dv, part: Lists, scale: float, cap: float | None) -> None:
+    """Forward into out and lse; with d_out dQ into out, and with dk and dv those too, added up atomically."""
+    (b, h, n, d), g, size = q.shape, k.shape[1], v.shape[-1]
+    if not b or not n or not h:
+        return
+    group, rows = h // g, part.rows
+    height = power(rows * part.pack)
+    back = d_out is not None
+    wide = max(power(d), power(size))
+    shape = backward_shape(q.dtype, wide, height) if back else forward_shape(q.dtype, wide, height, part.width)
+    runs = 0 if part.col is None else (1 if part.width % shape.step == 0 else 2)
+    sub, blocks = -(-part.q_block // rows), -(-n // part.q_block)
+    mapped = part.heads is not None
+    slots = 1 if mapped else -(-group // part.pack)
+    grid = (blocks * sub * slots, len(part.heads) if mapped else g, b)
+    nothing = q
+    pointers = [part.heads, part.crow, part.col, part.index, part.bits, part.ranges, part.sinks, part.window]
+    kernels.over_keys[grid](
+        q, k, v, d_out if back else nothing, out, lse, delta if back else nothing,
+        *(nothing if x is None else x for x in (dk, dv)),
+        *(nothing if x is None else x for x in pointers),
+        scale, cap or 1.0, h, group, n, part.keys, part.q_block, blocks,
+        part.col.shape[-1] if part.col is not None else 0,
+        part.index.shape[-1] if part.index is not None else 0,
+        part.ranges.shape[-2] if part.ranges is not None else 0,
+        *_strides(q, k, v, d_out, out, dk, dv),
+        *_lined(part.crow, 2), *_lined(part.col, 2), part.col.stride(2) if part.col is not None else 0,
+        *_lined(part.index, 3), *_lined(part.bits, 3), *_lined(part.ranges, 3),
+        0 if part.sinks is None or len(part.sinks) == 1 else 1,
+        D=d, DVS=size, BD=power(d), BDV=power(size), BM=height, BN=shape.step, ROWS=rows, PACK=part.pack,
+        SLOTS=slots, SUB=sub, RUNS=runs, STEP=part.step, WIDTH=part.width, CSR=part.crow is not None,
+        COLUMNS=part.index is not None, MARKED=part.bits is not None, RANGED=part.ranges is not None,
+        SPANS=part.sinks is not None, CAUSAL=part.causal, CAPPED=cap is not None, MAPPED=mapped, BACKWARD=back,
+        ATOMIC=dk is not None, num_warps=shape.warps, num_stages=shape.stages,
+    )
+
+
+def _row_sums(out: Tensor, d_out: Tensor, d_lse: Float[Tensor, "b h q"]) -> Float[Tensor, "b h q"]:
+    delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
+    b, h, n, size = out.shape
+    if delta.numel():
+        kernels.row_sums[(triton.cdiv(n, 64), h, b)](
+            out, d_out, d_lse.contiguous(), delta, h, n, *_strides(out, d_out), DVS=size, BDV=power(size), BM=64
+        )
+    return delta
+
+
+def _over_queries(q, k, v, d_out, lse, delta, dk, dv, part: Lists, scale: float, cap: float | None) -> None:
+    """dK and dV, written whole."""
+    (b, h, n, d), (_, g, keys, size) = q.shape, v.shape
+    if not b or not keys:
+        return
+    spans = part.sinks is not None
+    crow, row = (None, None) if spans else turned(part)
+    block = 128 if spans else part.width
+    wide = max(power(d), power(size))
+    shape, high = turned_shape(q.dtype, wide), turned_keys(q.dtype, wide, block if block % 128 == 0 else TILE)
+    first = None if part.heads is None else _first(part.heads, h // g, g)
+    nothing = q
+    kernels.over_queries[(triton.cdiv(keys, high), g, b)](
+        q, k, v, d_out, lse, delta, dk, dv,
+        *(nothing if x is None else x for x in (part.heads, first, crow, row, part.sinks, part.window)),
+        scale, cap or 1.0, h, h // g, n, keys, *_strides(q, k, v, d_out, dk, dv),
+        *_lined(crow, 2), *_lined(row, 2), 0 if not spans or len(part.sinks) == 1 else 1,
+        D=d, DVS=size, BD=power(d), BDV=power(size), BM=shape.step, BN=high, Q_BLOCK=part.q_block, K_BLOCK=part.width,
+        SPANS=spans, CAUSAL=part.causal, CAPPED=cap is not None, MAPPED=part.heads is not None,
+        num_warps=shape.warps, num_stages=shape.stages,
+    )
+
+
+def _first(heads: Tensor, group: int, kv_heads: int) -> Tensor:
+    """Where the heads of each key/value head begin."""
+    edges = torch.arange(kv_heads + 1, device=heads.device, dtype=heads.dtype) * group
+    return torch.searchsorted(heads, edges, out_int32=True)

@@ -1,0 +1,174 @@
+"""A selection as the lists that the kernels walk: no copy where the selection holds them already."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saccade.core.selection import Blocks, Gather, Lines, PerHead, Selection, Spans
+from saccade.ops.attend.tiles import axes
+
+TILE = 64  # keys: blocks that are whole multiples of it are read as tiles, others key by key
+FEWEST = 16  # rows of a product
+MOST = 128  # rows of a program
+MOST_WIDE = 32  # the same in float32, whose products need all rows and columns in registers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lists:
+    """What some query heads look at. Unused tensors are None; sizes of 1 in the first two axes stand for all.
+
+    `heads`: which query heads, None for all. `crow`, `col`: per query block the numbers of runs of `width` keys, the
+    first of which is number * `step`; without `crow` a table, filled up with -1. `index`: key lists. `bits`: which of
+    them count. `ranges`: [start, end). `sinks`, `window`: per head. `pack`: heads of a group that a program takes
+    together, since their lists are one. `most`: rows of a program.
+    """
+
+    causal: bool
+    queries: int
+    keys: int
+    q_block: int
+    heads: Int[Tensor, " heads"] | None = None
+    crow: Int[Tensor, "b h nqb+1"] | None = None
+    col: Int[Tensor, "b h nnz"] | Int[Tensor, "b h nqb t"] | None = None
+    step: int = 1
+    width: int = 1
+    index: Int[Tensor, "b h nqb l"] | None = None
+    bits: Int[Tensor, "b h nqb w"] | None = None
+    ranges: Int[Tensor, "b h nqb r 2"] | None = None
+    sinks: Int[Tensor, " h"] | None = None
+    window: Int[Tensor, " h"] | None = None
+    pack: int = 1
+    most: int = MOST
+
+    @property
+    def rows(self) -> int:
+        """Queries of a program, before heads are taken together."""
+        return min(self.most, 1 << (min(self.q_block, max(self.queries, 1)) - 1).bit_length())
+
+    @property
+    def turnable(self) -> bool:
+        """Whether the queries of each key can be listed as whole tiles."""
+        if self.sinks is not None:
+            return True
+        square = self.crow is not None and self.index is None and self.q_block % TILE == 0 and self.width % TILE == 0
+        return square and self.step == self.width
+
+
+def reasons(selection: Selection) -> list[str]:
+    """Why the kernels cannot walk it; [] means that they can."""
+    if isinstance(selection, PerHead):
+        return list(dict.fromkeys(why for _, part in selection.parts for why in reasons(part)))
+    if isinstance(selection, Spans):
+        odd = ["a neighbourhood on a grid"] if selection.grid else []
+        odd += ["a dilated window"] if selection.dilation > 1 else []
+        return [f"it takes spans along the line, undilated; the selection is {what}" for what in odd]
+    if not isinstance(selection, (Blocks, Gather, Lines)):
+        return [f"it takes blocks, gather, lines and spans; the selection is of {selection.kind}"]
+    return []
+
+
+def listed(selection: Selection, q: Float[Tensor, "b h q d"], group: int) -> list[Lists]:
+    """One for each kind that the heads look at."""
+    device, heads, most = q.device, q.shape[1], MOST_WIDE if q.dtype == torch.float32 else MOST
+    if not isinstance(selection, PerHead):
+        one = dataclasses.replace(_lists(selection, device), most=most)
+        return [dataclasses.replace(one, pack=_pack(one, selection, heads, group))]
+    out = []
+    for members, part in selection.parts:
+        order = torch.argsort(members.to("cpu"))
+        if len(order):
+            part = _taken(part, order)
+            mine = members.cpu()[order].int().to(device)
+            out.append(dataclasses.replace(_lists(part, device), heads=mine, most=most))
+    return out
+
+
+def _taken(part: Selection, order: Int[Tensor, " heads"]) -> Selection:
+    """The same with its heads in another order: ascending, so that those of a group follow on one another."""
+    if axes(part)[1] == 1 or bool((order == torch.arange(len(order))).all()):
+        return part
+    fields = {n: x for n, x in vars(part).items() if isinstance(x, Tensor)}
+    axis = 0 if isinstance(part, Spans) else 1
+    turned = {n: x.index_select(axis, order.to(x.device)) if x.shape[axis] > 1 else x for n, x in fields.items()}
+    return dataclasses.replace(part, **turned)
+
+
+def _lists(s: Selection, device: torch.device) -> Lists:
+    shape = {"causal": s.causal, "queries": s.queries, "keys": s.keys}
+    match s:
+        case Blocks():
+            crow, col = _on(s.crow, device), _on(s.col, device)
+            return Lists(crow=crow, col=col, step=s.k_block, width=s.k_block, q_block=s.q_block, **shape)
+        case Gather():
+            ranges = None if s.ranges is None else _on(s.ranges, device)
+            return Lists(index=_on(s.index, device), ranges=ranges, q_block=s.q_block, **shape)
+        case Lines():
+            return _drawn(s, device, shape)
+        case Spans():
+            sinks, window = (x.clamp(max=s.keys).to(device, torch.int32).contiguous() for x in (s.sinks, s.window))
+            most = max(len(sinks), len(window))
+            both = (x.expand(most).contiguous() for x in (sinks, window))
+            return Lists(**dict(zip(("sinks", "window"), both)), q_block=MOST, **shape)
+    raise AssertionError(f"a new kind of selection: {s.kind}")
+
+
+def _on(x: Tensor, device: torch.device) -> Tensor:
+    """There, and with its last axis (of ranges, its last two) in one piece."""
+    x = x.to(device, torch.int32)
+    return x.contiguous() if x.stride(-1) != 1 or x.dim() == 5 else x
+
+
+def _drawn(s: Lines, device: torch.device, shape: dict) -> Lists:
+    """Runs as a table, and the columns that lie in none."""
+    gathered = s.gather()
+    runs = _on(s.tiles(), device)
+    return Lists(col=runs, step=1, width=s.block, index=_on(gathered.index, device), q_block=s.block, **shape)
+
+
+def _pack(one: Lists, selection: Selection, heads: int, group: int) -> int:
+    """How many heads of a group a program takes: those with the same lists, as far as the rows go."""
+    most = min(group, one.most // one.rows)
+    if most < 2 or not _shared(selection, heads, group):
+        return 1
+    return most
+
+
+def _shared(s: Selection, heads: int, group: int) -> bool:
+    """Whether the heads of every group have the same lists. The one question that the host asks the device."""
+    if axes(s)[1] == 1:
+        return True
+    tensors = [x for x in vars(s).values() if isinstance(x, Tensor)]
+    if isinstance(s, Spans) or (any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing()):
+        return False
+    return all(bool(_same(x.unflatten(1, (heads // group, group)))) for x in tensors if x.shape[1] > 1)
+
+
+def _same(x: Int[Tensor, "b g s ..."]) -> Bool[Tensor, ""]:
+    return (x == x[:, :, :1]).all()
+
+
+@functools.lru_cache(maxsize=64)
+def _steps(n: int, device: torch.device) -> Int[Tensor, " n"]:
+    return torch.arange(n, device=device)
+
+
+def turned(one: Lists) -> tuple[Int[Tensor, "b h nkb+1"], Int[Tensor, "b h nnz"]]:
+    """Blocks by their key block: where each begins, and the query blocks that list it, ascending. On the device."""
+    assert one.crow is not None and one.col is not None
+    crow, col = one.crow, one.col
+    b, h, nnz = max(crow.shape[0], col.shape[0]), max(crow.shape[1], col.shape[1]), col.shape[2]
+    crow, col = crow.expand(b, h, -1).contiguous(), col.expand(b, h, -1).contiguous()
+    entry = _steps(nnz, col.device).expand(b, h, nnz).contiguous()
+    row = torch.searchsorted(crow[..., 1:].contiguous(), entry, right=True, out_int32=True)
+    nkb = -(-one.keys // one.step)
+    blocks = torch.where((col >= 0) & (entry < crow[..., -1:]), col, nkb)
+    ordered, order = blocks.sort(dim=-1, stable=True)
+    edges = _steps(nkb + 1, col.device).expand(b, h, nkb + 1).contiguous()
+    first = torch.searchsorted(ordered.contiguous(), edges.to(ordered.dtype), out_int32=True)
+    return first, row.gather(-1, order)
