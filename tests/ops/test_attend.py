@@ -96,6 +96,19 @@ def _torch_gradients(inputs, selection, mask, softcap, with_lse):
     return exact, bounds
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 90), st.integers(60, 700)), min_size=1, max_size=2),
+    st.integers(66, 800),
+    st.sampled_from(DTYPES),
+)
+def test_windows_that_are_views_into_the_keys(heads, n, dtype):
+    sinks, window = torch.tensor(heads).repeat_interleave(2, 0).unbind(-1)
+    selection = Spans(sinks=sinks, window=window, queries=n, keys=n)
+    q, k, v = tensors(2, len(sinks), len(heads), n, n, 16, dtype)
+    out, lse = ops.attend(q, k, v, selection)
+    assert_close_as_torch(out, q, k, v, selection.mask(), lse=lse)
+
+
 @given(selections())
 def test_back_ends_agree_and_say_their_name(case):
     b, h, g, selection = case

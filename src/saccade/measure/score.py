@@ -22,6 +22,7 @@ from saccade.measure.bytes import cache_bytes, full_cache_bytes
 from saccade.measure.contestants import Contestant
 
 WARMUP_TOKENS = 64
+BATCH_TOKENS = 2048  # that go through the model together
 BINS = 64  # of the picture of what was kept
 ASKED_TOKENS = 48  # end of the prompt that is shown beside a wrong answer
 
@@ -56,13 +57,13 @@ def quality(
 ) -> dict[str, Any]:
     """The measured part of a quality cell's line.
 
-    again: in reverse order and two rows at a time, which changes nothing but rounding: the noise of the machine.
+    again: in reverse order and one row at a time, which changes nothing but rounding: the noise of the machine.
     """
     outcomes: dict[str, dict[str, Any]] = {}
     kept, whole = None, _whole_caches(subject, samples)  # counted before anything is attached
     with who.working(subject.model, budget, seed) as run, torch.no_grad():
         warmup = _warm_up(subject, samples[0])
-        for rows in _in_pairs(samples) if again else ([s] for s in samples):
+        for rows in ([s] for s in reversed(samples)) if again else _together(samples):
             passed = forward(subject, rows, run, draw=kept is None and "evict" in who.parts)
             kept = kept or passed.picture
             for i, sample in enumerate(rows):
@@ -89,17 +90,16 @@ def _whole_caches(subject: Subject, samples: Sequence[Any]) -> dict[str, dict[st
     return {s.id: {"bytes_full": subject.full_bytes(sizes[s.id])} if s.id in sizes else {} for s in samples}
 
 
-def _in_pairs(samples: Sequence[Any]) -> Iterator[list[Any]]:
-    """Backwards, two of one shape at a time; one that is left over is its own neighbour."""
-    waiting: dict[tuple[int, int], Any] = {}
-    for sample in reversed(samples):
+def _together(samples: Sequence[Any]) -> Iterator[list[Any]]:
+    """Samples of one shape, as many rows as BATCH_TOKENS: short ones leave cores idle and pay every call alone."""
+    waiting: dict[tuple[int, int], list[Any]] = {}
+    for sample in samples:
         shape = (sample.context.shape[1], sample.continuation.shape[1])
-        if shape in waiting:
-            yield [waiting.pop(shape), sample]
-        else:
-            waiting[shape] = sample
-    for sample in waiting.values():
-        yield [sample, sample]
+        rows = waiting.setdefault(shape, [])
+        rows.append(sample)
+        if (len(rows) + 1) * sum(shape) > BATCH_TOKENS:
+            yield waiting.pop(shape)
+    yield from waiting.values()
 
 
 # --- one pass ---------------------------------------------------------------------------------------------------------

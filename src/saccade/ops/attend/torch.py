@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saccade.core.selection import Gather, Selection
+from saccade.ops.attend import fused
 from saccade.ops.attend.rows import FEW, gathered
 from saccade.ops.attend.tiles import ROWS, Batch, Share, batches, shares
 
@@ -103,11 +104,13 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, work: list[Share], logits: Logits)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))  # PyTorch's kernel does not look
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=wide(q))
-    sparse = [s for s in work if not _flash(q, k, v, s, logits, out, lse)]
+    usual = fused.can(q, v, logits.softcap)
+    sparse = [s for s in work if not (usual and fused.dense(q, k, v, s, logits.scale, out, lse))]
+    usual = usual and all(bool(x.sum().isfinite()) for x in (q, k, v) if sparse)  # under a mask it loses a NaN
+    sparse = [s for s in sparse if not (usual and fused.band(q, k, v, s, logits.scale, out, lse))]
     if not sparse:
         return out, lse
-    fused = _fused(q, v, logits) and all(bool(x.sum().isfinite()) for x in (q, k, v))  # under a mask it loses a NaN
-    keys, values = (x.to(x.dtype if fused else wide(x)).flatten(0, 2) for x in (k, v))
+    keys, values = (x.to(x.dtype if usual else wide(x)).flatten(0, 2) for x in (k, v))
     queries = q.flatten(0, 2)
     out_rows, lse_rows = out.view(-1, out.shape[-1]), lse.view(-1)
     ranges = [(a, min(a + c, q.shape[2])) for c in [_chunk(sparse)] for a in range(0, q.shape[2], c)]
@@ -122,7 +125,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, work: list[Share], logits: Logits)
             here, values_here = _take(keys, index, tile.size), _take(values, index, tile.size)
             if not tile.size:
                 o, e = mine.new_zeros(*mine.shape[:2], v.shape[-1]), mine.new_full(mine.shape[:2], -torch.inf)
-            elif fused:
+            elif usual:
                 o, e = _fused_forward(mine, here, values_here, batch, logits.scale)
             else:
                 o, e = _batch_forward(mine, here, values_here, batch, logits, buffer)
@@ -172,31 +175,6 @@ def _put(x: Float[Tensor, "k ..."], index: slice | Int[Tensor, " m"], values: Fl
         x.index_copy_(0, index, flat)
 
 
-def _fused(q: Tensor, v: Tensor, logits: Logits) -> bool:
-    """Whether PyTorch's own kernel for CPUs can do it, which keeps the logits in the cache and gives lse too."""
-    return q.device.type == "cpu" and logits.softcap is None and q.shape[-1] == v.shape[-1]
-
-
-def _kernel(
-    q: Float[Tensor, "b h q d"], k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Float[Tensor, "b h q d"], Float[Tensor, "b h q"]]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
-    )
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, share: Share, logits: Logits, out: Tensor, lse: Tensor) -> bool:
-    """Compute a dense head whole; False where that cannot be."""
-    square = q.shape[2] == k.shape[2] or not share.selection.causal  # its causality counts from the first key
-    if not square or not share.dense or not q.shape[2] or not _fused(q, v, logits):
-        return False
-    b, g, heads = share.batch, share.kv_head, list(share.members)
-    keys, values = (x[b : b + 1, g : g + 1].expand(-1, len(share.members), -1, -1) for x in (k, v))
-    o, e = _kernel(q[b : b + 1, heads], keys, values, None, share.selection.causal, logits.scale)
-    out[b, heads], lse[b, heads] = o[0], e[0].to(lse.dtype)
-    return True
-
-
 def _fused_forward(
     q: Float[Tensor, "t r d"], k: Float[Tensor, "t n d"], v: Float[Tensor, "t n d"], batch: Batch, scale: float
 ) -> tuple[Float[Tensor, "t r d"], Float[Tensor, "t r"]]:
@@ -212,7 +190,7 @@ def _fused_forward(
         mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
         mask = torch.nn.functional.pad(mask, (k.shape[2] - hidden.shape[-1], 0))[:, None]
         mask = mask.expand(len(batch), heads, -1, -1)
-    out, lse = _kernel(q, k, v, mask, False, scale)
+    out, lse = fused.kernel(q, k, v, mask, False, scale)
     if hidden is not None and hidden.shape[-1] == k.shape[2]:  # where a row sees nothing the kernel says 0
         lse = lse.masked_fill(hidden.all(-1)[:, None], -torch.inf)
     return out.flatten(1, 2), lse.flatten(1, 2)

@@ -1,0 +1,108 @@
+"""What PyTorch's own attention kernel for CPUs can do of a selection: it keeps the logits in the cache, and gives lse.
+
+It knows a causal square and a mask that is added. A sliding window is cut so that hardly anything needs the mask: for a
+tile of R rows most of the window is seen by every row, and those keys are views into K, one overlapping the next; only
+the two ends, where a row sees what the row before it does not, are copied and masked, by one mask for all tiles.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saccade.core.selection import Spans
+from saccade.ops.attend.tiles import Share
+from saccade.ops.merge_lse.api import merge_lse
+
+TILE_ROWS = (256, 128, 64)  # of a band: the largest that the window is four times as long as, else the smallest
+
+
+def can(q: Tensor, v: Tensor, softcap: float | None) -> bool:
+    """Whether the kernel computes such heads at all."""
+    return q.device.type == "cpu" and softcap is None and q.shape[-1] == v.shape[-1]
+
+
+def kernel(
+    q: Float[Tensor, "b h q d"], k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Float[Tensor, "b h q d"], Float[Tensor, "b h q"]]:
+    """Attention, causal from the first key or under a mask that is added; the last axis of all has stride 1."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, share: Share, scale: float, out: Tensor, lse: Tensor) -> bool:
+    """Compute heads that see everything; False where that cannot be."""
+    square = q.shape[2] == k.shape[2] or not share.selection.causal  # its causality counts from the first key
+    if not square or not share.dense or not q.shape[2]:
+        return False
+    b, g, heads = share.batch, share.kv_head, list(share.members)
+    keys, values = (x[b : b + 1, g : g + 1].expand(-1, len(heads), -1, -1) for x in (k, v))
+    o, e = kernel(q[b : b + 1, heads], keys, values, None, share.selection.causal, scale)
+    out[b, heads], lse[b, heads] = o[0], e[0].to(lse.dtype)
+    return True
+
+
+def band(q: Tensor, k: Tensor, v: Tensor, share: Share, scale: float, out: Tensor, lse: Tensor) -> bool:
+    """Compute heads of sinks and a window, a prompt from its first key on; False where that cannot be."""
+    s = share.selection
+    if type(s) is not Spans or not s.causal or s.dilation > 1 or s.grid or s.queries != s.keys:
+        return False
+    sinks, window = (int(x[share.row[1] if len(x) > 1 else 0]) for x in (s.sinks, s.window))
+    whole = sinks + window  # rows that see every key before them
+    if window < TILE_ROWS[-1] or s.keys <= whole:
+        return False
+    b, heads = share.batch, list(share.members)
+    keys, values = k[b, share.kv_head], v[b, share.kv_head]
+    for first, rows, many in [(0, whole, 1), *_tiles(whole, s.queries, window)]:
+        mine = q[b, heads, first : first + rows * many].unflatten(1, (many, rows)).transpose(0, 1)
+        if first:
+            o, e = _banded(mine, keys, values, first, sinks, window, scale)
+        else:
+            every = (x[None, None, :whole].expand(-1, len(heads), -1, -1) for x in (keys, values))
+            o, e = kernel(mine, *every, None, True, scale)
+        out[b, heads, first : first + rows * many] = o.transpose(0, 1).flatten(1, 2)
+        lse[b, heads, first : first + rows * many] = e.transpose(0, 1).flatten(1, 2).to(lse.dtype)
+    return True
+
+
+def _tiles(first: int, last: int, window: int) -> list[tuple[int, int, int]]:
+    """(first row, rows of a tile, tiles) for the rows [first, last): equal tiles, and what is left over."""
+    rows = next((r for r in TILE_ROWS if window >= 4 * r), TILE_ROWS[-1])
+    many, rest = divmod(last - first, rows)
+    return [t for t in ((first, rows, many), (last - rest, rest, 1)) if t[1] * t[2]]
+
+
+def _banded(
+    q: Float[Tensor, "t h r d"], k: Float[Tensor, "k d"], v: Float[Tensor, "k d"], first: int, sinks: int, window: int,
+    scale: float,
+) -> tuple[Float[Tensor, "t h r d"], Float[Tensor, "t h r"]]:  # fmt: skip
+    """Tiles of rows, the first of which is row `first`: what all rows of a tile see, and the ends of their windows."""
+    t, h, r, _ = q.shape
+
+    def at(x: Tensor, start: int, size: int) -> Tensor:
+        """The keys [start, start + size) of each tile, `r` further for the next."""
+        return x[start:].as_strided((t, size, x.shape[1]), (r * x.stride(0), x.stride(0), 1))
+
+    def by_head(x: Float[Tensor, "t n d"]) -> Float[Tensor, "t h n d"]:
+        return x[:, None].expand(-1, h, -1, -1)
+
+    shared = [by_head(at(x, first + r - window, window - r + 1)) for x in (k, v)]
+    ends = [
+        by_head(torch.cat([x[:sinks].expand(t, -1, -1), at(x, first - window + 1, r - 1), at(x, first + 1, r - 1)], 1))
+        for x in (k, v)
+    ]
+    inner = kernel(q, *shared, None, False, scale)
+    if not ends[0].shape[2]:
+        return inner
+    added = torch.zeros(r, ends[0].shape[2], dtype=q.dtype).masked_fill_(_ends(r, sinks), -torch.inf)
+    return merge_lse(*zip(inner, kernel(q, *ends, added.expand(t, h, -1, -1), False, scale)))
+
+
+@functools.lru_cache(maxsize=16)
+def _ends(rows: int, sinks: int) -> Bool[Tensor, "r n"]:
+    """What row i does not see of the sinks, the first rows - 1 keys of the tile's windows, and the last as many."""
+    row, place = torch.arange(rows)[:, None], torch.arange(rows - 1)
+    none = torch.zeros(rows, sinks, dtype=torch.bool)
+    return torch.cat([none, place < row, place >= row], 1)
