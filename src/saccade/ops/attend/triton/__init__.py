@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from saccade.core.selection import Selection
+from saccade.core.selection import Blocks, PerHead, Selection, Spans
 from saccade.ops import device
-from saccade.ops.attend.triton.lists import Lists, listed
+from saccade.ops.attend.triton.lists import TILE, Lists, listed
 from saccade.ops.attend.triton.lists import reasons as of_selection
 
 SIZES = (16, 256)  # of a head
@@ -34,7 +34,22 @@ def reasons(q: Tensor, v: Tensor, selection: Selection, scale: float) -> list[st
         out.append(f"heads of {odd[0]}; it takes {SIZES[0]} to {SIZES[1]}")
     if not scale > 0:
         out.append(f"a scale of {scale:g}; it takes positive ones")
+    if torch.are_deterministic_algorithms_enabled() and adds_up(selection) and _wants_gradients(q):
+        why = "added up in no fixed order, and deterministic algorithms are asked for"
+        out.append(f"its gradients over {selection.kind} are {why}")
     return out + of_selection(selection)
+
+
+def adds_up(selection: Selection) -> bool:
+    """Whether gradients of keys and values come from several programs."""
+    if isinstance(selection, PerHead):
+        return any(adds_up(part) for _, part in selection.parts)
+    blocks = isinstance(selection, Blocks) and selection.q_block % TILE == selection.k_block % TILE == 0
+    return not (blocks or isinstance(selection, Spans))
+
+
+def _wants_gradients(q: Tensor) -> bool:
+    return torch.is_grad_enabled() and q.requires_grad
 
 
 def of_machine(q: Tensor) -> list[str]:
@@ -72,8 +87,8 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: list[Lists], scale: float, softcap: float | None):
         from saccade.ops.attend.triton import launch
 
-        out, lse = launch.forward(q, k, v, parts, scale, softcap)
-        ctx.save_for_backward(q, k, v, out, lse)
+        out, lse, aux = launch.forward(q, k, v, parts, scale, softcap)
+        ctx.save_for_backward(q, k, v, out, lse, aux)
         ctx.rest = parts, scale, softcap
         return out, lse
 
@@ -82,5 +97,4 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor):  # type: ignore[override]
         from saccade.ops.attend.triton import launch
 
-        q, k, v, out, lse = ctx.saved_tensors
-        return (*launch.backward(q, k, v, out, lse, d_out, d_lse, *ctx.rest), None, None, None)
+        return (*launch.backward(*ctx.saved_tensors, d_out, d_lse, *ctx.rest), None, None, None)

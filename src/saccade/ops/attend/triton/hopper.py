@@ -1,9 +1,10 @@
-"""The forward kernel in the one form that Triton specialises by warp on Hopper: a producer that loads, and two groups
-that compute. Blocks and spans, heads of 64 or 128 in 16 bits, tiles of 128 x 128 only.
+"""The forward kernel in the one form that Triton specialises by warp on Hopper: one group loads, and two compute.
 
-What the compiler asks for (3.6): tensor descriptors, 4 warps, one loop and no branch in it, no product outside it. So
-every step has the mask, which is an interval of keys for each row. Other tile shapes have been seen to give NaN, so the
-first use on a device computes a small case by this kernel and by the plain one.
+Blocks and spans, heads of 64 or 128 in 16 bits, tiles of 128 x 128 only. What the compiler asks for (3.6): tensor
+descriptors, 4 warps, one loop and no branch in it, no product outside it; so every step has the mask, an interval of
+keys for each row. The queries' descriptor must be made in the kernel: the compiler halves its tile, one for each group,
+and a descriptor from the host brings twice the bytes that are waited for: the kernel never ends. Other tile shapes have
+been seen to give NaN, so the first use on a device computes a small case by this kernel and by the plain one.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _forward(
-    Q,  # descriptors of [b h q d], in tiles [1 1 BM D]
-    K,
+    Q,
+    K,  # descriptors of [b g k d], in tiles [1 1 BN D]
     V,
     OUT,
     LSE,
@@ -44,6 +45,7 @@ def _forward(
     group,
     queries,
     keys,
+    q_b, q_h, q_n,
     out_b, out_h, out_n,
     crow_b, crow_h,
     col_b, col_h,
@@ -92,7 +94,9 @@ def _forward(
     l = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
     unit = scale * LOG2E
-    q = Q.load([b, head, tile * BM, 0]).reshape([BM, D])
+    q_head = Q + b.to(tl.int64) * q_b + head.to(tl.int64) * q_h
+    q_of = tl.make_tensor_descriptor(q_head, shape=[queries, D], strides=[q_n, 1], block_shape=[BM, D])
+    q = q_of.load([tile * BM, 0])
     for j in tl.range(0, steps, 1, warp_specialize=SPECIAL):
         if SPANS:  # the sinks by themselves, and then what the window has beside them
             start = tl.where(j < sunk, j, j - sunk + low) * BN
@@ -154,13 +158,19 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Lis
     (b, h, n, d), g = q.shape, k.shape[1]
     lists = [(x, [0 if x is None or x.shape[i] == 1 else x.stride(i) for i in (0, 1)]) for x in (part.crow, part.col)]
     pointers = [part.crow, part.col, part.sinks, part.window]
+    triton.set_allocator(_scratch)  # for the descriptor that the kernel makes
     _forward[(triton.cdiv(n, TILE) * (h // g), g, b)](
-        *map(_descriptor, (q, k, v)), out, lse, *(lse if x is None else x for x in pointers),
-        scale, h, h // g, n, part.keys, *out.stride()[:3], *(s for _, strides in lists for s in strides),
+        q, *map(_descriptor, (k, v)), out, lse, *(lse if x is None else x for x in pointers),
+        scale, h, h // g, n, part.keys, *q.stride()[:3], *out.stride()[:3],
+        *(s for _, strides in lists for s in strides),
         0 if part.sinks is None or len(part.sinks) == 1 else 1,
         D=d, BM=TILE, BN=TILE, SUB=max(1, part.q_block // TILE), WIDTH=max(TILE, part.width),
         SPANS=part.sinks is not None, CAUSAL=part.causal, SPECIAL=True, num_warps=4, num_stages=2,
     )
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 @functools.cache
@@ -171,7 +181,7 @@ def right(device: torch.device, dtype: torch.dtype, size: int, spans: bool) -> b
     draw = rng.generator("ops/attend/triton/hopper")
     q, k, v = (torch.randn(1, h, 900, size, generator=draw).to(device, dtype) for h in (2, 1, 1))
     part = _small(device, spans)
-    plain, plain_lse = launch.forward(q, k, v, [part], size**-0.5, None, special=False)
+    plain, plain_lse, _ = launch.forward(q, k, v, [part], size**-0.5, None, special=False)
     out, lse = torch.full_like(plain, torch.nan), torch.full_like(plain_lse, torch.nan)
     try:
         forward(q, k, v, out, lse, part, size**-0.5)

@@ -7,6 +7,8 @@ Sums are in float32, exponentials to the base 2. With S the scaled logits in uni
     backward  P = 2^(S - lse),  dP = dO V^T,  dS = P (dP - delta),  delta = rowsum(dO O) - dlse
               dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO
 
+In float32 S is in natural units until m is taken off, and the two halves of lse, m and log2 l, are kept apart (AUX): a
+rounding of either would be in all of a row.
 A pair that must not be seen has S = -inf; a row that has seen nothing yet has m = -inf, and is taken off 0 instead.
 """
 
@@ -52,12 +54,15 @@ def _count(entries, n, whole, seen, STEP: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _used(index, n, seen):
-    """The place behind the last key of a list that is before `seen`."""
+def _used(index, bits, n, seen, MARKED: tl.constexpr):
+    """The place behind the last key of a list that counts and is before `seen`."""
     here = tl.arange(0, SCANNED)
     last = tl.zeros([SCANNED], tl.int32)
     for j in range(0, n, SCANNED):
         key = tl.load(index + j + here, mask=j + here < n, other=-1)
+        if MARKED:
+            word = tl.load(bits + (j + here) // 32, mask=j + here < n, other=0)
+            key = tl.where(((word >> ((j + here) % 32)) & 1) > 0, key, -1)
         last = tl.maximum(last, tl.where((key >= 0) & (key < seen), j + here + 1, 0))
     return tl.max(last)
 
@@ -74,6 +79,7 @@ def _step(
     m,  # [m] forward: largest logit so far; backward: lse
     l,  # [m] forward: sum so far; backward: delta
     acc,  # [m dv] forward: O; [m d] backward: dQ
+    rest,  # [m] what is to be taken off beside m, where WIDE
     DK,
     DV,
     scale,
@@ -88,18 +94,23 @@ def _step(
     CAPPED: tl.constexpr,
     BACKWARD: tl.constexpr,
     ATOMIC: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """One tile of keys."""
     s = tl.dot(q, k, input_precision="ieee")
-    unit = scale * LOG2E
+    log: tl.constexpr = 1.0 if WIDE else LOG2E
+    unit = scale * log
     if CAPPED:
         t = _tanh(s * (scale / cap))
-        s = t * (cap * LOG2E)
+        s = t * (cap * log)
         unit = 1.0
     if MASKED:
         s = tl.where(seen, s, -float("inf"))
     if BACKWARD:
-        p = tl.math.exp2(s * unit - m[:, None])
+        s = s * unit - m[:, None]
+        if WIDE:
+            s = s * LOG2E - rest[:, None]
+        p = tl.math.exp2(s)
         dp = tl.dot(do, v, input_precision="ieee")
         ds = p * (dp - l[:, None])
         if CAPPED:
@@ -122,8 +133,12 @@ def _step(
             base = tl.where(top == -float("inf"), 0.0, top)
         else:
             base = top
-        p = tl.math.exp2(s * unit - base[:, None])
-        shrink = tl.math.exp2(m - base)
+        if WIDE:
+            p = tl.math.exp2((s * unit - base[:, None]) * LOG2E)
+            shrink = tl.math.exp2((m - base) * LOG2E)
+        else:
+            p = tl.math.exp2(s * unit - base[:, None])
+            shrink = tl.math.exp2(m - base)
         l = l * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         m = top
@@ -138,11 +153,12 @@ def over_keys(
     DO,
     OUT,  # forward: O; backward: dQ
     LSE,
+    AUX,  # [2 b h q] m and log2 l, where WIDE
     DELTA,
     DK,
     DV,
     HEADS,  # [slots] query head of each, where MAPPED
-    CROW,
+    CROW,  # of COL, where CSR; else how many each query block has
     COL,
     INDEX,
     BITS,
@@ -157,7 +173,6 @@ def over_keys(
     keys,
     q_block,
     blocks,  # query blocks
-    width,  # entries of a row of COL, where not CSR
     listed,  # entries of a row of INDEX
     ranges,
     q_b, q_h, q_n,
@@ -196,6 +211,7 @@ def over_keys(
     MAPPED: tl.constexpr,
     BACKWARD: tl.constexpr,
     ATOMIC: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Some queries of one list, over all keys of that list. Programs that read the same keys are neighbours."""
     x = tl.program_id(0)
@@ -213,6 +229,8 @@ def over_keys(
     offset = keys - queries
     q0 = block * q_block + (tile % SUB) * ROWS
     end = tl.minimum(tl.minimum(q0 + ROWS, (block + 1) * q_block), queries)
+    if q0 >= end:  # the last query block is cut short
+        return
     r = tl.arange(0, BM)
     row = q0 + r % ROWS
     member = r // ROWS
@@ -244,6 +262,8 @@ def over_keys(
     SIZES: tl.constexpr = D != BD
     V_SIZES: tl.constexpr = DVS != BDV
     k_mask = d_here[:, None]
+    rows = (b * heads + far) * queries + at
+    aux_part = tl.num_programs(2).to(tl.int64) * heads * queries
     if BACKWARD:
         v_at = V + n[None, :] * v_n + dv[:, None]
         v_mask = dv_here[:, None]
@@ -252,15 +272,20 @@ def over_keys(
             mask=alive[:, None] & dv_here[None, :],
             other=0.0,
         )
-        rows = (b * heads + far) * queries + at
-        m = tl.load(LSE + rows, mask=alive, other=float("inf")) * LOG2E
-        m = tl.where(m == -float("inf"), float("inf"), m)  # a row that sees nothing: P = 0
+        if WIDE:
+            m = tl.load(AUX + rows, mask=alive, other=0.0)
+            rest = tl.load(AUX + aux_part + rows, mask=alive, other=float("inf"))
+        else:
+            m = tl.load(LSE + rows, mask=alive, other=float("inf")) * LOG2E
+            m = tl.where(m == -float("inf"), float("inf"), m)  # a row that sees nothing: P = 0
+            rest = m
         l = tl.load(DELTA + rows, mask=alive, other=0.0)
         acc = tl.zeros([BM, BD], tl.float32)
     else:
         v_at = V + n[:, None] * v_n + dv[None, :]
         v_mask = dv_here[None, :]
         do = q
+        rest = position
         m = tl.full([BM], -float("inf"), tl.float32)
         l = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, BDV], tl.float32)
@@ -274,7 +299,7 @@ def over_keys(
             entries += first
         else:
             entries += block.to(tl.int64) * col_i
-            many = width
+            many = tl.load(CROW + b * crow_b + line.to(tl.int64) * crow_h + block)
         n_whole, n_seen = _count(entries, many, whole, before, STEP, WIDTH)
     if RUNS == 1:
         R: tl.constexpr = WIDTH // BN
@@ -283,8 +308,8 @@ def over_keys(
             k = _load(k_at + start.to(tl.int64) * k_n, k_mask, k_mask, False, SIZES)
             v = _load(v_at + start.to(tl.int64) * v_n, v_mask, v_mask, False, V_SIZES)
             m, l, acc = _step(
-                q, k, v, do, k_mask, start + n, k_mask, m, l, acc, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
-                False, CAPPED, BACKWARD, ATOMIC,
+                q, k, v, do, k_mask, start + n, k_mask, m, l, acc, rest, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
+                False, CAPPED, BACKWARD, ATOMIC, WIDE,
             )
         for j in range(n_whole * R, n_seen * R):
             start = tl.load(entries + j // R) * STEP + (j % R) * BN
@@ -301,8 +326,8 @@ def over_keys(
             k = _load(k_at + start.to(tl.int64) * k_n, here[None, :], k_mask, True, SIZES)
             v = _load(v_at + start.to(tl.int64) * v_n, v_here, v_mask, True, V_SIZES)
             m, l, acc = _step(
-                q, k, v, do, seen, key, here, m, l, acc, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
-                True, CAPPED, BACKWARD, ATOMIC,
+                q, k, v, do, seen, key, here, m, l, acc, rest, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
+                True, CAPPED, BACKWARD, ATOMIC, WIDE,
             )
     if RUNS == 2:
         for j in range(0, n_seen * WIDTH, BN):
@@ -315,13 +340,13 @@ def over_keys(
                 seen = here[None, :] & (key[None, :] <= position[:, None])
             k, v = _gathered(K, V, key, here, k_n, v_n, d, dv, k_mask, v_mask, SIZES, V_SIZES, BACKWARD)
             m, l, acc = _step(
-                q, k, v, do, seen, key, here, m, l, acc, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
-                True, CAPPED, BACKWARD, ATOMIC,
+                q, k, v, do, seen, key, here, m, l, acc, rest, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
+                True, CAPPED, BACKWARD, ATOMIC, WIDE,
             )
     if COLUMNS:
         index = INDEX + b * index_b + line.to(tl.int64) * index_h + block.to(tl.int64) * index_i
         bits = BITS + b * bits_b + line.to(tl.int64) * bits_h + block.to(tl.int64) * bits_i
-        many = _used(index, listed, before)
+        many = _used(index, bits, listed, before, MARKED)
         for j in range(0, many, BN):
             key = tl.load(index + j + n, mask=j + n < many, other=-1)
             here = (key >= 0) & (key < keys)
@@ -334,8 +359,8 @@ def over_keys(
                 seen = here[None, :] & (key[None, :] <= position[:, None])
             k, v = _gathered(K, V, key, here, k_n, v_n, d, dv, k_mask, v_mask, SIZES, V_SIZES, BACKWARD)
             m, l, acc = _step(
-                q, k, v, do, seen, key, here, m, l, acc, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
-                True, CAPPED, BACKWARD, ATOMIC,
+                q, k, v, do, seen, key, here, m, l, acc, rest, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
+                True, CAPPED, BACKWARD, ATOMIC, WIDE,
             )
     if RANGED:
         pairs = RANGES + b * ranges_b + line.to(tl.int64) * ranges_h + block.to(tl.int64) * ranges_i
@@ -348,8 +373,8 @@ def over_keys(
                 k = _load(k_at + start.to(tl.int64) * k_n, k_mask, k_mask, False, SIZES)
                 v = _load(v_at + start.to(tl.int64) * v_n, v_mask, v_mask, False, V_SIZES)
                 m, l, acc = _step(
-                    q, k, v, do, k_mask, start + n, k_mask, m, l, acc, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
-                    False, CAPPED, BACKWARD, ATOMIC,
+                    q, k, v, do, k_mask, start + n, k_mask, m, l, acc, rest, DK, DV, scale, cap, d, dv, dk_n, dv_n,
+                    D, DVS, False, CAPPED, BACKWARD, ATOMIC, WIDE,
                 )
             for j in range((tl.maximum(high - inner, 0) + BN - 1) // BN):
                 start = inner + j * BN
@@ -365,8 +390,8 @@ def over_keys(
                 k = _load(k_at + start.to(tl.int64) * k_n, here[None, :], k_mask, True, SIZES)
                 v = _load(v_at + start.to(tl.int64) * v_n, v_here, v_mask, True, V_SIZES)
                 m, l, acc = _step(
-                    q, k, v, do, seen, key, here, m, l, acc, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
-                    True, CAPPED, BACKWARD, ATOMIC,
+                    q, k, v, do, seen, key, here, m, l, acc, rest, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
+                    True, CAPPED, BACKWARD, ATOMIC, WIDE,
                 )
     if SPANS:
         window = tl.load(WINDOW + line * span_h)
@@ -386,8 +411,8 @@ def over_keys(
             k = _load(k_at + start.to(tl.int64) * k_n, k_mask, k_mask, False, SIZES)
             v = _load(v_at + start.to(tl.int64) * v_n, v_mask, v_mask, False, V_SIZES)
             m, l, acc = _step(
-                q, k, v, do, k_mask, start + n, k_mask, m, l, acc, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
-                False, CAPPED, BACKWARD, ATOMIC,
+                q, k, v, do, k_mask, start + n, k_mask, m, l, acc, rest, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
+                False, CAPPED, BACKWARD, ATOMIC, WIDE,
             )
         sunk = tl.minimum((sinks + BN - 1) // BN, low // BN)
         early = sunk + (inner - low) // BN
@@ -408,8 +433,8 @@ def over_keys(
             k = _load(k_at + start.to(tl.int64) * k_n, here[None, :], k_mask, True, SIZES)
             v = _load(v_at + start.to(tl.int64) * v_n, v_here, v_mask, True, V_SIZES)
             m, l, acc = _step(
-                q, k, v, do, seen, key, here, m, l, acc, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
-                True, CAPPED, BACKWARD, ATOMIC,
+                q, k, v, do, seen, key, here, m, l, acc, rest, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
+                True, CAPPED, BACKWARD, ATOMIC, WIDE,
             )
 
     place = OUT + b * out_b + (far * out_h + at * out_n)[:, None]
@@ -419,8 +444,16 @@ def over_keys(
         some = l != 0  # true of a NaN
         acc = acc / tl.where(some, l, 1.0)[:, None]
         tl.store(place + dv[None, :], acc.to(OUT.dtype.element_ty), mask=alive[:, None] & dv_here[None, :])
-        lse = tl.where(some, (m + tl.math.log2(tl.where(some, l, 1.0))) * LN2, -float("inf"))
-        tl.store(LSE + (b * heads + far) * queries + at, lse, mask=alive)
+        log = tl.where(some, tl.math.log2(tl.where(some, l, 1.0)), float("inf"))
+        m = tl.where(some, m, 0.0)
+        if WIDE:
+            lse = m + log * LN2
+        else:
+            lse = (m + log) * LN2
+        tl.store(LSE + rows, tl.where(some, lse, -float("inf")), mask=alive)
+        if WIDE:
+            tl.store(AUX + rows, m, mask=alive)
+            tl.store(AUX + aux_part + rows, log, mask=alive)
 
 
 @triton.jit
@@ -474,7 +507,9 @@ def _turned(
     Q,
     DO,
     LSE,
+    AUX,
     DELTA,
+    aux_part,
     q0,
     m,  # arange over the rows of a tile
     queries,
@@ -491,6 +526,7 @@ def _turned(
     seen,  # [n m] or anything
     MASKED: tl.constexpr,
     CAPPED: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """One tile of queries, rows q0 + m, onto dK and dV."""
     row = q0 + m
@@ -498,18 +534,26 @@ def _turned(
     at = row.to(tl.int64)
     q = _load(Q + (at * q_n)[:, None] + q_mask[0], alive[:, None], q_mask[1], True, D_MASK)
     do = _load(DO + (at * do_n)[:, None] + do_mask[0], alive[:, None], do_mask[1], True, DV_MASK)
-    lse = tl.load(LSE + row, mask=alive, other=float("inf")) * LOG2E
-    lse = tl.where(lse == -float("inf"), float("inf"), lse)
+    if WIDE:
+        lse = tl.load(AUX + row, mask=alive, other=0.0)
+        rest = tl.load(AUX + aux_part + row, mask=alive, other=float("inf"))
+    else:
+        lse = tl.load(LSE + row, mask=alive, other=float("inf")) * LOG2E
+        lse = tl.where(lse == -float("inf"), float("inf"), lse)
     delta = tl.load(DELTA + row, mask=alive, other=0.0)
     s = tl.dot(k, tl.trans(q), input_precision="ieee")
-    unit = scale * LOG2E
+    log: tl.constexpr = 1.0 if WIDE else LOG2E
+    unit = scale * log
     if CAPPED:
         t = _tanh(s * (scale / cap))
-        s = t * (cap * LOG2E)
+        s = t * (cap * log)
         unit = 1.0
     if MASKED:
         s = tl.where(seen, s, -float("inf"))
-    p = tl.math.exp2(s * unit - lse[None, :])
+    s = s * unit - lse[None, :]
+    if WIDE:
+        s = s * LOG2E - rest[None, :]
+    p = tl.math.exp2(s)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
     dp = tl.dot(v, tl.trans(do), input_precision="ieee")
     ds = p * (dp - delta[None, :])
@@ -526,6 +570,7 @@ def over_queries(
     V,
     DO,
     LSE,
+    AUX,
     DELTA,
     DK,
     DV,
@@ -562,6 +607,7 @@ def over_queries(
     CAUSAL: tl.constexpr,
     CAPPED: tl.constexpr,
     MAPPED: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """dK and dV of some keys, over all queries of all heads that look at them."""
     n0 = tl.program_id(0) * BN  # causal lists are longest at the first keys: those first
@@ -584,6 +630,7 @@ def over_queries(
     do_mask = (dv[None, :], (dv < DVS)[None, :])
     D_MASK: tl.constexpr = D != BD
     DV_MASK: tl.constexpr = DVS != BDV
+    aux_part = tl.num_programs(2).to(tl.int64) * heads * queries
     if MAPPED:
         slot0 = tl.load(FIRST + kv)
         slots = tl.load(FIRST + kv + 1) - slot0
@@ -624,8 +671,8 @@ def over_queries(
             for j in range((outer - inner) // BM):
                 q0 = inner + j * BM
                 d_k, d_v = _turned(
-                    k, v, q_at, do_at, LSE + row0, DELTA + row0, q0, m, queries, q_n, do_n, q_mask, do_mask, d_k, d_v,
-                    scale, cap, D_MASK, DV_MASK, k_mask, False, CAPPED,
+                    k, v, q_at, do_at, LSE + row0, AUX + row0, DELTA + row0, aux_part, q0, m, queries, q_n, do_n,
+                    q_mask, do_mask, d_k, d_v, scale, cap, D_MASK, DV_MASK, k_mask, False, CAPPED, WIDE,
                 )
             early = (inner - low) // BM
             late = early + tl.maximum(high - outer + BM - 1, 0) // BM
@@ -637,8 +684,8 @@ def over_queries(
                 else:
                     seen = (tl.abs(behind) < window) | (key < sinks)[:, None]
                 d_k, d_v = _turned(
-                    k, v, q_at, do_at, LSE + row0, DELTA + row0, q0, m, queries, q_n, do_n, q_mask, do_mask, d_k, d_v,
-                    scale, cap, D_MASK, DV_MASK, seen, True, CAPPED,
+                    k, v, q_at, do_at, LSE + row0, AUX + row0, DELTA + row0, aux_part, q0, m, queries, q_n, do_n,
+                    q_mask, do_mask, d_k, d_v, scale, cap, D_MASK, DV_MASK, seen, True, CAPPED, WIDE,
                 )
         else:
             R: tl.constexpr = Q_BLOCK // BM
@@ -654,14 +701,14 @@ def over_queries(
                 q0 = tl.load(entries + j // R) * Q_BLOCK + (j % R) * BM
                 seen = key[:, None] <= (q0 + m + offset)[None, :]
                 d_k, d_v = _turned(
-                    k, v, q_at, do_at, LSE + row0, DELTA + row0, q0, m, queries, q_n, do_n, q_mask, do_mask, d_k, d_v,
-                    scale, cap, D_MASK, DV_MASK, seen, True, CAPPED,
+                    k, v, q_at, do_at, LSE + row0, AUX + row0, DELTA + row0, aux_part, q0, m, queries, q_n, do_n,
+                    q_mask, do_mask, d_k, d_v, scale, cap, D_MASK, DV_MASK, seen, True, CAPPED, WIDE,
                 )
             for j in range(partly * R, many * R):
                 q0 = tl.load(entries + j // R) * Q_BLOCK + (j % R) * BM
                 d_k, d_v = _turned(
-                    k, v, q_at, do_at, LSE + row0, DELTA + row0, q0, m, queries, q_n, do_n, q_mask, do_mask, d_k, d_v,
-                    scale, cap, D_MASK, DV_MASK, k_mask, False, CAPPED,
+                    k, v, q_at, do_at, LSE + row0, AUX + row0, DELTA + row0, aux_part, q0, m, queries, q_n, do_n,
+                    q_mask, do_mask, d_k, d_v, scale, cap, D_MASK, DV_MASK, k_mask, False, CAPPED, WIDE,
                 )
     tl.store(
         DK + b * dk_b + kv.to(tl.int64) * dk_h + far * dk_n + d[None, :],

@@ -12,6 +12,8 @@ from torch import Tensor
 from saccade.ops.attend.triton import hopper, kernels
 from saccade.ops.attend.triton.lists import FEWEST, TILE, Lists, turned
 
+SPECIAL = False  # the warp-specialised form: in its present shape it has not yet been run on a device
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -62,17 +64,20 @@ def turned_keys(dtype: torch.dtype, size: int, block: int) -> int:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, parts: list[Lists], scale: float, cap: float | None, special: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Output, and lse in float32. `special`: by the warp-specialised form where it fits."""
+    q: Tensor, k: Tensor, v: Tensor, parts: list[Lists], scale: float, cap: float | None, special: bool | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Output, lse in float32, and in float32 its two halves [2 b h q]. `special`: by the warp-specialised form where it
+    fits."""
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    aux = torch.empty(2, *lse.shape, dtype=torch.float32, device=q.device) if q.dtype == torch.float32 else None
+    special = SPECIAL if special is None else special
     for part in parts:
         if special and hopper.fits(q, k, v, part, cap):
             hopper.forward(q, k, v, out, lse, part, scale)
         else:
-            _over_keys(q, k, v, None, out, lse, None, None, None, part, scale, cap)
-    return out, lse
+            _over_keys(q, k, v, None, out, lse, aux, None, None, None, part, scale, cap)
+    return out, lse, aux
 
 
 def backward(
@@ -81,6 +86,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Float[Tensor, "b h q"],
+    aux: Float[Tensor, "2 b h q"] | None,
     d_out: Tensor,
     d_lse: Float[Tensor, "b h q"],
     parts: list[Lists],
@@ -96,10 +102,10 @@ def backward(
     dk, dv = (make(x.shape, dtype=x.dtype if alone else torch.float32, device=x.device) for x in (k, v))
     for part in parts:
         onto = None if part.turnable else (dk, dv)
-        _over_keys(q, k, v, d_out, dq, lse, delta, *(onto or (None, None)), part, scale, cap)
+        _over_keys(q, k, v, d_out, dq, lse, aux, delta, *(onto or (None, None)), part, scale, cap)
         if part.turnable:
             mine = (dk, dv) if alone else tuple(torch.empty_like(x) for x in (dk, dv))
-            _over_queries(q, k, v, d_out, lse, delta, *mine, part, scale, cap)
+            _over_queries(q, k, v, d_out, lse, aux, delta, *mine, part, scale, cap)
             if not alone:
                 dk += mine[0]
                 dv += mine[1]
@@ -115,10 +121,10 @@ def _lined(x: Tensor | None, axes: int) -> list[int]:
     """Strides of a list's first axes; 0 where one row stands for all."""
     if x is None:
         return [0] * axes
-    return [0 if x.shape[i] == 1 and i < 2 else x.stride(i) for i in range(axes)]
+    return [0 if x.shape[i] == 1 else x.stride(i) for i in range(axes)]
 
 
-def _over_keys(q, k, v, d_out, out, lse, delta, dk, dv, part: Lists, scale: float, cap: float | None) -> None:
+def _over_keys(q, k, v, d_out, out, lse, aux, delta, dk, dv, part: Lists, scale: float, cap: float | None) -> None:
     """Forward into out and lse; with d_out dQ into out, and with dk and dv those too, added up atomically."""
     (b, h, n, d), g, size = q.shape, k.shape[1], v.shape[-1]
     if not b or not n or not h:
@@ -134,24 +140,24 @@ def _over_keys(q, k, v, d_out, out, lse, delta, dk, dv, part: Lists, scale: floa
     slots = 1 if mapped else -(-group // part.pack)
     grid = (blocks * sub * slots, len(part.heads) if mapped else g, b)
     nothing = q
-    pointers = [part.heads, part.crow, part.col, part.index, part.bits, part.ranges, part.sinks, part.window]
+    begins = part.crow if part.count is None else part.count
+    pointers = [part.heads, begins, part.col, part.index, part.bits, part.ranges, part.sinks, part.window]
     kernels.over_keys[grid](
-        q, k, v, d_out if back else nothing, out, lse, delta if back else nothing,
+        q, k, v, d_out if back else nothing, out, lse, nothing if aux is None else aux, delta if back else nothing,
         *(nothing if x is None else x for x in (dk, dv)),
         *(nothing if x is None else x for x in pointers),
         scale, cap or 1.0, h, group, n, part.keys, part.q_block, blocks,
-        part.col.shape[-1] if part.col is not None else 0,
         part.index.shape[-1] if part.index is not None else 0,
         part.ranges.shape[-2] if part.ranges is not None else 0,
         *_strides(q, k, v, d_out, out, dk, dv),
-        *_lined(part.crow, 2), *_lined(part.col, 2), part.col.stride(2) if part.col is not None else 0,
+        *_lined(begins, 2), *_lined(part.col, 2), part.col.stride(2) if part.col is not None else 0,
         *_lined(part.index, 3), *_lined(part.bits, 3), *_lined(part.ranges, 3),
         0 if part.sinks is None or len(part.sinks) == 1 else 1,
         D=d, DVS=size, BD=power(d), BDV=power(size), BM=height, BN=shape.step, ROWS=rows, PACK=part.pack,
         SLOTS=slots, SUB=sub, RUNS=runs, STEP=part.step, WIDTH=part.width, CSR=part.crow is not None,
         COLUMNS=part.index is not None, MARKED=part.bits is not None, RANGED=part.ranges is not None,
         SPANS=part.sinks is not None, CAUSAL=part.causal, CAPPED=cap is not None, MAPPED=mapped, BACKWARD=back,
-        ATOMIC=dk is not None, num_warps=shape.warps, num_stages=shape.stages,
+        ATOMIC=dk is not None, WIDE=aux is not None, num_warps=shape.warps, num_stages=shape.stages,
     )
 
 
@@ -165,7 +171,7 @@ def _row_sums(out: Tensor, d_out: Tensor, d_lse: Float[Tensor, "b h q"]) -> Floa
     return delta
 
 
-def _over_queries(q, k, v, d_out, lse, delta, dk, dv, part: Lists, scale: float, cap: float | None) -> None:
+def _over_queries(q, k, v, d_out, lse, aux, delta, dk, dv, part: Lists, scale: float, cap: float | None) -> None:
     """dK and dV, written whole."""
     (b, h, n, d), (_, g, keys, size) = q.shape, v.shape
     if not b or not keys:
@@ -178,12 +184,13 @@ def _over_queries(q, k, v, d_out, lse, delta, dk, dv, part: Lists, scale: float,
     first = None if part.heads is None else _first(part.heads, h // g, g)
     nothing = q
     kernels.over_queries[(triton.cdiv(keys, high), g, b)](
-        q, k, v, d_out, lse, delta, dk, dv,
+        q, k, v, d_out, lse, nothing if aux is None else aux, delta, dk, dv,
         *(nothing if x is None else x for x in (part.heads, first, crow, row, part.sinks, part.window)),
         scale, cap or 1.0, h, h // g, n, keys, *_strides(q, k, v, d_out, dk, dv),
         *_lined(crow, 2), *_lined(row, 2), 0 if not spans or len(part.sinks) == 1 else 1,
         D=d, DVS=size, BD=power(d), BDV=power(size), BM=shape.step, BN=high, Q_BLOCK=part.q_block, K_BLOCK=part.width,
         SPANS=spans, CAUSAL=part.causal, CAPPED=cap is not None, MAPPED=part.heads is not None,
+        WIDE=aux is not None,
         num_warps=shape.warps, num_stages=shape.stages,
     )
 

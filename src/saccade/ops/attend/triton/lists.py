@@ -21,12 +21,12 @@ MOST_WIDE = 32  # the same in float32, whose products need all rows and columns 
 
 @dataclass(frozen=True, kw_only=True)
 class Lists:
-    """What some query heads look at. Unused tensors are None; sizes of 1 in the first two axes stand for all.
+    """What some query heads look at. Unused tensors are None; a size of 1 in the first three axes stands for all.
 
-    `heads`: which query heads, None for all. `crow`, `col`: per query block the numbers of runs of `width` keys, the
-    first of which is number * `step`; without `crow` a table, filled up with -1. `index`: key lists. `bits`: which of
-    them count. `ranges`: [start, end). `sinks`, `window`: per head. `pack`: heads of a group that a program takes
-    together, since their lists are one. `most`: rows of a program.
+    `heads`: which query heads, None for all. `col`: per query block the numbers of runs of `width` keys, the first of
+    which is number * `step`; by `crow` one after the other, or in a table that holds `count` of them each. `index`: key
+    lists. `bits`: which of them count. `ranges`: [start, end). `sinks`, `window`: per head. `pack`: heads of a group
+    that a program takes together, since their lists are one. `most`: rows of a program.
     """
 
     causal: bool
@@ -35,6 +35,7 @@ class Lists:
     q_block: int
     heads: Int[Tensor, " heads"] | None = None
     crow: Int[Tensor, "b h nqb+1"] | None = None
+    count: Int[Tensor, "b h nqb"] | None = None
     col: Int[Tensor, "b h nnz"] | Int[Tensor, "b h nqb t"] | None = None
     step: int = 1
     width: int = 1
@@ -75,7 +76,7 @@ def reasons(selection: Selection) -> list[str]:
 
 def listed(selection: Selection, q: Float[Tensor, "b h q d"], group: int) -> list[Lists]:
     """One for each kind that the heads look at."""
-    device, heads, most = q.device, q.shape[1], MOST_WIDE if q.dtype == torch.float32 else MOST
+    device, heads, most = q.device, q.shape[1], _most(q)
     if not isinstance(selection, PerHead):
         one = dataclasses.replace(_lists(selection, device), most=most)
         return [dataclasses.replace(one, pack=_pack(one, selection, heads, group))]
@@ -87,6 +88,13 @@ def listed(selection: Selection, q: Float[Tensor, "b h q d"], group: int) -> lis
             mine = members.cpu()[order].int().to(device)
             out.append(dataclasses.replace(_lists(part, device), heads=mine, most=most))
     return out
+
+
+def _most(q: Float[Tensor, "b h q d"]) -> int:
+    """Rows of a program: fewer where they are wide."""
+    if q.dtype == torch.float32:
+        return MOST_WIDE
+    return MOST if q.shape[-1] <= 128 else MOST // 2
 
 
 def _taken(part: Selection, order: Int[Tensor, " heads"]) -> Selection:
@@ -125,10 +133,12 @@ def _on(x: Tensor, device: torch.device) -> Tensor:
 
 
 def _drawn(s: Lines, device: torch.device, shape: dict) -> Lists:
-    """Runs as a table, and the columns that lie in none."""
-    gathered = s.gather()
-    runs = _on(s.tiles(), device)
-    return Lists(col=runs, step=1, width=s.block, index=_on(gathered.index, device), q_block=s.block, **shape)
+    """Runs as a table, and the columns with a bit for those that lie in none."""
+    from saccade.ops.attend.triton.lines import drawn
+
+    count, runs, columns, bits = drawn(s, device)
+    lists = {"count": count, "col": runs, "index": columns, "bits": bits}
+    return Lists(**lists, step=1, width=s.block, q_block=s.block, **shape)
 
 
 def _pack(one: Lists, selection: Selection, heads: int, group: int) -> int:

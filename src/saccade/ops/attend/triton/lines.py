@@ -1,0 +1,119 @@
+"""Lines as lists, made on the device: the runs of every query block, and a bit for every column that lies in none.
+
+What `Lines.tiles()` and `Lines.gather()` say, without a table of columns for every query block. `farther[o]` is the
+largest distance in the list below o; a query block walks from run to run by it, a lane for each.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Int
+from torch import Tensor
+
+from saccade.core.selection import Lines
+
+LANES = 64
+CHUNK = 128  # columns that are looked up together
+WORD = 32
+
+
+@triton.jit
+def _walk(FARTHER, COUNT, RUNS, keys, offset, blocks, last, most, WIDTH: tl.constexpr, LANES: tl.constexpr,
+          WRITE: tl.constexpr):
+    """How many runs each query block has, and where they begin."""
+    line = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    alive = block < blocks
+    end = (block + 1) * WIDTH + offset
+    farther = FARTHER + line * (last + 1)
+    stop = tl.zeros([LANES], tl.int32)
+    count = tl.zeros([LANES], tl.int32)
+    going = tl.max(alive.to(tl.int32))
+    while going > 0:
+        reach = tl.where(stop < WIDTH, end, end - stop)
+        reach = tl.minimum(tl.maximum(reach, 0), last)
+        o = tl.load(farther + reach, mask=alive, other=-1)
+        e = tl.maximum(end - o, WIDTH)
+        live = alive & (o >= 0) & (e > stop) & (stop < keys)
+        start = tl.where((e > stop + WIDTH) | (stop == 0), e - WIDTH, stop)
+        some = live & (start < keys)
+        if WRITE:
+            tl.store(RUNS + (line * blocks + block) * most + count, start, mask=some)
+        count += some.to(tl.int32)
+        stop = tl.where(live, start + WIDTH, keys)
+        alive = live
+        going = tl.max(live.to(tl.int32))
+    if not WRITE:
+        tl.store(COUNT + line * blocks + block, count, mask=block < blocks)
+
+
+@triton.jit
+def _mark(COLUMNS, COUNT, RUNS, BITS, columns, columns_h, keys, offset, blocks, most, words, WIDTH: tl.constexpr,
+          CAUSAL: tl.constexpr, CHUNK: tl.constexpr, WORD: tl.constexpr):
+    """A bit for each column that is in no run of a query block, and not behind it."""
+    block = tl.program_id(0)
+    line = tl.program_id(1).to(tl.int64)
+    n = tl.arange(0, CHUNK)
+    many = tl.load(COUNT + line * blocks + block)
+    runs = RUNS + (line * blocks + block) * most
+    limit = keys
+    if CAUSAL:
+        limit = tl.minimum((block + 1) * WIDTH + offset, keys)
+    for j in range(0, columns, CHUNK):
+        key = tl.load(COLUMNS + line * columns_h + j + n, mask=j + n < columns, other=-1)
+        low = tl.zeros([CHUNK], tl.int32)  # the number of runs that begin by the key lies in [low, high]
+        high = low + many
+        step = many
+        while step > 0:
+            middle = (low + high + 1) // 2
+            first = tl.load(runs + middle - 1, mask=middle > 0, other=0)
+            before = (first <= key) | (middle == 0)
+            low = tl.where(before, middle, low)
+            high = tl.where(before, high, middle - 1)
+            step = step // 2
+        first = tl.load(runs + low - 1, mask=low > 0, other=0)
+        inside = (low > 0) & (key < first + WIDTH)
+        use = ((key >= 0) & (key < limit) & (inside == 0)).to(tl.int32)
+        bits = tl.sum(tl.reshape(use, [CHUNK // WORD, WORD]) << tl.arange(0, WORD)[None, :], 1)
+        word = j // WORD + tl.arange(0, CHUNK // WORD)
+        tl.store(BITS + (line * blocks + block) * words + word, bits, mask=word < words)
+
+
+def drawn(
+    s: Lines, device: torch.device
+) -> tuple[Int[Tensor, "b h nqb"], Int[Tensor, "b h nqb t"], Int[Tensor, "b h 1 v"], Int[Tensor, "b h nqb w"]]:
+    """How many runs each query block has, their first keys, the columns in order, and which of those count."""
+    slashes, columns = (x.to(device, torch.int32) for x in (s.slashes, s.verticals))
+    rows = torch.broadcast_shapes(slashes.shape[:2], columns.shape[:2])
+    b, h = rows
+    blocks = -(-s.queries // s.block)
+    last = blocks * s.block + s.offset
+    farther = _farther(slashes, last).expand(b, h, -1).contiguous()
+    columns = columns.sort(-1).values.expand(b, h, -1).contiguous()
+    count = torch.empty(b, h, blocks, dtype=torch.int32, device=device)
+    shape = (s.keys, s.offset, blocks, last)
+    grid = (triton.cdiv(blocks, LANES), b * h)
+    if count.numel():
+        _walk[grid](farther, count, count, *shape, 0, WIDTH=s.block, LANES=LANES, WRITE=False)
+    most = max(1, int(count.max()) if count.numel() else 0)  # the host waits here
+    runs = torch.empty(b, h, blocks, most, dtype=torch.int32, device=device)
+    words = -(-columns.shape[-1] // WORD)
+    bits = torch.empty(b, h, blocks, words, dtype=torch.int32, device=device)
+    if count.numel():
+        _walk[grid](farther, count, runs, *shape, most, WIDTH=s.block, LANES=LANES, WRITE=True)
+        _mark[(blocks, b * h)](
+            columns, count, runs, bits, columns.shape[-1], columns.shape[-1], s.keys, s.offset, blocks, most, words,
+            WIDTH=s.block, CAUSAL=s.causal, CHUNK=CHUNK, WORD=WORD,
+        )
+    return count, runs, columns[:, :, None], bits
+
+
+def _farther(slashes: Int[Tensor, "b h s"], last: int) -> Int[Tensor, "b h n"]:
+    """[o]: the largest distance in the list that is below o, or -1; for o from 0 to `last`."""
+    place = torch.where(slashes >= 0, slashes + 1, last + 1).long().clamp(max=last + 1)
+    where = torch.zeros(*slashes.shape[:2], last + 2, dtype=torch.int32, device=slashes.device)
+    where.scatter_(-1, place, place.int())
+    where[..., last + 1] = 0
+    return where[..., : last + 1].cummax(-1).values - 1
