@@ -17,7 +17,7 @@ from saccade.measure.contestants import Contestant
 from saccade.measure.score import Subject, clock
 
 STEPS = 8  # tokens decoded one at a time
-WARMUP_TOKENS = 256
+WARMUP_TOKENS = 64
 
 
 def speed_round(

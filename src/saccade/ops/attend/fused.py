@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saccade.core.selection import Spans
+from saccade.core.selection import Selection, Spans
 from saccade.ops.attend.tiles import Share
 from saccade.ops.merge_lse.api import merge_lse
 
+FEW_PAIRS = 1 << 17  # of one head: below, making tiles costs more than they save
 TILE_ROWS = (256, 128, 64)  # of a band: the largest that the window is four times as long as, else the smallest
 
 
@@ -32,8 +33,13 @@ def kernel(
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, share: Share, scale: float, out: Tensor, lse: Tensor) -> bool:
-    """Compute heads that see everything; False where that cannot be."""
+def whole(q: Tensor, k: Tensor, v: Tensor, share: Share, scale: float, out: Tensor, lse: Tensor) -> bool:
+    """Compute all rows of some heads, dense or sinks and window; False where that cannot be."""
+    return _dense(q, k, v, share, scale, out, lse) or _band(q, k, v, share, scale, out, lse)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, share: Share, scale: float, out: Tensor, lse: Tensor) -> bool:
+    """Heads that see everything."""
     square = q.shape[2] == k.shape[2] or not share.selection.causal  # its causality counts from the first key
     if not square or not share.dense or not q.shape[2]:
         return False
@@ -44,23 +50,39 @@ def dense(q: Tensor, k: Tensor, v: Tensor, share: Share, scale: float, out: Tens
     return True
 
 
-def band(q: Tensor, k: Tensor, v: Tensor, share: Share, scale: float, out: Tensor, lse: Tensor) -> bool:
-    """Compute heads of sinks and a window, a prompt from its first key on; False where that cannot be."""
+def few(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, out: Tensor, lse: Tensor) -> bool:
+    """Compute all pairs of a small problem, under the mask that says what is selected; False where it is large."""
+    (b, h, n, _), (g, keys) = q.shape, k.shape[1:3]
+    dense = isinstance(selection, Spans) and selection.causal and bool((selection.window >= keys).all())
+    if not 0 < n * keys <= FEW_PAIRS or dense:
+        return False
+    seen = selection.mask().expand(b, h, -1, -1).unflatten(1, (g, -1)).flatten(0, 1)
+    added = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
+    every = (x.flatten(0, 1)[:, None].expand(-1, h // g, -1, -1) for x in (k, v))
+    o, e = kernel(q.unflatten(1, (g, -1)).flatten(0, 1), *every, added, False, scale)
+    out.copy_(o.unflatten(0, (b, g)).flatten(1, 2))
+    e = e.unflatten(0, (b, g)).flatten(1, 2)
+    lse.copy_(e.masked_fill(~seen.any(-1).unflatten(0, (b, g)).flatten(1, 2), -torch.inf))  # the kernel says 0
+    return True
+
+
+def _band(q: Tensor, k: Tensor, v: Tensor, share: Share, scale: float, out: Tensor, lse: Tensor) -> bool:
+    """Heads of sinks and a window, in a prompt from its first key on."""
     s = share.selection
     if type(s) is not Spans or not s.causal or s.dilation > 1 or s.grid or s.queries != s.keys:
         return False
     sinks, window = (int(x[share.row[1] if len(x) > 1 else 0]) for x in (s.sinks, s.window))
-    whole = sinks + window  # rows that see every key before them
-    if window < TILE_ROWS[-1] or s.keys <= whole:
+    early = sinks + window  # rows that see every key before them
+    if window < TILE_ROWS[-1] or s.keys <= early:
         return False
     b, heads = share.batch, list(share.members)
     keys, values = k[b, share.kv_head], v[b, share.kv_head]
-    for first, rows, many in [(0, whole, 1), *_tiles(whole, s.queries, window)]:
+    for first, rows, many in [(0, early, 1), *_tiles(early, s.queries, window)]:
         mine = q[b, heads, first : first + rows * many].unflatten(1, (many, rows)).transpose(0, 1)
         if first:
             o, e = _banded(mine, keys, values, first, sinks, window, scale)
         else:
-            every = (x[None, None, :whole].expand(-1, len(heads), -1, -1) for x in (keys, values))
+            every = (x[None, None, :early].expand(-1, len(heads), -1, -1) for x in (keys, values))
             o, e = kernel(mine, *every, None, True, scale)
         out[b, heads, first : first + rows * many] = o.transpose(0, 1).flatten(1, 2)
         lse[b, heads, first : first + rows * many] = e.transpose(0, 1).flatten(1, 2).to(lse.dtype)

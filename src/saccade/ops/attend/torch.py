@@ -83,9 +83,8 @@ def _few_lists(s: Selection) -> TypeGuard[Gather]:
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, selection: Selection, logits: Logits):
-        ctx.work = shares(selection, q.shape[0], q.shape[1], k.shape[1])
-        ctx.logits = logits
-        out, lse = _forward(q, k, v, ctx.work, logits)
+        ctx.logits, ctx.selection = logits, selection
+        out, lse = _forward(q, k, v, selection, logits)
         ctx.save_for_backward(q, k, v)
         return out, lse
 
@@ -93,21 +92,24 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor):  # type: ignore[override]
         q, k, v = ctx.saved_tensors
-        return (*_backward(q, k, v, d_out, d_lse, ctx.work, ctx.logits), None, None)
+        work = shares(ctx.selection, q.shape[0], q.shape[1], k.shape[1])
+        return (*_backward(q, k, v, d_out, d_lse, work, ctx.logits), None, None)
 
 
 # --- forward --------------------------------------------------------------------------------------------------------
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, work: list[Share], logits: Logits) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, selection: Selection, logits: Logits) -> tuple[Tensor, Tensor]:
     q = q.contiguous()
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))  # PyTorch's kernel does not look
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=wide(q))
-    usual = fused.can(q, v, logits.softcap)
-    sparse = [s for s in work if not (usual and fused.dense(q, k, v, s, logits.scale, out, lse))]
-    usual = usual and all(bool(x.sum().isfinite()) for x in (q, k, v) if sparse)  # under a mask it loses a NaN
-    sparse = [s for s in sparse if not (usual and fused.band(q, k, v, s, logits.scale, out, lse))]
+    # PyTorch's kernel loses a NaN under a mask
+    usual = fused.can(q, v, logits.softcap) and all(bool(x.sum().isfinite()) for x in (q, k, v))
+    if usual and fused.few(q, k, v, selection, logits.scale, out, lse):
+        return out, lse
+    work = shares(selection, q.shape[0], q.shape[1], k.shape[1])
+    sparse = [s for s in work if not (usual and fused.whole(q, k, v, s, logits.scale, out, lse))]
     if not sparse:
         return out, lse
     keys, values = (x.to(x.dtype if usual else wide(x)).flatten(0, 2) for x in (k, v))
