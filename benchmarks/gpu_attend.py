@@ -353,6 +353,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--tokens", type=int, help="cases of this length only")
     parser.add_argument("--no-flex", action="store_true")
+    parser.add_argument("--special", action="store_true", help="forward by the warp-specialised form where it fits")
     parser.add_argument("--json", help="write the rows there too")
     return parser.parse_args()
 
@@ -362,6 +363,10 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("This benchmark needs a CUDA device, and there is none.", file=sys.stderr)
         return 3
+    if args.special:
+        from saccade.ops.attend.triton import launch
+
+        launch.SPECIAL = True
     rows, references, bad = [], {}, 0
     for case in cases():
         if args.only not in case.name or args.tokens not in (None, case.tokens):
@@ -375,7 +380,8 @@ def main() -> int:
         torch.cuda.empty_cache()
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"rounds": args.rounds, "environment": environment("cuda"), "rows": rows}, file, indent=1)
+            what = {"rounds": args.rounds, "special": args.special, "environment": environment("cuda")}
+            json.dump(what | {"rows": rows}, file, indent=1)
     return int(bad > 0 or any("wrong" in row["triton"] for row in rows))
 
 

@@ -41,6 +41,7 @@ def forward_shape(dtype: torch.dtype, size: int, rows: int, runs: int) -> Shape:
 
 
 def backward_shape(dtype: torch.dtype, size: int, rows: int) -> Shape:
+    """Of the kernel for dQ."""
     if dtype == torch.float32:
         return Shape(32 if size <= 128 else 16, 4, 1)
     if size > 128:
@@ -49,7 +50,7 @@ def backward_shape(dtype: torch.dtype, size: int, rows: int) -> Shape:
 
 
 def turned_shape(dtype: torch.dtype, size: int) -> Shape:
-    """step: queries; with as many keys as `turned_keys` says."""
+    """Of the kernel for dK and dV; step: queries."""
     if dtype == torch.float32:
         return Shape(32 if size <= 128 else 16, 4, 1)
     if size > 128:
@@ -58,6 +59,7 @@ def turned_shape(dtype: torch.dtype, size: int) -> Shape:
 
 
 def turned_keys(dtype: torch.dtype, size: int, block: int) -> int:
+    """Keys of a program that sums up dK and dV."""
     if dtype == torch.float32:
         return 32
     return min(block, 64 if size > 128 else 128)
