@@ -37,9 +37,15 @@ def line(label, task, scores, repeat=0, budget="0.25", error=None):
     return head | method | {"samples": samples, "achieved": dict.fromkeys(names, 0.5), "kept": None}
 
 
-def round_of(number, tokens, times):
+def round_of(number, tokens, times, part="prefill"):
     entries = [
-        {"method": name, "label": name, "part": None, "budget": "1" if name == "full" else "0.25", "error": None}
+        {
+            "method": name,
+            "label": name,
+            "part": None if name == "full" else part,
+            "budget": "1" if name == "full" else "0.25",
+            "error": None,
+        }
         | {"bytes_held": 10, "warmup_seconds": 0.1, "prefill_seconds": t, "decode_seconds": t / 10}
         for name, t in times.items()
     ]
@@ -145,6 +151,22 @@ def test_crossover_is_between_the_lengths_around_it():
     lines = [round_of(0, n, {"full": n / 100, "x": 5 + n / 1000}) for n in (128, 256, 512, 1024)]
     prefill = next(c for c in summary(*lines)["crossover"] if c["stage"] == "prefill")
     assert prefill["tokens"] == pytest.approx(5 / (1 / 100 - 1 / 1000), rel=0.05)
+
+
+def test_a_method_crosses_over_only_where_it_has_a_part():
+    times = {"full": 2.0, "x": 1.0}
+    for part, stages in (("prefill", ["prefill"]), ("cache", ["decode"]), ("prefill+cache", ["prefill", "decode"])):
+        found = summary(*[round_of(i, 512, times, part) for i in range(2)])["crossover"]
+        assert [(c["stage"], c["tokens"]) for c in found] == [(stage, 512) for stage in stages]
+
+
+def test_faster_in_one_round_of_two_is_noise():
+    lines = [round_of(0, 512, {"full": 2.0, "x": 1.0}), round_of(1, 512, {"full": 2.0, "x": 2.1})]
+    found = summary(*lines)
+    assert (
+        found["crossover"] == [{"method": "x", "label": "x", "budget": "0.25", "stage": "prefill", "tokens": None}]
+        and found["speed"][1]["prefill_speedup"] > 1
+    )
 
 
 def test_a_timing_that_failed_is_told_once():

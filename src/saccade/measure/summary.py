@@ -155,14 +155,31 @@ def _speedup(measures: Sequence[Line], base: Sequence[Line], stage: str) -> floa
 
 
 def crossovers(rounds: Sequence[Line]) -> list[dict[str, Any]]:
-    """From which length on each contestant is faster than full; None where it is not, in the lengths measured."""
-    rows = defaultdict(list)
+    """From which length on each contestant is faster than full, in the stages that it has a part in.
+
+    None where it is not, in the lengths measured, or at the longest not in every round: that is noise.
+    """
+    rows, found = defaultdict(list), _by_contestant(rounds)
     for row in speed_rows(rounds):
         if row["label"] != FULL and row["prefill_speedup"] is not None:
-            rows[row["method"], row["label"], row["budget"]].append(row)
+            rows[row["method"], row["label"], row["budget"], row["part"]].append(row)
     return [
-        {"method": method, "label": label, "budget": budget, "stage": stage}
-        | {"tokens": stats.crossover([r["tokens"] for r in mine], [1 / r[f"{stage}_speedup"] for r in mine])}
-        for (method, label, budget), mine in rows.items()
-        for stage in ("prefill", "decode")
+        {"method": method, "label": label, "budget": budget, "stage": stage} | {"tokens": _crossing(mine, stage, found)}
+        for (method, label, budget, part), mine in rows.items()
+        for stage, parts in STAGES.items()
+        if parts & set((part or "").split("+"))
     ]
+
+
+# stage -> the parts of the work that change its time, in the words of a row
+STAGES = {"prefill": {"prefill"}, "decode": {"decode", "cache"}}
+
+
+def _crossing(rows: Sequence[dict[str, Any]], stage: str, found: Mapping[Any, Sequence[Line]]) -> float | None:
+    longest = max(rows, key=lambda r: r["tokens"])
+    mine = found[longest["label"], longest["budget"], longest["tokens"]]
+    full = found[FULL, "1", longest["tokens"]]
+    name = f"{stage}_seconds"
+    if any(m[name] >= f[name] for m, f in zip(mine, full)):
+        return None
+    return stats.crossover([r["tokens"] for r in rows], [1 / r[f"{stage}_speedup"] for r in rows])

@@ -160,7 +160,9 @@ def crossover(run: Run) -> Table:
         [cell(label), cell(budget)] + [cell(found.get((label, budget, s)), "count") for s in ("prefill", "decode")]
         for label, budget in dict.fromkeys(key[:2] for key in found)
     ]
-    caption = "Tokens from which it is faster than full; –: at none of the lengths measured"
+    caption = (
+        "Tokens from which it is faster than full; –: not at the lengths measured, or it has no part in that stage"
+    )
     return Table(caption, ("Method", "Budget", "Prefill from", "Decode from"), lines)
 
 
