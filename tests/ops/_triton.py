@@ -21,6 +21,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from tests.helpers import TURNS, assert_within, error, exact_attention, rounding
 
 CHILD = os.environ.get("TRITON_INTERPRET", "0") != "0"
 interpreter = pytest.mark.skipif(not CHILD, reason="run by test_in_the_interpreter, in a process of its own")
@@ -39,9 +44,31 @@ def run_in_interpreter(file: str, seconds: int = 280) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+def assert_close_on_a_gpu(
+    actual: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, softcap: float | None, lse: Tensor
+) -> None:
+    """As `assert_close_as_torch`, where PyTorch has no flash kernel for a mask: its softmax in float32, weights rounded
+    to the dtype of the values for the second product, as its flash kernels round them."""
+    exact, exact_lse = exact_attention(q, k, v, mask, softcap=softcap)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    bounds = [rounding(exact, q.dtype)], [rounding(exact_lse, q.dtype)]
+    if softcap is None:  # whichever kernel PyTorch has for a mask
+        wide = mask.expand(*q.shape[:2], *mask.shape[2:]) | ~mask.any(-1, keepdim=True)
+        own = scaled_dot_product_attention(q, k, v, attn_mask=wide)
+        bounds[0].append(error(own.masked_fill(~mask.any(-1, keepdim=True), 0.0), exact))
+    for turn in TURNS:
+        logits = q.float().roll(turn, -1) @ k.float().roll(turn, -1).mT * q.shape[-1] ** -0.5
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        logits = logits.masked_fill(~mask, -torch.inf)
+        bounds[1].append(error(logits.logsumexp(-1), exact_lse))
+        bounds[0].append(error(logits.softmax(-1).nan_to_num(0.0).to(v.dtype) @ v, exact))
+    assert_within(actual, exact, max(bounds[0]), "output")
+    assert_within(lse, exact_lse, max(bounds[1]), "lse")
+
+
 def _mend_the_interpreter() -> None:
-    """Two faults of Triton 3.6's: scalars are arrays of one element, which NumPy 2.4 no longer takes for numbers; and
-    `tl.dot` multiplies the bits of bfloat16 as if they were whole numbers."""
+    """Three faults of Triton 3.6's: scalars are arrays of one element, which NumPy 2.4 no longer takes for numbers;
+    `tl.dot` multiplies the bits of bfloat16 as if they were whole numbers; float32 is cut to bfloat16, not rounded."""
     import numpy
     import triton.language as tl
     from triton.runtime import interpreter as own
@@ -60,7 +87,16 @@ def _mend_the_interpreter() -> None:
     def right_dot(self, a, b, *rest):
         return dot(self, widened(a), widened(b), *rest)
 
-    own._patch_lang_tensor, own.InterpreterBuilder.create_dot = patched, right_dot
+    convert = own._convert_float
+
+    def rounded(x, kind, to, mode):
+        if kind != tl.float32 or to != tl.bfloat16:
+            return convert(x, kind, to, mode)
+        bits = x.view(numpy.uint32)
+        near = ((bits.astype(numpy.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(numpy.uint16)
+        return numpy.where(numpy.isnan(x.view(numpy.float32)), numpy.uint16(0x7FC0), near)
+
+    own._patch_lang_tensor, own.InterpreterBuilder.create_dot, own._convert_float = patched, right_dot, rounded
 
 
 if CHILD:

@@ -22,9 +22,14 @@ def test_in_the_interpreter():
     run_in_interpreter(__file__)
 
 
-def weights(q: Tensor, k: Tensor, softcap: float | None, causal: bool) -> Tensor:
-    """softmax of all logits, by PyTorch, in the precision of q."""
-    logits = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * q.shape[-1] ** -0.5
+def weights(q: Tensor, k: Tensor, softcap: float | None, causal: bool, scaled: bool = False) -> Tensor:
+    """softmax of all logits, by PyTorch; products in the precision of q, the rest in float32 or better.
+
+    scaled: the queries are scaled, not the logits
+    """
+    scale = q.shape[-1] ** -0.5
+    logits = (q * scale if scaled else q) @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+    logits = logits.to(torch.promote_types(q.dtype, torch.float32)) * (1 if scaled else scale)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if causal:
@@ -44,9 +49,9 @@ def along(p: Tensor) -> Tensor:
 
 
 def check(q: Tensor, k: Tensor, softcap: float | None, causal: bool) -> None:
-    """Columns, and with `causal` diagonals, are as right as PyTorch's in float32."""
+    """Columns, and with `causal` diagonals, are as right as PyTorch's."""
     exact = weights(q.double(), k.double(), softcap, causal)
-    theirs = [weights(q.float().roll(t, -1), k.float().roll(t, -1), softcap, causal) for t in TURNS]
+    theirs = [weights(q.roll(t, -1), k.roll(t, -1), softcap, causal, s) for t in TURNS for s in (False, True)]
     said = []
     ours = ops.column_scores(q, k, softcap=softcap, causal=causal, impl="triton", report=said.append)
     assert said == ["column_scores:triton"] and ours.dtype == torch.float32

@@ -11,17 +11,28 @@ from saccade.ops.column_scores.api import column_scores
 from saccade.ops.decode.api import decode
 from saccade.ops.lines.api import draw_lines, fit_lines, line_scores
 from saccade.ops.merge_lse.api import merge_lse
+from saccade.ops.page_bounds.api import page_bounds, page_scores
 from saccade.ops.pool_and_select.api import pool_and_select, pool_blocks
+from saccade.ops.quantise.api import Quantised, dequantise, quantise
+from saccade.ops.sparse_step.api import sparse_step
+from saccade.ops.topk.api import topk
 
 __all__ = [
+    "Quantised",
     "attend",
     "block_logits",
     "column_scores",
     "decode",
+    "dequantise",
     "draw_lines",
     "fit_lines",
     "line_scores",
     "merge_lse",
+    "page_bounds",
+    "page_scores",
     "pool_and_select",
     "pool_blocks",
+    "quantise",
+    "sparse_step",
+    "topk",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,14 +13,14 @@ from saccade.core.errors import BadInput
 from saccade.ops import device, dispatch
 from saccade.ops.attend import reference
 from saccade.ops.attend.api import check
-from saccade.ops.decode import cudnn
 from saccade.ops.decode import torch as plain
+from saccade.ops.quantise.api import Quantised, dequantise
 
 
 def decode(
     q: Float[Tensor, "b h q d"],
-    k: Float[Tensor, "b g k d"],
-    v: Float[Tensor, "b g k dv"],
+    k: Float[Tensor, "b g k d"] | Quantised,
+    v: Float[Tensor, "b g k dv"] | Quantised,
     index: Int[Tensor, "b h|g|1 q l"] | None = None,
     *,
     page_tokens: int = 1,
@@ -35,17 +36,17 @@ def decode(
     batch and head axes of `index` and `visible` stand for all. An index with as many heads as there are key/value heads
     holds one list for all query heads of a group: its keys are then read once.
 
+    k, v: both may be quantised to the same number of bits; plain back ends then spell them out, "triton" does not
     page_tokens: the index lists pages of so many keys instead: page p is the keys from p page_tokens on.
     visible: further narrows what each query sees.
-    impl: "auto", "torch", "reference" (dense under a mask, the oracle), "triton" (CUDA: the first choice there),
-        "cudnn" (CUDA, one query, no index, 16-bit; not chosen by "auto": see its module)
+    impl: "auto", "torch", "reference" (dense under a mask, the oracle), "triton" (CUDA; first there)
     report: is told which back end ran, as "decode:torch"
 
     Raises:
         BadInput: shapes or dtypes that do not fit together, or more queries than keys.
         CannotRun: the back end that was asked for cannot compute this, with every reason.
     """
-    check(q, k, v)
+    check(q, *_stand_ins(q, k, v))
     queries, keys = q.shape[2], k.shape[2]
     if queries > keys:
         raise BadInput(
@@ -58,40 +59,56 @@ def decode(
     if page_tokens < 1:
         raise BadInput(f"decode with page_tokens={page_tokens}", "a page has one key or more", "Give 1 or more.")
     options = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap}
-    name = dispatch.pick("decode", impl, _back_ends(q, k, v, index, visible, page_tokens, softcap), report)
-    if name == "cudnn":
-        return cudnn.decode(q, k, v, scale=options["scale"])
+    name = dispatch.pick("decode", impl, _back_ends(q, k, v, index, visible), report)
     if name == "triton":
-        from saccade.ops.decode import triton as kernels
-
-        return kernels.decode(q, k, v, index, visible, page_tokens=page_tokens, **options)
+        return _by_triton(q, k, v, index, visible, page_tokens=page_tokens, **options)
+    k, v = (dequantise(x, q.dtype) if isinstance(x, Quantised) else x for x in (k, v))
     index = _token_lists(index, page_tokens, q.shape[1], keys)
     if name == "reference":
-        return reference.masked(q, k, v, plain.selection(queries, keys, index, visible).mask(), **options)
+        mask = plain.selection(queries, keys, index, visible).mask().to(q.device)
+        return reference.masked(q, k, v, mask, **options)
     return plain.decode(q, k, v, index, visible, **options)
 
 
+Stored = Tensor | Quantised
+
+
+def _stand_ins(q: Tensor, k: Stored, v: Stored) -> list[Tensor]:
+    """Keys and values, or in place of quantised ones something of their shape."""
+    if not isinstance(k, Quantised) and not isinstance(v, Quantised):
+        return [k, v]
+    if not isinstance(k, Quantised) or not isinstance(v, Quantised) or k.bits != v.bits:
+        raise BadInput("decode", "keys and values are not quantised to the same number of bits", "Quantise both alike.")
+    return [torch.empty(1, dtype=q.dtype, device=x.codes.device).expand(x.shape) for x in (k, v)]
+
+
+def _by_triton(q: Tensor, k: Stored, v: Stored, index: Tensor | None, visible: Tensor | None, **options: Any):
+    if isinstance(k, Quantised) and isinstance(v, Quantised):
+        from saccade.ops.decode import quantised
+
+        return quantised.decode(q, k, v, index, **options)
+    from saccade.ops.decode import triton as kernels
+
+    return kernels.decode(q, k, v, index, visible, **options)
+
+
 def _back_ends(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor | None,
-    visible: Tensor | None,
-    page_tokens: int,
-    softcap: float | None,
+    q: Tensor, k: Stored, v: Stored, index: Tensor | None, visible: Tensor | None
 ) -> dict[str, Callable[[], dispatch.Reasons]]:
     def by_triton() -> list[str]:
         if not device.installed():
             return device.triton_reasons(q)
+        from saccade.ops.decode import quantised
         from saccade.ops.decode import triton as kernels
 
-        return kernels.reasons(q, k, v, index, visible, page_tokens)
+        entries = 1 if index is None else index.shape[-1]
+        why = kernels.reasons(q, *_stand_ins(q, k, v), listed=index is not None, entries=entries)
+        if isinstance(k, Quantised) and isinstance(v, Quantised):
+            why += quantised.reasons(q, k, v, visible)
+        return why
 
     there = {"torch": list, "reference": list, "triton": by_triton}
-    there["cudnn"] = lambda: cudnn.reasons(q, k, v, index, visible, softcap)
-    if device.triton_first(q):
-        there = {"triton": by_triton, **there}
-    return there
+    return {"triton": by_triton, **there} if device.triton_first(q) else there
 
 
 def _token_lists(index: Tensor | None, page_tokens: int, heads: int, keys: int) -> Tensor | None:

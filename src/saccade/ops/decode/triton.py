@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from saccade.ops import device
+from saccade.ops.quantise.api import Quantised
 
 MOST_ROWS = 64  # of one tile
 MOST_PARTS = 256
@@ -92,7 +93,8 @@ def _split(Q, K, V, LIST, SEEN, ACC, STAT, OUT, LSE, q_b, q_h, q_q, q_d, k_b, k_
            i_b, i_h, i_q, i_l, s_b, s_h, s_q, s_k, scale, cap, keys, entries, chunk, parts, heads, queries,
            GROUP: tl.constexpr, HR: tl.constexpr, QR: tl.constexpr, RP: tl.constexpr, D: tl.constexpr,
            DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr,
-           MASKED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr):
+           MASKED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, WAIT: tl.constexpr,
+           PDL: tl.constexpr):
 # fmt: on
     """The rows of one job over the entries [part * chunk, (part + 1) * chunk) of its list."""
     if PDL:
@@ -114,6 +116,8 @@ def _split(Q, K, V, LIST, SEEN, ACC, STAT, OUT, LSE, q_b, q_h, q_q, q_d, k_b, k_
     l = tl.zeros([RP], tl.float32)
     acc = tl.zeros([RP, DVP], tl.float32)
     last = keys - queries + query
+    if WAIT:
+        gdc_wait()
     end = tl.minimum(entries, (part + 1) * chunk)
     for t in range(part * chunk, end, BN):
         i = t + tl.arange(0, BN)
@@ -130,7 +134,10 @@ def _split(Q, K, V, LIST, SEEN, ACC, STAT, OUT, LSE, q_b, q_h, q_q, q_d, k_b, k_
             seen = (head * s_h + query * s_q).to(tl.int64)[:, None] + (at.to(tl.int64) * s_k)[None, :]
             allowed &= tl.load(SEEN + seen, mask=allowed, other=0) != 0
         p, alpha, m, l = grow(tl.where(allowed, s, -float("inf")), m, l)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        if V.dtype.element_ty == tl.float32:  # by tiles: one sum over all keys would be less right than PyTorch's
+            acc = acc * alpha[:, None] + tl.dot(p, v, input_precision="ieee")
+        else:
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
     if parts == 1:
         finish(OUT, LSE, (b * heads + head) * queries + query, live, acc, m, l, DV, DVP)
     else:
@@ -193,7 +200,7 @@ class Rows:
         return max(16, triton.next_power_of_2(self.heads * self.queries))
 
 
-def rows(q: Tensor, k: Tensor, index: Tensor | None) -> Rows:
+def rows(q: Tensor, k: Tensor | Quantised, index: Tensor | None) -> Rows:
     """The query heads of a key/value head share a list that has one row for them, and all keys where there is none."""
     b, h, n, _ = q.shape
     shared = index is None or index.shape[1] in (1, k.shape[1])
@@ -202,32 +209,32 @@ def rows(q: Tensor, k: Tensor, index: Tensor | None) -> Rows:
     return Rows(heads, queries, b * (h // heads) * (n // queries))
 
 
-def plan(q: Tensor, jobs: int, entries: int, size: int, waves: int = 2, **given: int) -> Plan:
-    """Programs enough for `waves` on every multiprocessor, each with a tile of keys at least.
+def plan(q: Tensor, jobs: int, entries: int, size: int, listed: bool) -> Plan:
+    """Enough programs for every multiprocessor, each with several tiles of keys.
 
     size: bytes of a key, rounded up to a power of two.
-    given: block, warps and stages other than the usual ones.
+    listed: keys come from a list, whose reading is one more stage ahead of theirs. All as measured on an H200.
     """
-    block = given.get("block", max(16, min(128, 16384 // size)))
-    most = min(MOST_PARTS, max(1, triton.cdiv(entries, block)))
-    parts = min(most, max(1, waves * device.multiprocessors(q.device.index) // jobs))
+    units = device.multiprocessors(q.device.index)
+    few, many = listed and jobs * entries <= 256 * units, listed and 2 * jobs > 3 * units
+    block = max(16, min(128, 16384 // size))
+    most = min(MOST_PARTS, max(1, triton.cdiv(entries, max(2 * block, 128) if listed else block)))
+    parts = 1 if many else min(most, max(1, (4 if listed else 2) * units // jobs))
     chunk = triton.cdiv(triton.cdiv(entries, parts), block) * block
-    parts = max(1, triton.cdiv(entries, max(1, chunk)))
-    return Plan(block, parts, chunk, given.get("warps", 4), given.get("stages", 3))
+    stages = 5 if many else (4 if listed and not few else 3)
+    return Plan(block, max(1, triton.cdiv(entries, max(1, chunk))), chunk, 2 if few else 4, stages)
 
 
-def reasons(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor | None, visible: Tensor | None, page_tokens: int
-) -> list[str]:
-    """Why these kernels cannot decode this; [] = they can."""
+def reasons(q: Tensor, k: Tensor, v: Tensor, *, listed: bool, entries: int = 1) -> list[str]:
+    """Why these kernels cannot decode this; [] = they can. entries: of each list, where keys are `listed`."""
     why = device.triton_reasons(q, k, v)
     if q.dtype == torch.float64:
         why.append("it computes in float32 at most, and the inputs are float64")
     if max(q.shape[-1], v.shape[-1]) > 256:
         why.append(f"heads of {max(q.shape[-1], v.shape[-1])}; it takes up to 256")
-    if index is None and (n := q.shape[1] // k.shape[1] * q.shape[2]) > MOST_ROWS:
+    if (n := q.shape[1] // k.shape[1] * (1 if listed else q.shape[2])) > MOST_ROWS:
         why.append(f"{n} rows share the keys of a head; it takes up to {MOST_ROWS}")
-    if not (q.numel() and k.shape[2] and (index is None or index.shape[-1])):
+    if not (q.numel() and v.numel() and entries):
         why.append("there is nothing to read")
     return why
 
@@ -242,27 +249,33 @@ def decode(
     scale: float,
     softcap: float | None,
     page_tokens: int = 1,
+    follows: bool = False,
     how: Plan | None = None,
 ) -> tuple[Float[Tensor, "b h q dv"], Float[Tensor, "b h q"]]:
-    """See the op's api. `how` is for benchmarks."""
+    """See the op's api.
+
+    follows: `index` comes from a kernel that says itself when this one may start (dependent launch)
+    how: for benchmarks
+    """
     (b, h, n, d), (g, keys), dv = q.shape, k.shape[1:3], v.shape[-1]
     share = rows(q, k, index)
     page = 0 if index is None else page_tokens
     entries = keys if index is None else index.shape[-1] * page_tokens
     wide = triton.next_power_of_2(max(d, dv))
-    how = how or plan(q, share.jobs, entries, wide * k.element_size())
+    how = how or plan(q, share.jobs, entries, wide * k.element_size(), index is not None)
     out = torch.empty(b, h, n, dv, dtype=q.dtype, device=q.device)
     lse = torch.empty(b, h, n, dtype=torch.float32, device=q.device)
     acc, stat = parts_of(how, share, dv, out)
-    early = how.parts > 1 and device.dependent_launch(q.device.index)
+    early = device.dependent_launch(q.device.index)
     meta = {"HR": share.heads, "QR": share.queries, "DV": dv, "DVP": max(16, triton.next_power_of_2(dv))}
     given = [q if index is None else index, q if visible is None else visible.view(torch.uint8)]
     _split[(share.jobs * how.parts,)](
         q, k, v, *given, acc, stat, out, lse,
         *q.stride(), *k.stride(), *v.stride(), *steps(index), *steps(visible), scale, softcap or 1.0, keys, entries,
         how.chunk, how.parts, h, n, GROUP=h // g, RP=share.padded, D=d, DP=max(16, triton.next_power_of_2(d)),
-        BN=how.block, PAGE=page, MASKED=visible is not None, CAPPED=softcap is not None, WIDE=far(k, v), PDL=early,
-        num_warps=how.warps, num_stages=how.stages, **meta,
+        BN=how.block, PAGE=page, MASKED=visible is not None, CAPPED=softcap is not None, WIDE=far(k, v),
+        WAIT=early and follows, PDL=early, num_warps=how.warps, num_stages=how.stages, **meta,
+        **({"launch_pdl": True} if early and follows else {}),
     )  # fmt: skip
     if how.parts > 1:
         join(acc, stat, out, lse, how.parts, meta, early)

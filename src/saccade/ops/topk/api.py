@@ -1,0 +1,58 @@
+"""The places of the best scores, in ascending order: what a list of keys or pages is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saccade.core.errors import BadInput
+from saccade.ops import device, dispatch
+from saccade.ops.topk import torch as plain
+
+LONGEST = 16384  # scores of a row that Triton chooses from
+
+
+@torch.no_grad()
+def topk(
+    scores: Float[Tensor, "*rows n"], keep: int, *, impl: str = "auto", report: dispatch.Report | None = None
+) -> Int[Tensor, "*rows k"]:
+    """Where the `keep` largest scores of each row are (all of them, if there are fewer), ascending, int32.
+
+    -inf is never chosen: -1 stands at the end of a row that has fewer others. NaN counts as the largest. Of equal
+    scores at the edge the first are taken ("torch": any).
+
+    impl: "auto", "torch", "reference" (a stable sort, the oracle), "triton" (CUDA, rows of 16,384 at most; first there)
+    report: is told which back end ran, as "topk:torch"
+
+    Raises:
+        BadInput: nothing to choose from, or nothing to keep.
+        CannotRun: the back end that was asked for cannot compute this, with every reason.
+    """
+    if not scores.dim() or not scores.shape[-1] or keep < 1 or not scores.dtype.is_floating_point:
+        asked = f"the {keep} largest of scores {tuple(scores.shape)} {scores.dtype}"
+        raise BadInput(asked, "it takes rows of one float or more, and keeps one or more", "Give those.")
+    keep = min(keep, scores.shape[-1])
+    name = dispatch.pick("topk", impl, _back_ends(scores), report)
+    if name == "triton":
+        from saccade.ops.topk import triton as kernels
+
+        return kernels.topk(scores, keep)
+    return plain.topk(scores, keep) if name == "torch" else plain.stable(scores, keep)
+
+
+def _back_ends(scores: Tensor) -> dict[str, Callable[[], dispatch.Reasons]]:
+    def by_triton() -> list[str]:
+        why = device.triton_reasons(scores.detach())
+        if scores.dtype == torch.float64:
+            why.append("it compares in float32, and the scores are float64")
+        if scores.dim() and scores.shape[-1] > LONGEST:
+            why.append(
+                f"rows of {scores.shape[-1]}; it takes up to {LONGEST}, and longer ones are faster by torch.topk"
+            )
+        return why + ([] if scores.numel() else ["there is nothing to read"])
+
+    there = {"torch": list, "reference": list}
+    return {"triton": by_triton, **there} if device.triton_first(scores) else {**there, "triton": by_triton}
