@@ -1,10 +1,10 @@
 """The places of the best scores by Triton, one program for each row, with no sort.
 
 Floats are turned into whole numbers of the same order. A threshold is searched for between the least and the largest of
-a row, by two guesses a step, until as many as are wanted lie at or above it (or it can go no further: then equal scores
-are at the edge, and the first of them are taken). A guess supposes that the logarithm of how many lie above a value
-falls evenly, as it nearly does for what scores look like; every third step cuts into three equal parts instead,
-whatever they look like. Prefix sums of what was chosen say where each goes, so the list comes out ascending.
+a row, in three parts a step, until as many as are wanted lie at or above it (or it can go no further: then equal scores
+are at the edge, and the first of them are taken). The parts are equal as values and as whole numbers by turns: the one
+is faster for what scores look like, the other ends soon whatever they look like. Prefix sums of what was chosen say
+where each goes, so the list comes out ascending.
 """
 
 from __future__ import annotations
@@ -46,25 +46,15 @@ def _key(value):
 
 
 @triton.jit
-def _guess(low, high, more, fewer, aim):
-    """Where `aim` scores would lie above, between a key with `more` at or above it and one with `fewer`."""
-    upper, lower = tl.math.log2(more.to(tl.float32)), tl.math.log2(tl.maximum(fewer.to(tl.float32), 0.5))
-    share = (upper - tl.math.log2(tl.maximum(aim, 0.5))) / (upper - lower)
-    a, z = _value(low), _value(high)
-    return _key(a + (z - a) * tl.minimum(tl.maximum(share, 0.0), 1.0))
-
-
-@triton.jit
 def _search(u, low, high, there, wanted):
     """The threshold, and whether just as many as are wanted lie at or above it; else it is the last one's key."""
-    more, fewer, turn = there, wanted * 0, 0
+    more, turn = there, 0
     while (more != wanted) & (high - low > 1):
         third = (high - low + 2) // 3
         a, z = low + third, high - third
-        if turn % 3 != 2:
-            near = (more - fewer).to(tl.float32) / 16 + 0.5
-            a = _guess(low, high, more, fewer, wanted.to(tl.float32) + near)
-            z = _guess(low, high, more, fewer, wanted.to(tl.float32) - near)
+        if turn % 2 == 0:
+            least, most = _value(low), _value(high)
+            a, z = _key(least + (most - least) * 0.3333), _key(most - (most - least) * 0.3333)
         a = tl.minimum(tl.maximum(a, low + 1), high - 1)
         z = tl.minimum(tl.maximum(z, a), high - 1)
         # 16 bits for each count
@@ -73,9 +63,9 @@ def _search(u, low, high, there, wanted):
         if at_z >= wanted:
             low, more = z, at_z
         elif at_a >= wanted:
-            low, more, high, fewer = a, at_a, z, at_z
+            low, more, high = a, at_a, z
         else:
-            high, fewer = a, at_a
+            high = a
         turn += 1
     return low, more == wanted
 
