@@ -18,7 +18,7 @@ from saccade.core.errors import BadInput
 from saccade.measure.bytes import full_cache_bytes
 from saccade.measure.contestants import parse
 from saccade.measure.score import BINS, Subject, picture, quality
-from saccade.measure.speed import speed_round
+from saccade.measure.speed import STEPS, speed_round
 from tests.measure.small import model, tokenizer
 
 WHOLE = Budget(1.0)
@@ -164,7 +164,7 @@ def test_rounds_time_everybody_and_begin_with_another(subject):
         assert [m["label"] for m in measures] == ["full", "knorm", "minference"]
         assert all(m["error"] is None and m["prefill_seconds"] > 0 and m["decode_seconds"] > 0 for m in measures)
     full, knorm, _ = measures
-    assert full["bytes_held"] == full_cache_bytes(model(), 56) and knorm["bytes_held"] < full["bytes_held"] / 2
+    assert full["bytes_held"] == full_cache_bytes(model(), 64 - STEPS) and knorm["bytes_held"] < full["bytes_held"] / 2
     assert full["budget"] == "1" and knorm["budget"] == "0.25"
 
 

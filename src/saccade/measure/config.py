@@ -27,9 +27,9 @@ class Size:
     rounds: int
 
 
-# chosen so that the default ends within 5 minutes on 2 cores that have bfloat16, and quick within 90 seconds
+# chosen so that the default ends within 5 minutes on 2 cores, and quick within 90 seconds
 USUAL = Size((0.5, 0.25, 0.1), 320, {"continuation-loss": 3, "passkey": 3}, (256, 512), 2)
-QUICK = Size((0.25,), 256, {"continuation-loss": 3, "passkey": 3}, (256,), 2)
+QUICK = Size((0.25,), 256, {"continuation-loss": 2, "passkey": 2}, (256,), 1)
 SLOW = ("cpu", "float32")  # two to three times as slow as bfloat16 where that is native: half the tokens
 LEAST_LENGTH = 32  # tokens that are timed
 COUNT = 4  # of a task that the sizes do not name

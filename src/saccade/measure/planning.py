@@ -16,14 +16,15 @@ from saccade.measure.contestants import Contestant
 from saccade.measure.program import Entry, everybody, timed
 from saccade.measure.speed import STEPS, WARMUP_TOKENS
 
-# Recorded on two cores (AMD EPYC, AVX-512) with smollm2 in bfloat16, by the default comparison: time of a sample over
-# that of `full`, by the part that a method takes over.
-COSTS = {"evict": 1.4, "prefill": 2.3, "decode": 2.0}
-ORACLE = 3.0  # chooses by looking at everything
+# Recorded on two cores (AMD EPYC, AVX2) with smollm2 in float32, by the default comparison: time of a sample over that
+# of `full`, by the part that a method takes over.
+COSTS = {"evict": 1.0, "prefill": 1.35, "decode": 1.05}
+ORACLE = 8.0  # the attention of what chooses by looking at everything
 OVERHEAD = 1.85  # time of a forward over that of its matrix products alone, at a few hundred tokens on two threads
-ATTENTION_TOKENS = 4000  # length at which full attention costs as much as all matrix products
+ATTENTION_TOKENS = 6000  # length at which full attention costs as much as all matrix products
 CELL_TOKENS = 150  # attaching, its probe and the warm-up cost as much as a forward over so many tokens
-STEP_TOKENS = 24  # one decoding step costs as much as a forward over so many tokens: it reads all weights
+STEP_TOKENS = 36  # one decoding step costs as much as a forward over so many tokens: it reads all weights
+WARMUP_STEPS = 2
 LOADING_SECONDS = 6.0
 LIBRARY_BYTES = 900 * 2**20  # torch and transformers themselves, and what a forward needs meanwhile
 DOWNLOAD_BYTES_PER_SECOND = 5e6
@@ -79,22 +80,20 @@ def _rows(cells: Sequence[Cell], seconds: Mapping[str, float] | None, config: Co
 def weigh(config: Config, entries: Sequence[Entry], cell: Cell) -> float:
     """How many tokens of a plain forward a cell is worth."""
     if cell.kind == "speed":
-        tokens = _with_attention(cell.tokens) + WARMUP_TOKENS + STEPS * STEP_TOKENS
-        return sum(CELL_TOKENS + tokens * _cost(who) for who, _ in timed(config, entries))
+        rest = WARMUP_TOKENS + (STEPS + WARMUP_STEPS) * STEP_TOKENS
+        return sum(CELL_TOKENS + _cost(who, cell.tokens) + rest for who, _ in timed(config, entries))
     who = next(e.who for e in entries if e.who.label == cell.label)
-    return CELL_TOKENS + cell.count * _with_attention(cell.tokens) * _cost(who)
+    return CELL_TOKENS + cell.count * _cost(who, cell.tokens)
 
 
-def _with_attention(tokens: int) -> float:
-    return tokens * (1 + tokens / ATTENTION_TOKENS)
-
-
-def _cost(who: Contestant) -> float:
+def _cost(who: Contestant, tokens: int) -> float:
+    """Of one sample."""
+    attention = tokens / ATTENTION_TOKENS
     if not who.methods:
-        return 1.0
-    if not who.timed and len(who.parts) > 1:
-        return ORACLE
-    return max(COSTS.get(part, max(COSTS.values())) for part in who.parts)
+        return tokens * (1 + attention)
+    part = max(COSTS.get(part, max(COSTS.values())) for part in who.parts)
+    oracle = not who.timed and len(who.parts) > 1
+    return tokens * part * (1 + attention * (ORACLE if oracle else 1.0))
 
 
 def machine_flops(dtype: str) -> float:

@@ -16,7 +16,7 @@ from saccade.measure.bytes import cache_bytes
 from saccade.measure.contestants import Contestant
 from saccade.measure.score import Subject, clock
 
-STEPS = 8  # tokens decoded one at a time
+STEPS = 5  # tokens decoded one at a time
 WARMUP_TOKENS = 64
 
 
