@@ -54,17 +54,20 @@ def _count(entries, n, whole, seen, STEP: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _used(index, bits, n, seen, MARKED: tl.constexpr):
-    """The place behind the last key of a list that counts and is before `seen`."""
+def _used(index, bits, n, whole, seen, MARKED: tl.constexpr):
+    """The place behind the last key of a list that counts and is before `seen`; and up to which place all count and are
+    before `whole`."""
     here = tl.arange(0, SCANNED)
     last = tl.zeros([SCANNED], tl.int32)
+    clear = tl.zeros([SCANNED], tl.int32) + n
     for j in range(0, n, SCANNED):
         key = tl.load(index + j + here, mask=j + here < n, other=-1)
         if MARKED:
             word = tl.load(bits + (j + here) // 32, mask=j + here < n, other=0)
             key = tl.where(((word >> ((j + here) % 32)) & 1) > 0, key, -1)
         last = tl.maximum(last, tl.where((key >= 0) & (key < seen), j + here + 1, 0))
-    return tl.max(last)
+        clear = tl.minimum(clear, tl.where((key >= 0) & (key < whole), n, j + here))
+    return tl.max(last), tl.min(clear)
 
 
 @triton.jit
@@ -116,7 +119,10 @@ def _step(
         if CAPPED:
             ds = ds * (1 - t * t)
         ds = ds.to(k.dtype)
-        acc = tl.dot(ds, tl.trans(k), acc, input_precision="ieee")
+        if WIDE:  # a tile summed up by itself is rounded less often than one chain over all keys
+            acc += tl.dot(ds, tl.trans(k), input_precision="ieee")
+        else:
+            acc = tl.dot(ds, tl.trans(k), acc, input_precision="ieee")
         if ATOMIC:
             dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
             dk = tl.dot(tl.trans(ds), q, input_precision="ieee") * scale
@@ -330,7 +336,18 @@ def over_keys(
                 True, CAPPED, BACKWARD, ATOMIC, WIDE,
             )
     if RUNS == 2:
-        for j in range(0, n_seen * WIDTH, BN):
+        clear = n_whole * WIDTH // BN * BN
+        key = tl.load(entries + n // WIDTH, mask=n < clear, other=0) * STEP + n % WIDTH
+        for j in range(0, clear, BN):
+            after = j + BN + n  # keys are looked up a step ahead: their loads wait for them
+            following = tl.load(entries + after // WIDTH, mask=after < clear, other=0) * STEP + after % WIDTH
+            k, v = _gathered(K, V, key, k_mask, k_n, v_n, d, dv, k_mask, v_mask, False, SIZES, V_SIZES, BACKWARD)
+            m, l, acc = _step(
+                q, k, v, do, k_mask, key, k_mask, m, l, acc, rest, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
+                False, CAPPED, BACKWARD, ATOMIC, WIDE,
+            )
+            key = following
+        for j in range(clear, n_seen * WIDTH, BN):
             entry = tl.load(entries + (j + n) // WIDTH, mask=j + n < n_seen * WIDTH, other=-1)
             key = entry * STEP + (j + n) % WIDTH
             here = (entry >= 0) & (key < keys)
@@ -338,7 +355,7 @@ def over_keys(
             seen = here[None, :] & (position >= 0)[:, None]
             if CAUSAL:
                 seen = here[None, :] & (key[None, :] <= position[:, None])
-            k, v = _gathered(K, V, key, here, k_n, v_n, d, dv, k_mask, v_mask, SIZES, V_SIZES, BACKWARD)
+            k, v = _gathered(K, V, key, here, k_n, v_n, d, dv, k_mask, v_mask, True, SIZES, V_SIZES, BACKWARD)
             m, l, acc = _step(
                 q, k, v, do, seen, key, here, m, l, acc, rest, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
                 True, CAPPED, BACKWARD, ATOMIC, WIDE,
@@ -346,8 +363,18 @@ def over_keys(
     if COLUMNS:
         index = INDEX + b * index_b + line.to(tl.int64) * index_h + block.to(tl.int64) * index_i
         bits = BITS + b * bits_b + line.to(tl.int64) * bits_h + block.to(tl.int64) * bits_i
-        many = _used(index, bits, listed, before, MARKED)
-        for j in range(0, many, BN):
+        many, clear = _used(index, bits, listed, whole, before, MARKED)
+        clear = clear // BN * BN
+        key = tl.load(index + n, mask=n < clear, other=0)
+        for j in range(0, clear, BN):
+            following = tl.load(index + j + BN + n, mask=j + BN + n < clear, other=0)
+            k, v = _gathered(K, V, key, k_mask, k_n, v_n, d, dv, k_mask, v_mask, False, SIZES, V_SIZES, BACKWARD)
+            m, l, acc = _step(
+                q, k, v, do, k_mask, key, k_mask, m, l, acc, rest, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
+                False, CAPPED, BACKWARD, ATOMIC, WIDE,
+            )
+            key = following
+        for j in range(clear, many, BN):
             key = tl.load(index + j + n, mask=j + n < many, other=-1)
             here = (key >= 0) & (key < keys)
             if MARKED:
@@ -357,7 +384,7 @@ def over_keys(
             seen = here[None, :] & (position >= 0)[:, None]
             if CAUSAL:
                 seen = here[None, :] & (key[None, :] <= position[:, None])
-            k, v = _gathered(K, V, key, here, k_n, v_n, d, dv, k_mask, v_mask, SIZES, V_SIZES, BACKWARD)
+            k, v = _gathered(K, V, key, here, k_n, v_n, d, dv, k_mask, v_mask, True, SIZES, V_SIZES, BACKWARD)
             m, l, acc = _step(
                 q, k, v, do, seen, key, here, m, l, acc, rest, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
                 True, CAPPED, BACKWARD, ATOMIC, WIDE,
@@ -461,24 +488,31 @@ def _gathered(
     K,
     V,
     key,  # [n]
-    here,
+    here,  # [n]: which of them are keys, where ROWS
     k_n,
     v_n,
     d,
     dv,
     k_mask,
     v_mask,
+    ROWS: tl.constexpr,
     SIZES: tl.constexpr,
     V_SIZES: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
     """Keys [d n] and values ([n dv], backward [dv n]) from anywhere."""
     at = key.to(tl.int64)
-    k = _load(K + (at * k_n)[None, :] + d[:, None], here[None, :], k_mask, True, SIZES)
-    if BACKWARD:
-        v = _load(V + (at * v_n)[None, :] + dv[:, None], here[None, :], v_mask, True, V_SIZES)
+    if ROWS:
+        k_here = here[None, :]
+        v_here = here[None, :] if BACKWARD else here[:, None]
     else:
-        v = _load(V + (at * v_n)[:, None] + dv[None, :], here[:, None], v_mask, True, V_SIZES)
+        k_here = k_mask
+        v_here = v_mask
+    k = _load(K + (at * k_n)[None, :] + d[:, None], k_here, k_mask, ROWS, SIZES)
+    if BACKWARD:
+        v = _load(V + (at * v_n)[None, :] + dv[:, None], v_here, v_mask, ROWS, V_SIZES)
+    else:
+        v = _load(V + (at * v_n)[:, None] + dv[None, :], v_here, v_mask, ROWS, V_SIZES)
     return k, v
 
 
@@ -578,8 +612,13 @@ def over_queries(
     FIRST,  # [kv heads + 1]: where the slots of each key/value head begin, where MAPPED
     CROW,  # lists of query blocks, for each key block
     ROW,
+    PIECES,  # [b pieces 3]: key block of a key/value head, first entry, place in PARTS; not with SPANS
+    PARTS,  # [b places tiles 2 BN D]
     SINKS,
     WINDOW,
+    piece_b,
+    places,
+    most,  # entries of a piece
     scale,
     cap,
     heads,
@@ -609,10 +648,24 @@ def over_queries(
     MAPPED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """dK and dV of some keys, over all queries of all heads that look at them."""
-    n0 = tl.program_id(0) * BN  # causal lists are longest at the first keys: those first
-    kv = tl.program_id(1)
+    """dK and dV of some keys, over all queries of all heads that look at them, or a piece of those."""
     b = tl.program_id(2).to(tl.int64)
+    if SPANS:
+        n0 = tl.program_id(0) * BN
+        kv = tl.program_id(1)
+        place = -1
+    else:
+        T: tl.constexpr = K_BLOCK // BN
+        sub = tl.program_id(0) % T
+        piece = PIECES + b * piece_b + tl.program_id(0) // T * 3
+        begin = tl.load(piece)
+        if begin < 0:  # fewer pieces than there is room for
+            return
+        key_blocks = (keys + K_BLOCK - 1) // K_BLOCK
+        kv = begin // key_blocks
+        n0 = begin % key_blocks * K_BLOCK + sub * BN
+        begin = tl.load(piece + 1)
+        place = tl.load(piece + 2)
     offset = keys - queries
     m = tl.arange(0, BM)
     key = n0 + tl.arange(0, BN)
@@ -693,28 +746,83 @@ def over_queries(
             first = tl.load(crow)
             many = tl.load(crow + 1) - first
             entries = ROW + b * row_b + line.to(tl.int64) * row_h + first
-            hidden = 0
-            partly = 0
+            low = tl.minimum(tl.maximum(begin, 0), many)
+            high = tl.minimum(tl.maximum(begin + most, 0), many)
+            begin -= many
+            partly = low
             if CAUSAL:  # query blocks that end before the first key, and those that begin before the last
                 hidden, partly = _count(entries, many, n0 - offset, n1 - 1 - offset, Q_BLOCK, Q_BLOCK)
-            for j in range(hidden * R, partly * R):
+                low = tl.maximum(low, hidden)
+                partly = tl.maximum(partly, low)
+            for j in range(low * R, tl.minimum(partly, high) * R):
                 q0 = tl.load(entries + j // R) * Q_BLOCK + (j % R) * BM
                 seen = key[:, None] <= (q0 + m + offset)[None, :]
                 d_k, d_v = _turned(
                     k, v, q_at, do_at, LSE + row0, AUX + row0, DELTA + row0, aux_part, q0, m, queries, q_n, do_n,
                     q_mask, do_mask, d_k, d_v, scale, cap, D_MASK, DV_MASK, seen, True, CAPPED, WIDE,
                 )
-            for j in range(partly * R, many * R):
+            for j in range(partly * R, high * R):
                 q0 = tl.load(entries + j // R) * Q_BLOCK + (j % R) * BM
                 d_k, d_v = _turned(
                     k, v, q_at, do_at, LSE + row0, AUX + row0, DELTA + row0, aux_part, q0, m, queries, q_n, do_n,
                     q_mask, do_mask, d_k, d_v, scale, cap, D_MASK, DV_MASK, k_mask, False, CAPPED, WIDE,
                 )
-    tl.store(
-        DK + b * dk_b + kv.to(tl.int64) * dk_h + far * dk_n + d[None, :],
-        (d_k * scale).to(DK.dtype.element_ty),
-        mask=k_mask,
-    )
-    tl.store(
-        DV + b * dv_b + kv.to(tl.int64) * dv_h + far * dv_n + dv[None, :], d_v.to(DV.dtype.element_ty), mask=v_mask
-    )
+    if place < 0:
+        dk_at = DK + b * dk_b + kv.to(tl.int64) * dk_h + far * dk_n + d[None, :]
+        dv_at = DV + b * dv_b + kv.to(tl.int64) * dv_h + far * dv_n + dv[None, :]
+        tl.store(dk_at, (d_k * scale).to(DK.dtype.element_ty), mask=k_mask)
+        tl.store(dv_at, d_v.to(DV.dtype.element_ty), mask=v_mask)
+    else:
+        n = tl.arange(0, BN)[:, None]
+        part = PARTS + ((b * places + place) * (K_BLOCK // BN) + n0 % K_BLOCK // BN) * (BN * (BD + BDV))
+        tl.store(part + n * BD + d[None, :], d_k)
+        tl.store(part + BN * BD + n * BDV + dv[None, :], d_v)
+
+
+@triton.jit
+def joined(
+    DK,
+    DV,
+    PARTS,
+    OF,  # [b blocks 2]: the first place, and how many
+    of_b,
+    places,
+    scale,
+    keys,
+    dk_b, dk_h, dk_n,
+    dv_b, dv_h, dv_n,
+    D: tl.constexpr,
+    DVS: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BN: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """dK and dV of keys whose queries were taken in pieces: their sums, always in the same order."""
+    T: tl.constexpr = K_BLOCK // BN
+    b = tl.program_id(2).to(tl.int64)
+    block = tl.program_id(0)
+    at = OF + b * of_b + block * 2
+    place = tl.load(at)
+    many = tl.load(at + 1)
+    if many < 2:
+        return
+    key_blocks = (keys + K_BLOCK - 1) // K_BLOCK
+    kv = (block // key_blocks).to(tl.int64)
+    n = tl.program_id(1) * STEP + tl.arange(0, STEP)[:, None]
+    key = block % key_blocks * K_BLOCK + n
+    d = tl.arange(0, BD)[None, :]
+    dv = tl.arange(0, BDV)[None, :]
+    d_k = tl.zeros([STEP, BD], tl.float32)
+    d_v = tl.zeros([STEP, BDV], tl.float32)
+    part = PARTS + ((b * places + place) * T + n // BN) * (BN * (BD + BDV))
+    for _ in range(many):
+        d_k += tl.load(part + n % BN * BD + d)
+        d_v += tl.load(part + BN * BD + n % BN * BDV + dv)
+        part += T * BN * (BD + BDV)
+    far = key.to(tl.int64)
+    dk_at = DK + b * dk_b + kv * dk_h + far * dk_n + d
+    dv_at = DV + b * dv_b + kv * dv_h + far * dv_n + dv
+    tl.store(dk_at, (d_k * scale).to(DK.dtype.element_ty), mask=(key < keys) & (d < D))
+    tl.store(dv_at, d_v.to(DV.dtype.element_ty), mask=(key < keys) & (dv < DVS))

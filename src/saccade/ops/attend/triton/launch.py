@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saccade.ops.attend.triton import hopper, kernels
-from saccade.ops.attend.triton.lists import FEWEST, TILE, Lists, turned
+from saccade.ops.attend.triton.lists import FEWEST, TILE, Lists, pieces, steps, turned
 
 SPECIAL = False  # the warp-specialised form: in its present shape it has not yet been run on a device
 
@@ -179,22 +179,40 @@ def _over_queries(q, k, v, d_out, lse, aux, delta, dk, dv, part: Lists, scale: f
     if not b or not keys:
         return
     spans = part.sinks is not None
-    crow, row = (None, None) if spans else turned(part)
-    block = 128 if spans else part.width
     wide = max(power(d), power(size))
+    block = 128 if spans else part.width
     shape, high = turned_shape(q.dtype, wide), turned_keys(q.dtype, wide, block if block % 128 == 0 else TILE)
-    first = None if part.heads is None else _first(part.heads, h // g, g)
+    mapped = part.heads is not None
+    lines = len(part.heads) if mapped else h
+    first = _first(part.heads, h // g, g) if mapped else steps(g + 1, q.device) * (h // g)
+    crow, row = (None, None) if spans else turned(part)
+    cut, parts, grid = None, None, (triton.cdiv(keys, high), g, b)
+    if not spans:
+        cut = pieces(crow, first, lines, row.shape[-1])
+        parts = torch.empty(b * cut.places * block * (power(d) + power(size)), dtype=torch.float32, device=q.device)
+        grid = (cut.rows.shape[1] * (block // high), 1, b)
     nothing = q
-    kernels.over_queries[(triton.cdiv(keys, high), g, b)](
+    kernels.over_queries[grid](
         q, k, v, d_out, lse, nothing if aux is None else aux, delta, dk, dv,
-        *(nothing if x is None else x for x in (part.heads, first, crow, row, part.sinks, part.window)),
+        *(nothing if x is None else x for x in (part.heads, first if mapped else None, crow, row)),
+        *(nothing if x is None else x for x in (cut and cut.rows, parts, part.sinks, part.window)),
+        _apart(cut and cut.rows), cut.places if cut else 0, cut.most if cut else 0,
         scale, cap or 1.0, h, h // g, n, keys, *_strides(q, k, v, d_out, dk, dv),
         *_lined(crow, 2), *_lined(row, 2), 0 if not spans or len(part.sinks) == 1 else 1,
-        D=d, DVS=size, BD=power(d), BDV=power(size), BM=shape.step, BN=high, Q_BLOCK=part.q_block, K_BLOCK=part.width,
-        SPANS=spans, CAUSAL=part.causal, CAPPED=cap is not None, MAPPED=part.heads is not None,
-        WIDE=aux is not None,
+        D=d, DVS=size, BD=power(d), BDV=power(size), BM=shape.step, BN=high, Q_BLOCK=part.q_block, K_BLOCK=block,
+        SPANS=spans, CAUSAL=part.causal, CAPPED=cap is not None, MAPPED=mapped, WIDE=aux is not None,
         num_warps=shape.warps, num_stages=shape.stages,
     )
+    if cut:
+        kernels.joined[(cut.of.shape[1], block // 32, b)](
+            dk, dv, parts, cut.of, _apart(cut.of), cut.places, scale, keys, *_strides(dk, dv),
+            D=d, DVS=size, BD=power(d), BDV=power(size), BN=high, K_BLOCK=block, STEP=32,
+        )
+
+
+def _apart(x: Tensor | None) -> int:
+    """Between those of two batch rows; 0 where one stands for all."""
+    return 0 if x is None or len(x) == 1 else x.stride(0)
 
 
 def _first(heads: Tensor, group: int, kv_heads: int) -> Tensor:

@@ -164,7 +164,7 @@ def _same(x: Int[Tensor, "b g s ..."]) -> Bool[Tensor, ""]:
 
 
 @functools.lru_cache(maxsize=64)
-def _steps(n: int, device: torch.device) -> Int[Tensor, " n"]:
+def steps(n: int, device: torch.device) -> Int[Tensor, " n"]:
     return torch.arange(n, device=device)
 
 
@@ -174,11 +174,49 @@ def turned(one: Lists) -> tuple[Int[Tensor, "b h nkb+1"], Int[Tensor, "b h nnz"]
     crow, col = one.crow, one.col
     b, h, nnz = max(crow.shape[0], col.shape[0]), max(crow.shape[1], col.shape[1]), col.shape[2]
     crow, col = crow.expand(b, h, -1).contiguous(), col.expand(b, h, -1).contiguous()
-    entry = _steps(nnz, col.device).expand(b, h, nnz).contiguous()
+    entry = steps(nnz, col.device).expand(b, h, nnz).contiguous()
     row = torch.searchsorted(crow[..., 1:].contiguous(), entry, right=True, out_int32=True)
     nkb = -(-one.keys // one.step)
     blocks = torch.where((col >= 0) & (entry < crow[..., -1:]), col, nkb)
     ordered, order = blocks.sort(dim=-1, stable=True)
-    edges = _steps(nkb + 1, col.device).expand(b, h, nkb + 1).contiguous()
+    edges = steps(nkb + 1, col.device).expand(b, h, nkb + 1).contiguous()
     first = torch.searchsorted(ordered.contiguous(), edges.to(ordered.dtype), out_int32=True)
     return first, row.gather(-1, order)
+
+
+LEAST = 8  # query blocks of a piece
+SPREAD = 1024  # pieces, or so: some for each multiprocessor, and few enough that their sums fit
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The query blocks that look at a key block, in pieces of at most `most`: the first keys are looked at by many more
+    than others. `rows`: of each piece its key block, its first entry and, if it is not alone, the place of its sum; a
+    key block of -1 stands for no piece. `of`: for each key block the first place, and how many. Key blocks are counted
+    through all key/value heads."""
+
+    rows: Int[Tensor, "b pieces 3"]
+    of: Int[Tensor, "b blocks 2"]
+    most: int
+    places: int
+
+
+def pieces(crow: Int[Tensor, "b h nkb+1"], first: Int[Tensor, " kv+1"], lines: int, entries: int) -> Pieces:
+    """`crow`: of transposed lists of at most `entries` each; `first`: the first of the `lines` of each key/value head.
+    On the device: the host does not wait."""
+    count = (crow[..., 1:] - crow[..., :-1]).expand(-1, lines, -1)
+    before = torch.nn.functional.pad(count.cumsum(1), (0, 0, 1, 0))
+    many = (before.index_select(1, first[1:]) - before.index_select(1, first[:-1])).flatten(1)
+    most = max(LEAST, -(-lines * entries * len(crow) // SPREAD))
+    cut = ((many + most - 1) // most).clamp(min=1)
+    ends, blocks = cut.cumsum(1), many.shape[1]
+    piece = steps(blocks + lines * entries // most, crow.device).expand(len(crow), -1).contiguous()
+    block = torch.searchsorted(ends, piece, right=True)
+    at = block.clamp(max=blocks - 1)
+    chunk = piece - (ends - cut).gather(1, at)
+    split = torch.where(cut > 1, cut, 0)
+    place = split.cumsum(1) - split
+    mine = torch.where(cut.gather(1, at) > 1, place.gather(1, at) + chunk, -1)
+    rows = torch.stack([torch.where(block < blocks, block, -1), chunk * most, mine], -1)
+    of = torch.stack([place, split], -1)
+    return Pieces(rows.int(), of.int(), most, places=2 * lines * entries // most)
