@@ -263,7 +263,31 @@ def test_it_says_why_it_cannot(text):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_on_a_gpu(kind, size, dtype):
     selection = build(kind, 1, 4, 430, 517, True, 4, 128)
-    check(selection, tensors(2, 4, 2, 430, 517, size, dtype), device="cuda")
+    inputs = tensors(2, 4, 2, 430, 517, size, dtype)
+    if dtype == torch.float32 and size > 128:
+        with pytest.raises(CannotRun, match="gradients in float32"):
+            check(selection, inputs, device="cuda")
+    else:
+        check(selection, inputs, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ("blocks", "spans", "perhead"))
+@pytest.mark.parametrize("size", (64, 128))
+def test_whole_tiles_on_a_gpu(kind, size):
+    """Those that come by tensor descriptors, and key blocks that so many look at that their sums are put together."""
+    selection = build(kind, 1, 8, 1280, 1280, True, 4, 128)
+    for dtype in (torch.bfloat16, torch.float16):
+        check(selection, tensors(2, 8, 2, 1280, 1280, size, dtype), device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block", [64, 128])
+def test_blocks_that_many_look_at_on_a_gpu(block):
+    first = torch.eye(2560 // block, dtype=torch.bool)
+    first[:, 0] = True
+    selection = Blocks.of(first[None, None], queries=2560, keys=2560, q_block=block, k_block=block)
+    check(selection, tensors(1, 4, 2, 2560, 2560, 64, torch.bfloat16), device="cuda")
 
 
 @pytest.mark.gpu

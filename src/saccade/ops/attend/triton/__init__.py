@@ -21,6 +21,7 @@ from saccade.ops.attend.triton.lists import reasons as of_selection
 
 SIZES = (16, 256)  # of a head
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FLOAT32 = 128  # largest head whose gradients it computes in float32
 CAPABILITY = (8, 0)
 
 
@@ -32,9 +33,11 @@ def reasons(q: Tensor, v: Tensor, selection: Selection, scale: float) -> list[st
     odd = [d for d in (q.shape[-1], v.shape[-1]) if not SIZES[0] <= d <= SIZES[1]]
     if odd:
         out.append(f"heads of {odd[0]}; it takes {SIZES[0]} to {SIZES[1]}")
+    if q.dtype == torch.float32 and max(q.shape[-1], v.shape[-1]) > FLOAT32 and _wants_gradients(q, v):
+        out.append(f"gradients in float32 of heads above {FLOAT32}: theirs have three times PyTorch's rounding error")
     if not scale > 0:
         out.append(f"a scale of {scale:g}; it takes positive ones")
-    if torch.are_deterministic_algorithms_enabled() and adds_up(selection) and _wants_gradients(q):
+    if torch.are_deterministic_algorithms_enabled() and adds_up(selection) and _wants_gradients(q, v):
         why = "added up in no fixed order, and deterministic algorithms are asked for"
         out.append(f"its gradients over {selection.kind} are {why}")
     return out + of_selection(selection)
@@ -48,8 +51,8 @@ def adds_up(selection: Selection) -> bool:
     return not (blocks or isinstance(selection, Spans))
 
 
-def _wants_gradients(q: Tensor) -> bool:
-    return torch.is_grad_enabled() and q.requires_grad
+def _wants_gradients(*inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 def of_machine(q: Tensor) -> list[str]:

@@ -170,20 +170,21 @@ def fits(q: Tensor, k: Tensor, v: Tensor, part: Lists, cap: float | None) -> boo
     if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] not in SIZES or q.shape[-1] != v.shape[-1]:
         return False
     found = form(part, q.shape[1] // k.shape[1])
-    if cap is not None or found is None or q.shape[2] < TILE or not all(map(_described, (q, k, v))):
+    if cap is not None or found is None or q.shape[2] < TILE or not all(map(described, (q, k, v))):
         return False
     return right(q.device, q.dtype, q.shape[-1], found)
 
 
-def _described(x: Tensor) -> bool:
+def described(x: Tensor) -> bool:
     """Whether a tensor descriptor can say where it lies: rows of whole 16 bytes."""
-    even = all(n * x.element_size() % 16 == 0 and n for n, size in zip(x.stride()[:3], x.shape) if size > 1)
+    even = all(n * x.element_size() % 16 == 0 and n for n, size in zip(x.stride()[:-1], x.shape) if size > 1)
     return even and x.data_ptr() % 16 == 0
 
 
-def _descriptor(x: Tensor, step: int) -> TensorDescriptor:
-    strides = [s if n > 1 else x.shape[-1] * 8 for s, n in zip(x.stride()[:3], x.shape)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, step, x.shape[-1]])
+def descriptor(x: Tensor, step: int) -> TensorDescriptor:
+    """Of [b h n] or [b h n d], in tiles of `step` rows of one head."""
+    strides = [s if n > 1 else x.shape[-1] * 16 for s, n in zip(x.stride()[:-1], x.shape)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, step, *x.shape[3:]])
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Lists, scale: float) -> None:
@@ -198,7 +199,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Lis
         q = q.unflatten(1, (-1, found.pack)).unflatten(3, (-1, rows)).transpose(2, 3).flatten(2, 4)
     triton.set_allocator(_scratch)  # for the descriptor that the kernel makes
     _forward[(triton.cdiv(n, rows) * (h // g // found.pack), g, b)](
-        q, *(_descriptor(x, found.step) for x in (k, v)), out, lse, *(lse if x is None else x for x in pointers),
+        q, *(descriptor(x, found.step) for x in (k, v)), out, lse, *(lse if x is None else x for x in pointers),
         scale, h, h // g, n, part.keys, 0, *q.stride()[:3], *out.stride()[:3],
         *(s for _, strides in lists for s in strides),
         0 if part.sinks is None or len(part.sinks) == 1 else 1,

@@ -119,10 +119,7 @@ def _step(
         if CAPPED:
             ds = ds * (1 - t * t)
         ds = ds.to(k.dtype)
-        if WIDE:  # a tile summed up by itself is rounded less often than one chain over all keys
-            acc += tl.dot(ds, tl.trans(k), input_precision="ieee")
-        else:
-            acc = tl.dot(ds, tl.trans(k), acc, input_precision="ieee")
+        acc = tl.dot(ds, tl.trans(k), acc, input_precision="ieee")
         if ATOMIC:
             dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
             dk = tl.dot(tl.trans(ds), q, input_precision="ieee") * scale
@@ -158,7 +155,7 @@ def over_keys(
     V,
     DO,
     OUT,  # forward: O; backward: dQ
-    LSE,
+    LSE,  # backward: in units of log 2
     AUX,  # [2 b h q] m and log2 l, where WIDE
     DELTA,
     DK,
@@ -282,8 +279,7 @@ def over_keys(
             m = tl.load(AUX + rows, mask=alive, other=0.0)
             rest = tl.load(AUX + aux_part + rows, mask=alive, other=float("inf"))
         else:
-            m = tl.load(LSE + rows, mask=alive, other=float("inf")) * LOG2E
-            m = tl.where(m == -float("inf"), float("inf"), m)  # a row that sees nothing: P = 0
+            m = tl.load(LSE + rows, mask=alive, other=float("inf"))
             rest = m
         l = tl.load(DELTA + rows, mask=alive, other=0.0)
         acc = tl.zeros([BM, BD], tl.float32)
@@ -517,9 +513,9 @@ def _gathered(
 
 
 @triton.jit
-def row_sums(O, DO, DLSE, DELTA, heads, queries, o_b, o_h, o_n, do_b, do_h, do_n, DVS: tl.constexpr,
+def row_sums(O, DO, LSE, DLSE, DELTA, BASE, heads, queries, o_b, o_h, o_n, do_b, do_h, do_n, DVS: tl.constexpr,
              BDV: tl.constexpr, BM: tl.constexpr):
-    """delta = rowsum(dO O) - dlse, [b h q]."""
+    """delta = rowsum(dO O) - dlse, [b h q]; and lse in units of log 2, inf for a row that sees nothing: its P is 0."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
@@ -532,14 +528,18 @@ def row_sums(O, DO, DLSE, DELTA, heads, queries, o_b, o_h, o_n, do_b, do_h, do_n
     at = (b * heads + head) * queries + row
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) - tl.load(DLSE + at, mask=alive, other=0.0)
     tl.store(DELTA + at, delta, mask=alive)
+    lse = tl.load(LSE + at, mask=alive, other=0.0) * LOG2E
+    tl.store(BASE + at, tl.where(lse == -float("inf"), float("inf"), lse), mask=alive)
 
 
 @triton.jit
 def _turned(
     k,  # [n d]
     v,  # [n dv]
-    Q,
+    Q,  # of a head, or descriptors of all
     DO,
+    b,
+    head,
     LSE,
     AUX,
     DELTA,
@@ -561,20 +561,28 @@ def _turned(
     MASKED: tl.constexpr,
     CAPPED: tl.constexpr,
     WIDE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
     """One tile of queries, rows q0 + m, onto dK and dV."""
     row = q0 + m
     alive = row < queries
     at = row.to(tl.int64)
-    q = _load(Q + (at * q_n)[:, None] + q_mask[0], alive[:, None], q_mask[1], True, D_MASK)
-    do = _load(DO + (at * do_n)[:, None] + do_mask[0], alive[:, None], do_mask[1], True, DV_MASK)
-    if WIDE:
+    if DESCRIBED:
+        q = Q.load([b, head, q0, 0]).reshape([m.shape[0], k.shape[1]])
+        do = DO.load([b, head, q0, 0]).reshape([m.shape[0], v.shape[1]])
+    else:
+        q = _load(Q + (at * q_n)[:, None] + q_mask[0], alive[:, None], q_mask[1], True, D_MASK)
+        do = _load(DO + (at * do_n)[:, None] + do_mask[0], alive[:, None], do_mask[1], True, DV_MASK)
+    if DESCRIBED:  # as plain loads these two are a copy for each thread and row
+        lse = LSE.load([b, head, q0]).reshape([m.shape[0]])
+        delta = DELTA.load([b, head, q0]).reshape([m.shape[0]])
+    elif WIDE:
         lse = tl.load(AUX + row, mask=alive, other=0.0)
         rest = tl.load(AUX + aux_part + row, mask=alive, other=float("inf"))
+        delta = tl.load(DELTA + row, mask=alive, other=0.0)
     else:
-        lse = tl.load(LSE + row, mask=alive, other=float("inf")) * LOG2E
-        lse = tl.where(lse == -float("inf"), float("inf"), lse)
-    delta = tl.load(DELTA + row, mask=alive, other=0.0)
+        lse = tl.load(LSE + row, mask=alive, other=float("inf"))
+        delta = tl.load(DELTA + row, mask=alive, other=0.0)
     s = tl.dot(k, tl.trans(q), input_precision="ieee")
     log: tl.constexpr = 1.0 if WIDE else LOG2E
     unit = scale * log
@@ -599,7 +607,7 @@ def _turned(
 
 @triton.jit
 def over_queries(
-    Q,
+    Q,  # and DO: pointers, or descriptors of [b h q d] in tiles [1 1 BM D], which take fewer registers
     K,
     V,
     DO,
@@ -647,9 +655,11 @@ def over_queries(
     CAPPED: tl.constexpr,
     MAPPED: tl.constexpr,
     WIDE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
     """dK and dV of some keys, over all queries of all heads that look at them, or a piece of those."""
-    b = tl.program_id(2).to(tl.int64)
+    batch = tl.program_id(2)
+    b = batch.to(tl.int64)
     if SPANS:
         n0 = tl.program_id(0) * BN
         kv = tl.program_id(1)
@@ -696,8 +706,16 @@ def over_queries(
             head = tl.load(HEADS + line)
         else:
             head = line
-        q_at = Q + b * q_b + head.to(tl.int64) * q_h
-        do_at = DO + b * do_b + head.to(tl.int64) * do_h
+        if DESCRIBED:
+            q_at = Q
+            do_at = DO
+            lse_at = LSE
+            delta_at = DELTA
+        else:
+            q_at = Q + b * q_b + head.to(tl.int64) * q_h
+            do_at = DO + b * do_b + head.to(tl.int64) * do_h
+            lse_at = LSE + (b * heads + head) * queries
+            delta_at = DELTA + (b * heads + head) * queries
         row0 = (b * heads + head) * queries
         if SPANS:
             window = tl.load(WINDOW + line * span_h)
@@ -724,8 +742,8 @@ def over_queries(
             for j in range((outer - inner) // BM):
                 q0 = inner + j * BM
                 d_k, d_v = _turned(
-                    k, v, q_at, do_at, LSE + row0, AUX + row0, DELTA + row0, aux_part, q0, m, queries, q_n, do_n,
-                    q_mask, do_mask, d_k, d_v, scale, cap, D_MASK, DV_MASK, k_mask, False, CAPPED, WIDE,
+                    k, v, q_at, do_at, batch, head, lse_at, AUX + row0, delta_at, aux_part, q0, m, queries, q_n, do_n,
+                    q_mask, do_mask, d_k, d_v, scale, cap, D_MASK, DV_MASK, k_mask, False, CAPPED, WIDE, DESCRIBED,
                 )
             early = (inner - low) // BM
             late = early + tl.maximum(high - outer + BM - 1, 0) // BM
@@ -737,8 +755,8 @@ def over_queries(
                 else:
                     seen = (tl.abs(behind) < window) | (key < sinks)[:, None]
                 d_k, d_v = _turned(
-                    k, v, q_at, do_at, LSE + row0, AUX + row0, DELTA + row0, aux_part, q0, m, queries, q_n, do_n,
-                    q_mask, do_mask, d_k, d_v, scale, cap, D_MASK, DV_MASK, seen, True, CAPPED, WIDE,
+                    k, v, q_at, do_at, batch, head, lse_at, AUX + row0, delta_at, aux_part, q0, m, queries, q_n, do_n,
+                    q_mask, do_mask, d_k, d_v, scale, cap, D_MASK, DV_MASK, seen, True, CAPPED, WIDE, DESCRIBED,
                 )
         else:
             R: tl.constexpr = Q_BLOCK // BM
@@ -758,14 +776,14 @@ def over_queries(
                 q0 = tl.load(entries + j // R) * Q_BLOCK + (j % R) * BM
                 seen = key[:, None] <= (q0 + m + offset)[None, :]
                 d_k, d_v = _turned(
-                    k, v, q_at, do_at, LSE + row0, AUX + row0, DELTA + row0, aux_part, q0, m, queries, q_n, do_n,
-                    q_mask, do_mask, d_k, d_v, scale, cap, D_MASK, DV_MASK, seen, True, CAPPED, WIDE,
+                    k, v, q_at, do_at, batch, head, lse_at, AUX + row0, delta_at, aux_part, q0, m, queries, q_n, do_n,
+                    q_mask, do_mask, d_k, d_v, scale, cap, D_MASK, DV_MASK, seen, True, CAPPED, WIDE, DESCRIBED,
                 )
             for j in range(partly * R, high * R):
                 q0 = tl.load(entries + j // R) * Q_BLOCK + (j % R) * BM
                 d_k, d_v = _turned(
-                    k, v, q_at, do_at, LSE + row0, AUX + row0, DELTA + row0, aux_part, q0, m, queries, q_n, do_n,
-                    q_mask, do_mask, d_k, d_v, scale, cap, D_MASK, DV_MASK, k_mask, False, CAPPED, WIDE,
+                    k, v, q_at, do_at, batch, head, lse_at, AUX + row0, delta_at, aux_part, q0, m, queries, q_n, do_n,
+                    q_mask, do_mask, d_k, d_v, scale, cap, D_MASK, DV_MASK, k_mask, False, CAPPED, WIDE, DESCRIBED,
                 )
     if place < 0:
         dk_at = DK + b * dk_b + kv.to(tl.int64) * dk_h + far * dk_n + d[None, :]

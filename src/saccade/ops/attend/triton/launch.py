@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saccade.ops.attend.triton import hopper, kernels
-from saccade.ops.attend.triton.lists import FEWEST, TILE, Lists, pieces, steps, turned
+from saccade.ops.attend.triton.lists import FEWEST, MOST, TILE, Lists, pieces, steps, turned
 
-SPECIAL = False  # the warp-specialised form: in its present shape it has not yet been run on a device
+SPECIAL = True  # the warp-specialised form, where it fits and is right
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ def forward_shape(dtype: torch.dtype, size: int, rows: int, runs: int) -> Shape:
         return Shape(32 if rows <= 64 else 64, 4 if rows <= 64 else 8, 2)
     if rows <= 64:
         return Shape(64, 4, 3)
-    return Shape(128 if runs % 128 == 0 else 64, 8, 2)
+    if runs % 128 == 0:
+        return Shape(128, 8, 2)
+    return Shape(64, 8, 2 if runs % 64 == 0 else 3)
 
 
 def backward_shape(dtype: torch.dtype, size: int, rows: int) -> Shape:
@@ -55,14 +57,14 @@ def turned_shape(dtype: torch.dtype, size: int) -> Shape:
         return Shape(32 if size <= 128 else 16, 4, 1)
     if size > 128:
         return Shape(32, 8, 1)
-    return Shape(64, 8, 2)
+    return Shape(64, 4, 2)
 
 
 def turned_keys(dtype: torch.dtype, size: int, block: int) -> int:
     """Keys of a program that sums up dK and dV."""
     if dtype == torch.float32:
         return 32
-    return min(block, 64 if size > 128 else 128)
+    return min(block, 64)
 
 
 def forward(
@@ -97,17 +99,17 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-    delta = _row_sums(out, d_out, d_lse)
+    delta, base = _row_sums(out, d_out, lse, d_lse)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     alone = len(parts) == 1 and parts[0].turnable
     make = torch.empty if alone else torch.zeros
     dk, dv = (make(x.shape, dtype=x.dtype if alone else torch.float32, device=x.device) for x in (k, v))
     for part in parts:
         onto = None if part.turnable else (dk, dv)
-        _over_keys(q, k, v, d_out, dq, lse, aux, delta, *(onto or (None, None)), part, scale, cap)
+        _over_keys(q, k, v, d_out, dq, base, aux, delta, *(onto or (None, None)), part, scale, cap)
         if part.turnable:
             mine = (dk, dv) if alone else tuple(torch.empty_like(x) for x in (dk, dv))
-            _over_queries(q, k, v, d_out, lse, aux, delta, *mine, part, scale, cap)
+            _over_queries(q, k, v, d_out, base, aux, delta, *mine, part, scale, cap)
             if not alone:
                 dk += mine[0]
                 dv += mine[1]
@@ -135,7 +137,8 @@ def _over_keys(q, k, v, d_out, out, lse, aux, delta, dk, dv, part: Lists, scale:
     height = power(rows * part.pack)
     back = d_out is not None
     wide = max(power(d), power(size))
-    shape = backward_shape(q.dtype, wide, height) if back else forward_shape(q.dtype, wide, height, part.width)
+    along = part.width if part.sinks is None else MOST
+    shape = backward_shape(q.dtype, wide, height) if back else forward_shape(q.dtype, wide, height, along)
     runs = 0 if part.col is None else (1 if part.width % shape.step == 0 else 2)
     sub, blocks = -(-part.q_block // rows), -(-n // part.q_block)
     mapped = part.heads is not None
@@ -163,14 +166,18 @@ def _over_keys(q, k, v, d_out, out, lse, aux, delta, dk, dv, part: Lists, scale:
     )
 
 
-def _row_sums(out: Tensor, d_out: Tensor, d_lse: Float[Tensor, "b h q"]) -> Float[Tensor, "b h q"]:
-    delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
+def _row_sums(
+    out: Tensor, d_out: Tensor, lse: Float[Tensor, "b h q"], d_lse: Float[Tensor, "b h q"]
+) -> tuple[Float[Tensor, "b h q"], Float[Tensor, "b h q"]]:
+    """delta, and lse as the kernels take it off."""
+    delta, base = (torch.empty(out.shape[:3], dtype=torch.float32, device=out.device) for _ in range(2))
     b, h, n, size = out.shape
     if delta.numel():
         kernels.row_sums[(triton.cdiv(n, 64), h, b)](
-            out, d_out, d_lse.contiguous(), delta, h, n, *_strides(out, d_out), DVS=size, BDV=power(size), BM=64
+            out, d_out, lse, d_lse.contiguous(), delta, base, h, n, *_strides(out, d_out),
+            DVS=size, BDV=power(size), BM=64,
         )
-    return delta
+    return delta, base
 
 
 def _over_queries(q, k, v, d_out, lse, aux, delta, dk, dv, part: Lists, scale: float, cap: float | None) -> None:
@@ -191,9 +198,13 @@ def _over_queries(q, k, v, d_out, lse, aux, delta, dk, dv, part: Lists, scale: f
         cut = pieces(crow, first, lines, row.shape[-1])
         parts = torch.empty(b * cut.places * block * (power(d) + power(size)), dtype=torch.float32, device=q.device)
         grid = (cut.rows.shape[1] * (block // high), 1, b)
+    described = _described(q, d_out, lse)
+    told = (q, d_out, lse, delta)
+    if described:
+        told = tuple(hopper.descriptor(x, shape.step) for x in told)
     nothing = q
     kernels.over_queries[grid](
-        q, k, v, d_out, lse, nothing if aux is None else aux, delta, dk, dv,
+        told[0], k, v, told[1], told[2], nothing if aux is None else aux, told[3], dk, dv,
         *(nothing if x is None else x for x in (part.heads, first if mapped else None, crow, row)),
         *(nothing if x is None else x for x in (cut and cut.rows, parts, part.sinks, part.window)),
         _apart(cut and cut.rows), cut.places if cut else 0, cut.most if cut else 0,
@@ -201,13 +212,21 @@ def _over_queries(q, k, v, d_out, lse, aux, delta, dk, dv, part: Lists, scale: f
         *_lined(crow, 2), *_lined(row, 2), 0 if not spans or len(part.sinks) == 1 else 1,
         D=d, DVS=size, BD=power(d), BDV=power(size), BM=shape.step, BN=high, Q_BLOCK=part.q_block, K_BLOCK=block,
         SPANS=spans, CAUSAL=part.causal, CAPPED=cap is not None, MAPPED=mapped, WIDE=aux is not None,
-        num_warps=shape.warps, num_stages=shape.stages,
+        DESCRIBED=described, num_warps=shape.warps, num_stages=shape.stages,
     )
     if cut:
         kernels.joined[(cut.of.shape[1], block // 32, b)](
             dk, dv, parts, cut.of, _apart(cut.of), cut.places, scale, keys, *_strides(dk, dv),
             D=d, DVS=size, BD=power(d), BDV=power(size), BN=high, K_BLOCK=block, STEP=32,
         )
+
+
+def _described(q: Tensor, d_out: Tensor, lse: Tensor) -> bool:
+    """Whether the queries of dK and dV come by tensor descriptors: whole tiles, without a mask."""
+    if not q.is_cuda or torch.version.hip or torch.cuda.get_device_capability(q.device) < (9, 0):
+        return False
+    sizes = all(x.shape[-1] == power(x.shape[-1]) for x in (q, d_out))
+    return q.dtype != torch.float32 and sizes and all(map(hopper.described, (q, d_out, lse)))
 
 
 def _apart(x: Tensor | None) -> int:

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saccade.core.selection import Lines
+from saccade.ops.attend.triton.lists import steps
 
 LANES = 64
 CHUNK = 128  # columns that are looked up together
@@ -58,6 +59,7 @@ def _mark(COLUMNS, COUNT, RUNS, BITS, columns, columns_h, keys, offset, blocks, 
     n = tl.arange(0, CHUNK)
     many = tl.load(COUNT + line * blocks + block)
     runs = RUNS + (line * blocks + block) * most
+    start = tl.load(runs, mask=many > 0, other=keys)
     limit = keys
     if CAUSAL:
         limit = tl.minimum((block + 1) * WIDTH + offset, keys)
@@ -65,7 +67,8 @@ def _mark(COLUMNS, COUNT, RUNS, BITS, columns, columns_h, keys, offset, blocks, 
         key = tl.load(COLUMNS + line * columns_h + j + n, mask=j + n < columns, other=-1)
         low = tl.zeros([CHUNK], tl.int32)  # the number of runs that begin by the key lies in [low, high]
         high = low + many
-        step = many
+        near = (key >= start) & (key < limit)  # most columns are before the first run, or behind the block
+        step = tl.where(tl.max(near.to(tl.int32)) > 0, many, 0)
         while step > 0:
             middle = (low + high + 1) // 2
             first = tl.load(runs + middle - 1, mask=middle > 0, other=0)
@@ -112,8 +115,6 @@ def drawn(
 
 def _farther(slashes: Int[Tensor, "b h s"], last: int) -> Int[Tensor, "b h n"]:
     """[o]: the largest distance in the list that is below o, or -1; for o from 0 to `last`."""
-    place = torch.where(slashes >= 0, slashes + 1, last + 1).long().clamp(max=last + 1)
-    where = torch.zeros(*slashes.shape[:2], last + 2, dtype=torch.int32, device=slashes.device)
-    where.scatter_(-1, place, place.int())
-    where[..., last + 1] = 0
-    return where[..., : last + 1].cummax(-1).values - 1
+    ordered = torch.nn.functional.pad(slashes.sort(-1).values, (1, 0), value=-1)
+    each = steps(last + 1, slashes.device).int().expand(*slashes.shape[:2], -1).contiguous()
+    return ordered.gather(-1, torch.searchsorted(ordered[..., 1:].contiguous(), each))
