@@ -30,7 +30,8 @@ def power(n: int) -> int:
 
 
 def forward_shape(dtype: torch.dtype, size: int, rows: int, runs: int) -> Shape:
-    """Measured on an H200; smaller where a tile would not fit into the registers or the shared memory."""
+    """`runs`: keys that follow on one another. On an H200, 16 bits and heads of 128, these were the fastest of those
+    tried: one to three for each branch. Float32 and heads above 128 were not timed, only made to fit."""
     if dtype == torch.float32:
         return Shape(32 if size <= 128 else 16, 4, 1)
     if size > 128:
@@ -43,7 +44,7 @@ def forward_shape(dtype: torch.dtype, size: int, rows: int, runs: int) -> Shape:
 
 
 def backward_shape(dtype: torch.dtype, size: int, rows: int) -> Shape:
-    """Of the kernel for dQ."""
+    """Of the kernel for dQ. Timed with 128 rows of 16 bits and heads of 128: 3 stages are no faster."""
     if dtype == torch.float32:
         return Shape(32 if size <= 128 else 16, 4, 1)
     if size > 128:
@@ -52,7 +53,7 @@ def backward_shape(dtype: torch.dtype, size: int, rows: int) -> Shape:
 
 
 def turned_shape(dtype: torch.dtype, size: int) -> Shape:
-    """Of the kernel for dK and dV; step: queries."""
+    """Of the kernel for dK and dV; step: queries. In 16 bits, heads of 128: the fastest of four, with `turned_keys`."""
     if dtype == torch.float32:
         return Shape(32 if size <= 128 else 16, 4, 1)
     if size > 128:
