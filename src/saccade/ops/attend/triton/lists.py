@@ -165,6 +165,7 @@ def _same(x: Int[Tensor, "b g s ..."]) -> Bool[Tensor, ""]:
 
 @functools.lru_cache(maxsize=64)
 def steps(n: int, device: torch.device) -> Int[Tensor, " n"]:
+    """0 .. n - 1."""
     return torch.arange(n, device=device)
 
 
