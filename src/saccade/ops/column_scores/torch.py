@@ -21,10 +21,10 @@ def column_scores(
     rows = q.unflatten(1, (k.shape[1], -1))
     sums = out.unflatten(1, (k.shape[1], -1))
     for first in range(0, q.shape[2], ROWS):
-        some = rows[:, :, :, first : first + ROWS].to(wide) * scale
+        some = rows[:, :, :, first : first + ROWS].to(wide)
         position = k.shape[2] - q.shape[2] + first if causal else None
-        top, total = _normaliser(s for _, s in _tiles(some, k, softcap, position))
-        for a, s in _tiles(some, k, softcap, position):
+        top, total = _normaliser(s for _, s in _tiles(some, k, scale, softcap, position))
+        for a, s in _tiles(some, k, scale, softcap, position):
             sums[..., a : a + s.shape[-1]] += s.sub_(top).exp_().div_(total).sum(-2)
     return out
 
@@ -41,7 +41,7 @@ def _top(s: Tensor) -> Tensor:
 
 
 def _tiles(
-    q: Float[Tensor, "b g s w d"], k: Tensor, softcap: float | None, position: int | None
+    q: Float[Tensor, "b g s w d"], k: Tensor, scale: float, softcap: float | None, position: int | None
 ) -> Iterator[tuple[int, Float[Tensor, "b g s w t"]]]:
     """First key and logits of each tile; the key of the first row is `position`, None: every row sees all."""
     b, g, s, w, _ = q.shape
@@ -49,6 +49,7 @@ def _tiles(
     for a in range(0, end, TILE):
         z = min(a + TILE, end)
         logits = (q.flatten(2, 3) @ k[:, :, a:z].to(q.dtype).mT).view(b, g, s, w, z - a)
+        logits.mul_(scale)  # not the queries: they would be rounded once more
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         if position is not None and z > position + 1:
