@@ -32,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, metavar="N", help="length of a sample")
     parser.add_argument("--count", type=int, metavar="N", help="samples of each task")
     parser.add_argument("--lengths", type=int, nargs="*", metavar="N", help="lengths to time, in tokens")
-    parser.add_argument("--quick", action="store_true", help="one budget, less of all: 90 s on 2 cores with bfloat16")
+    parser.add_argument("--quick", action="store_true", help="one budget, less of all: 90 s on 2 cores")
     parser.add_argument("--seed", type=int, default=0, help="root of all random streams (0)")
     add_model(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (saccade-runs/ and a name)")

@@ -53,7 +53,7 @@ def compare(
     methods: names, "name:option=value", "a+b", or Methods; None: all that can run. `full`, `random` (once per part in
         use), `streaming` and `oracle-topk` always take part
     budgets, tasks, tokens, count, lengths: what is kept; what on, its length and number of samples; lengths to time.
-        None: sizes that end within 5 minutes on 2 cores with bfloat16, `quick`: at one budget within 90 seconds
+        None: sizes that end within 5 minutes on 2 cores, `quick`: at one budget within 90 seconds
     out: the folder; asked for the same again, finished cells are not computed anew
     dtype: None: bfloat16 where the device computes in it natively, else float32
 

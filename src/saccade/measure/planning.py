@@ -14,7 +14,7 @@ from saccade.measure.cells import Cell
 from saccade.measure.config import Config
 from saccade.measure.contestants import Contestant
 from saccade.measure.program import Entry, everybody, timed
-from saccade.measure.speed import STEPS, WARMUP_TOKENS
+from saccade.measure.speed import STEPS, WARMUP_STEPS, WARMUP_TOKENS
 
 # Recorded on two cores (AMD EPYC, AVX2) with smollm2 in float32, by the default comparison: time of a sample over that
 # of `full`, by the part that a method takes over.
@@ -24,7 +24,6 @@ OVERHEAD = 1.85  # time of a forward over that of its matrix products alone, at 
 ATTENTION_TOKENS = 6000  # length at which full attention costs as much as all matrix products
 CELL_TOKENS = 150  # attaching, its probe and the warm-up cost as much as a forward over so many tokens
 STEP_TOKENS = 36  # one decoding step costs as much as a forward over so many tokens: it reads all weights
-WARMUP_STEPS = 2
 LOADING_SECONDS = 6.0
 LIBRARY_BYTES = 900 * 2**20  # torch and transformers themselves, and what a forward needs meanwhile
 DOWNLOAD_BYTES_PER_SECOND = 5e6

@@ -17,7 +17,7 @@ from saccade.measure.contestants import Contestant
 from saccade.measure.score import Subject, clock
 
 STEPS = 5  # tokens decoded one at a time
-WARMUP_TOKENS = 64
+WARMUP_TOKENS, WARMUP_STEPS = 64, 2
 
 
 def speed_round(
@@ -46,7 +46,7 @@ def _timed(subject: Subject, who: Contestant, budget: Budget, ids: Tensor, seed:
     prompt, rest = ids[:, :-STEPS], ids[:, -STEPS:]
     with who.working(subject.model, budget, seed):
         warmup = clock(subject.device)
-        _generate(subject, prompt[:, :WARMUP_TOKENS], rest[:, :2])
+        _generate(subject, prompt[:, :WARMUP_TOKENS], rest[:, :WARMUP_STEPS])
         start = clock(subject.device)
         held, prefill, steps = _generate(subject, prompt, rest)
     times = {"warmup_seconds": start - warmup, "prefill_seconds": prefill, "decode_seconds": steps}

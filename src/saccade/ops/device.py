@@ -39,11 +39,6 @@ def triton_reasons(*inputs: Tensor) -> list[str]:
     return []
 
 
-def triton_first(x: Tensor) -> bool:
-    """Whether "auto" tries Triton before plain torch: on CUDA devices."""
-    return x.is_cuda
-
-
 @functools.cache
 def multiprocessors(index: int | None) -> int:
     """Of a CUDA device; where there is none (interpreter) a small number, so that tests split their work too."""

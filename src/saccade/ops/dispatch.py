@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from torch import Tensor
+
 from saccade.core.errors import BadOption, CannotRun
 
 Report = Callable[[str], None]
 Reasons = Sequence[str]
 
-NO_TRITON = ("its Triton kernels are not part of this version",)
+
+def with_triton(
+    x: Tensor, triton: Callable[[], Reasons], plain: Mapping[str, Callable[[], Reasons]]
+) -> dict[str, Callable[[], Reasons]]:
+    """Back ends in the order "auto" tries: our Triton kernels first where x is on a CUDA device, else last."""
+    return {"triton": triton, **plain} if x.is_cuda else {**plain, "triton": triton}
 
 
 def pick(op: str, impl: str, reasons: Mapping[str, Callable[[], Reasons]], report: Report | None = None) -> str:

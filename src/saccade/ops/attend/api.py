@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from jaxtyping import Float
 from torch import Tensor
 
 from saccade.core.errors import BadInput
 from saccade.core.selection import Selection
-from saccade.ops import device, dispatch
+from saccade.ops import dispatch
 from saccade.ops.attend import flex, reference
 from saccade.ops.attend import torch as tiled
 from saccade.ops.attend import triton as kernels
@@ -47,14 +45,8 @@ def attend(
     check(q, k, v)
     check_selection(q, k, selection)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    able: dict[str, Callable[[], dispatch.Reasons]] = {
-        "torch": list,
-        "reference": list,
-        "flex": lambda: flex.reasons(q, v, selection),
-        "triton": lambda: kernels.reasons(q, v, selection, scale),
-    }
-    if device.triton_first(q):
-        able = {"triton": able.pop("triton"), **able}
+    plain = {"torch": list, "reference": list, "flex": lambda: flex.reasons(q, v, selection)}
+    able = dispatch.with_triton(q, lambda: kernels.reasons(q, v, selection, scale), plain)
     name = dispatch.pick("attend", impl, able, report)
     if name == "reference":
         return reference.masked(q, k, v, selection.mask(), scale=scale, softcap=softcap)

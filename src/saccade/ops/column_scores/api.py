@@ -60,5 +60,4 @@ def back_ends(q: Tensor, k: Tensor) -> dict[str, Callable[[], dispatch.Reasons]]
 
         return kernels.reasons(q, k)
 
-    plain = {"torch": list, "reference": list}
-    return {"triton": by_triton, **plain} if device.triton_first(q) else {**plain, "triton": by_triton}
+    return dispatch.with_triton(q, by_triton, {"torch": list, "reference": list})

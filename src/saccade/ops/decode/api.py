@@ -107,8 +107,7 @@ def _back_ends(
             why += quantised.reasons(q, k, v, visible)
         return why
 
-    there = {"torch": list, "reference": list, "triton": by_triton}
-    return {"triton": by_triton, **there} if device.triton_first(q) else there
+    return dispatch.with_triton(q, by_triton, {"torch": list, "reference": list})
 
 
 def _token_lists(index: Tensor | None, page_tokens: int, heads: int, keys: int) -> Tensor | None:

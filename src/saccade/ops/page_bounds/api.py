@@ -86,4 +86,4 @@ def _back_ends(x: Tensor, size: int) -> dict[str, Callable[[], dispatch.Reasons]
             why.append(f"heads of {size}; it takes up to 256")
         return why + ([] if x.numel() else ["there is nothing to read"])
 
-    return {"triton": by_triton, "torch": list} if device.triton_first(x) else {"torch": list, "triton": by_triton}
+    return dispatch.with_triton(x, by_triton, {"torch": list})

@@ -78,7 +78,7 @@ def _back_ends(q: Tensor, k: Tensor, k_block: int) -> dict[str, Callable[[], dis
 
         return kernels.reasons(q, k, k_block)
 
-    return {"triton": by_triton, "torch": list} if device.triton_first(q) else {"torch": list, "triton": by_triton}
+    return dispatch.with_triton(q, by_triton, {"torch": list})
 
 
 def _by_torch(

@@ -65,4 +65,4 @@ def _back_ends(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], dispat
 
         return kernels.reasons(q, k, v, listed=True)
 
-    return {"triton": by_triton, "torch": list} if device.triton_first(q) else {"torch": list, "triton": by_triton}
+    return dispatch.with_triton(q, by_triton, {"torch": list})

@@ -54,5 +54,4 @@ def _back_ends(scores: Tensor) -> dict[str, Callable[[], dispatch.Reasons]]:
             )
         return why + ([] if scores.numel() else ["there is nothing to read"])
 
-    there = {"torch": list, "reference": list}
-    return {"triton": by_triton, **there} if device.triton_first(scores) else {**there, "triton": by_triton}
+    return dispatch.with_triton(scores, by_triton, {"torch": list, "reference": list})
