@@ -55,9 +55,9 @@ def _scores(Q, LOW, HIGH, OUT, q_b, q_h, q_q, q_d, l_b, l_h, l_p, l_d, u_b, u_h,
     high = tl.load(HIGH + page.to(tl.int64)[:, None] * u_p + d[None, :] * u_d, mask=there, other=0.0)
     Q += b.to(tl.int64) * q_b + query * q_q
     q = tl.load(Q + (head * q_h)[:, None] + d[None, :] * q_d, mask=live[:, None] & in_d, other=0.0)
-    none = tl.zeros_like(q)
-    s = tl.dot(tl.where(q < 0, none, q), tl.trans(high), input_precision="ieee")  # a NaN stays one
-    s += tl.dot(tl.where(q > 0, none, q), tl.trans(low), input_precision="ieee")
+    none, sign = tl.zeros_like(q), q.to(tl.float32)  # Triton 3.9's interpreter compares the bits of bfloat16
+    s = tl.dot(tl.where(sign < 0, none, q), tl.trans(high), input_precision="ieee")  # a NaN stays one
+    s += tl.dot(tl.where(sign > 0, none, q), tl.trans(low), input_precision="ieee")
     if BY_GROUP:
         best = tl.max(tl.where(live[:, None], s, -float("inf")), 0)
         tl.store(OUT + ((b * groups + kv) * queries + query).to(tl.int64) * pages + page, best, mask=page < pages)
