@@ -33,6 +33,7 @@ def requests(draw: st.DrawFn) -> dict:
         "tokens": maybe(st.integers(1, 9999)),
         "lengths": maybe(st.lists(st.integers(32, 9999), max_size=3)),
         "count": maybe(st.integers(1, 99)),
+        "rounds": maybe(st.integers(1, 9)),
         "dtype": maybe(st.sampled_from(sorted(DTYPES))),
         "device": st.sampled_from(["cpu", "cuda", "cuda:1"]),
         "quick": st.booleans(),

@@ -18,6 +18,7 @@ from saccade import models
 from saccade.core.errors import BadBudget, BadInput, BadOption, CannotRun, UnknownName
 from saccade.measure.compare import compare, plan
 from saccade.measure.config import Config
+from saccade.measure.program import entrants, everybody
 from saccade.methods.cache.knorm import KNorm
 from tests.measure import small
 from tests.measure.validate import problems, schema
@@ -144,7 +145,7 @@ def test_the_command_says_what_was_asked(run):
     assert words[:4] == ["saccade", "compare", "--model", "tiny"]
     asked = " ".join(words)
     assert "--methods knorm minference+snapkv:window_tokens=8 --budgets 0.5 0.25" in asked
-    assert "--tokens 600 --count 2 --lengths 64 128 --dtype float32 --device cpu --seed 0" in asked
+    assert "--tokens 600 --count 2 --lengths 64 128 --rounds 2 --dtype float32 --device cpu --seed 0" in asked
 
 
 def test_methods_without_their_artefact_are_left_out_with_reasons(tiny, tmp_path):
@@ -154,6 +155,17 @@ def test_methods_without_their_artefact_are_left_out_with_reasons(tiny, tmp_path
     assert "saccade calibrate duo-attention" in " ".join(left["duo-attention"])
     assert any("duo-attention at 0.5, 0.25 is left out: " in e.text for e in events)
     assert "duo-attention" not in {r["label"] for r in read(out, "summary")["rows"]}
+
+
+def test_the_oracle_of_long_samples_has_to_be_named(tiny):
+    model = models.load(tiny)[0]
+    for tokens, methods, there in ((4096, ["knorm"], True), (4097, ["knorm"], False), (4097, ["oracle-topk"], True)):
+        config = Config.of(tiny, methods, tokens=tokens, budgets=[0.5, 0.25])
+        entries, left_out = entrants(config, model)
+        assert [e.who.label for e in entries] == [e.who.label for e in everybody(config)]
+        assert ("oracle-topk" in {e.who.label for e in entries}) == there
+        why = [(x["label"], x["budgets"], "name it" in x["reasons"][0]) for x in left_out]
+        assert why == ([] if there else [("oracle-topk", ["0.5", "0.25"], True)])
 
 
 def test_a_method_asked_by_name_that_cannot_run_stops_at_once(tiny, tmp_path):
@@ -231,6 +243,7 @@ def lines_whole(folder: Path) -> list[dict]:
         ({"budgets": []}, BadOption, r"budgets=\(\): nothing to compare at\. Give at least one"),
         ({"lengths": [8]}, BadOption, r"lengths=\[8\]: that is too short to be timed\. Give 32 or more"),
         ({"count": 0}, BadOption, r"compare\(\{'count of .*': there is nothing to measure|nothing to measure"),
+        ({"rounds": 0}, BadOption, r"compare\(\{'rounds': 0\}\): there is nothing to measure"),
         ({"dtype": "float8"}, BadOption, "dtype 'float8'"),
         ({"tokens": 5000}, BadInput, "compare at 5,000 tokens: tiny was trained for 4,096"),
     ],

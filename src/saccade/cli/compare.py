@@ -1,7 +1,7 @@
 """many methods x budgets x tasks against full attention, in one report
 
 Says what it will cost before it starts. Finished cells are on disk at once: the same command resumes.
-`full`, `random`, `streaming` and `oracle-topk` always take part.
+`full`, `random` and `streaming` always take part, and `oracle-topk` up to 4096 tokens.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, metavar="N", help="length of a sample")
     parser.add_argument("--count", type=int, metavar="N", help="samples of each task")
     parser.add_argument("--lengths", type=int, nargs="*", metavar="N", help="lengths to time, in tokens")
+    parser.add_argument("--rounds", type=int, metavar="N", help="how often each length is timed")
     parser.add_argument("--quick", action="store_true", help="one budget, less of all: 90 s on 2 cores")
     parser.add_argument("--seed", type=int, default=0, help="root of all random streams (0)")
     add_model(parser)
@@ -42,8 +43,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def request(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `saccade.compare`, of `plan` and of `Config.of`."""
-    names = ("methods", "budgets", "tasks", "tokens", "count", "lengths", "quick", "seed", "dtype", "device")
-    return {"model": model_name(args)} | {name: getattr(args, name) for name in names}
+    names = ("methods", "budgets", "tasks", "tokens", "count", "lengths", "rounds", "quick", "seed")
+    return {"model": model_name(args)} | {name: getattr(args, name) for name in (*names, "dtype", "device")}
 
 
 def run(args: argparse.Namespace) -> int:

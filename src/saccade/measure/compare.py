@@ -45,15 +45,17 @@ def compare(
     *,
     lengths: Sequence[int] | None = None,
     count: int | None = None,
+    rounds: int | None = None,
     dtype: str | None = None,
     device: str = "cpu",
 ) -> Path:
     """Measure, and return the folder that holds run.json, env.json, cells.jsonl and summary.json.
 
     methods: names, "name:option=value", "a+b", or Methods; None: all that can run. `full`, `random` (once per part in
-        use), `streaming` and `oracle-topk` always take part
-    budgets, tasks, tokens, count, lengths: what is kept; what on, its length and number of samples; lengths to time.
-        None: sizes that end within 5 minutes on 2 cores, `quick`: at one budget within 90 seconds
+        use) and `streaming` always take part, and `oracle-topk` up to 4,096 tokens
+    budgets, tasks, tokens, count: what is kept; what on, its length and number of samples
+    lengths, rounds: tokens at which to time, and how often
+    quick: one budget, less of all. What is None ends within 5 minutes on 2 cores, quick within 90 seconds
     out: the folder; asked for the same again, finished cells are not computed anew
     dtype: None: bfloat16 where the device computes in it natively, else float32
 
@@ -63,7 +65,7 @@ def compare(
         ModelUnavailable: the model cannot be had.
         CorruptResult: the folder holds a broken line.
     """
-    config = Config.of(model, methods, budgets, tasks, tokens, quick, seed, lengths, count, dtype, device)
+    config = Config.of(model, methods, budgets, tasks, tokens, quick, seed, lengths, count, rounds, dtype, device)
     return execute(config, _folder(config, out), progress or _unwatched)
 
 
@@ -78,6 +80,7 @@ def plan(
     *,
     lengths: Sequence[int] | None = None,
     count: int | None = None,
+    rounds: int | None = None,
     dtype: str | None = None,
     device: str = "cpu",
 ) -> Plan:
@@ -86,7 +89,7 @@ def plan(
     Raises:
         UnknownName, BadOption, BadBudget, DoesNotCompose: as `compare` would.
     """
-    config = Config.of(model, methods, budgets, tasks, tokens, quick, seed, lengths, count, dtype, device)
+    config = Config.of(model, methods, budgets, tasks, tokens, quick, seed, lengths, count, rounds, dtype, device)
     return estimate(config, all_cells(config, everybody(config)))
 
 

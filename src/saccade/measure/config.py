@@ -33,7 +33,8 @@ QUICK = Size((0.25,), 256, {"continuation-loss": 2, "passkey": 2}, (256,), 1)
 SLOW = ("cpu", "float32")  # two to three times as slow as bfloat16 where that is native: half the tokens
 LEAST_LENGTH = 32  # tokens that are timed
 COUNT = 4  # of a task that the sizes do not name
-BASELINES = ("random", "streaming", "oracle-topk")
+ORACLE = "oracle-topk"
+BASELINES = ("random", "streaming", ORACLE)
 USUAL_BUDGET = 0.25  # the one that is timed and drawn is the nearest to it
 
 
@@ -67,6 +68,7 @@ class Config:
         seed: int = 0,
         lengths: Sequence[int] | None = None,
         count: int | None = None,
+        rounds: int | None = None,
         dtype: str | None = None,
         device: str = "cpu",
     ) -> Config:
@@ -88,7 +90,7 @@ class Config:
             counts=counts,
             tokens=size.tokens if tokens is None else tokens,
             lengths=size.lengths if lengths is None else tuple(sorted(set(lengths))),
-            rounds=size.rounds,
+            rounds=size.rounds if rounds is None else rounds,
             dtype=dtype,
             device=device,
             seed=seed,
@@ -101,7 +103,7 @@ class Config:
     def _check(self) -> None:
         if self.dtype not in DTYPES:
             raise BadOption(f"dtype {self.dtype!r}", "there is none of that name", f"Say one of: {', '.join(DTYPES)}.")
-        low = {"tokens": self.tokens, **{f"count of {t}": n for t, n in self.counts.items()}}
+        low = {"tokens": self.tokens, "rounds": self.rounds, **{f"count of {t}": n for t, n in self.counts.items()}}
         wrong = {name: value for name, value in low.items() if value < 1}
         if wrong:
             raise BadOption(f"compare({wrong})", "there is nothing to measure", "Give numbers from 1.")
@@ -140,7 +142,8 @@ class Config:
         parts += ["--budgets", *map(str, self.budgets), "--tasks", *self.counts, "--tokens", str(self.tokens)]
         parts += [] if self.count is None else ["--count", str(self.count)]
         parts += ["--quick"] if self.quick else []
-        parts += ["--lengths", *map(str, self.lengths), "--dtype", self.dtype, "--device", self.device]
+        parts += ["--lengths", *map(str, self.lengths), "--rounds", str(self.rounds)]
+        parts += ["--dtype", self.dtype, "--device", self.device]
         return shlex.join([*parts, "--seed", str(self.seed)])
 
 

@@ -12,9 +12,11 @@ from saccade.core.budget import FULL as WHOLE
 from saccade.core.budget import Budget
 from saccade.core.errors import CannotRun
 from saccade.measure.cells import Cell
-from saccade.measure.config import Config
+from saccade.measure.config import ORACLE, Config
 from saccade.measure.contestants import Contestant
 from saccade.measure.environment import digest
+
+ORACLE_TOKENS = 4096  # of a sample; beyond, its 3 x 10^8 pairs a layer to choose from take minutes a sample on a CPU
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,16 @@ class Entry:
 
 
 def everybody(config: Config) -> list[Entry]:
-    """All that were asked for, before a model has been seen."""
-    return [Entry(who, config.budgets if who.methods else (WHOLE,)) for who in config.contestants]
+    """All that take part, before a model has been seen."""
+    present = [who for who in config.contestants if not _too_long(config, who)]
+    return [Entry(who, config.budgets if who.methods else (WHOLE,)) for who in present]
+
+
+def _too_long(config: Config, who: Contestant) -> list[str]:
+    """Why it stays out of a comparison of such samples unless it is named."""
+    if who.label != ORACLE or ORACLE in (config.asked or ()) or config.tokens <= ORACLE_TOKENS:
+        return []
+    return [f"it ranks all keys for every query, which takes long at {config.tokens} tokens; name it to have it"]
 
 
 def entrants(config: Config, model: Any) -> tuple[list[Entry], list[dict[str, Any]]]:
@@ -37,6 +47,8 @@ def entrants(config: Config, model: Any) -> tuple[list[Entry], list[dict[str, An
         CannotRun: one that was asked for by name can run at no budget.
     """
     mark, present, left_out = fingerprint(model), [], []
+    for who in config.contestants:
+        left_out += _refusals(who, dict.fromkeys(config.budgets, _too_long(config, who)))
     for entry in everybody(config):
         who = entry.who.equipped(mark)
         reasons = {b: who.reasons(model, b) for b in entry.budgets}
