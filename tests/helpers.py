@@ -95,10 +95,15 @@ def torch_attention(
 def torch_attempts(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: float | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same by each of PyTorch's kernels, and with the head axis turned: equal but for rounding, so less luck."""
+    """The same by each of PyTorch's kernels, head axis and keys turned: equal but for rounding, so less luck."""
     for backend in KERNELS:
         for turn in TURNS:
-            yield torch_attention(q.roll(turn, -1), k.roll(turn, -1), v, mask, **options, backend=backend)
+            turned = q.roll(turn, -1), k.roll((turn, turn), (-2, -1)), v.roll(turn, -2)
+            yield torch_attention(*turned, None if mask is None else _turned(mask, turn), **options, backend=backend)
+
+
+def _turned(mask: Tensor, turn: int) -> Tensor:
+    return mask if mask.shape[-1] == 1 else mask.roll(turn, -1)
 
 
 def assert_close_as_torch(

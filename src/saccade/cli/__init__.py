@@ -22,7 +22,7 @@ from saccade.core.errors import SaccadeError, UnknownName
 VERBS = {
     "look": ("list", "show", "explain"),
     "use": ("run", "calibrate"),
-    "measure": ("compare", "report", "claim", "power"),
+    "measure": ("compare", "report", "claim", "power", "bench"),
     "build": ("new", "check", "doctor"),
 }
 INTERRUPTED, PIPE_CLOSED = 130, 141  # as shells report SIGINT and SIGPIPE

@@ -9,6 +9,7 @@ from saccade.ops.attend.api import attend
 from saccade.ops.block_logits.api import block_logits
 from saccade.ops.column_scores.api import column_scores
 from saccade.ops.decode.api import decode
+from saccade.ops.dispatch import explain
 from saccade.ops.lines.api import draw_lines, fit_lines, line_scores
 from saccade.ops.merge_lse.api import merge_lse
 from saccade.ops.page_bounds.api import page_bounds, page_scores
@@ -25,6 +26,7 @@ __all__ = [
     "decode",
     "dequantise",
     "draw_lines",
+    "explain",
     "fit_lines",
     "line_scores",
     "merge_lse",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
@@ -10,6 +11,31 @@ from saccade.core.errors import BadOption, CannotRun
 
 Report = Callable[[str], None]
 Reasons = Sequence[str]
+_asking: contextvars.ContextVar[bool] = contextvars.ContextVar("asking", default=False)
+
+
+class _Told(Exception):
+    """Carries the back ends of a call out of it, before anything is computed."""
+
+    def __init__(self, back_ends: dict[str, list[str]]):
+        self.back_ends = back_ends
+
+
+def explain(call: Callable[[], object]) -> dict[str, list[str]]:
+    """The back ends of a call of an op, in the order "auto" tries, each with why it cannot compute it ([] = it can).
+
+        ops.explain(lambda: ops.attend(q, k, v, selection))     # {"torch": [], "triton": ["triton is not installed"]}
+
+    Nothing is computed. {} where the call asks no op, or one that has a single way.
+    """
+    token = _asking.set(True)
+    try:
+        call()
+    except _Told as told:
+        return told.back_ends
+    finally:
+        _asking.reset(token)
+    return {}
 
 
 def with_triton(
@@ -29,6 +55,8 @@ def pick(op: str, impl: str, reasons: Mapping[str, Callable[[], Reasons]], repor
         BadOption: no back end of that name.
         CannotRun: the one asked for cannot, with every reason.
     """
+    if _asking.get():
+        raise _Told({name: list(why()) for name, why in reasons.items()})
     if impl == "auto":
         impl = next(name for name, why in reasons.items() if not why())
     elif impl not in reasons:

@@ -32,7 +32,7 @@ def gathered(
     by_kv = index.unflatten(1, (g, -1)).flatten(2)
     kind = torch.promote_types(q.dtype, torch.float32)
     keys, values = (_copied(x, by_kv).view(*index.shape, -1).to(kind) for x in (k, v))
-    logits = (keys @ (q.to(kind) * scale)[..., None])[..., 0]
+    logits = (keys @ q.to(kind)[..., None])[..., 0] * scale  # scaled queries would be rounded once more
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     weights, lse = exponentials(logits.masked_fill(~allowed, -torch.inf))

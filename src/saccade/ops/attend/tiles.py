@@ -72,10 +72,11 @@ class Share:
         s = self.selection
         return type(s) is Spans and s.dilation == 1 and int(s.window[_at(s.window, self.row[1])]) >= s.keys
 
-    def rows(self, tile: Tile, heads: int, queries: int) -> list[slice]:
-        """The tile's rows in a [b h q] flattened to one axis: the queries of one query head after the other."""
-        first = [(self.batch * heads + h) * queries for h in self.members]
-        return [slice(a + tile.start, a + tile.stop) for a in first]
+    def rows(self, tile: Tile, heads: int, queries: int, by_token: bool = False) -> list[slice]:
+        """The tile's rows in a [b h q], or [b q h], flattened to one axis: those of one query head after the other."""
+        start, head, step = self.batch * heads * queries, 1 if by_token else queries, heads if by_token else 1
+        first = [start + h * head for h in self.members]
+        return [slice(a + tile.start * step, a + (tile.stop - 1) * step + 1, step) for a in first]
 
     def keys(self, tile: Tile, kv_heads: int, keys: int) -> slice | np.ndarray:
         """The tile's keys in a [b g k] flattened to one axis."""

@@ -100,10 +100,11 @@ class _Attend(torch.autograd.Function):
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, selection: Selection, logits: Logits) -> tuple[Tensor, Tensor]:
-    q = q.contiguous()
+    by_token = q.transpose(1, 2).is_contiguous()  # as models lay them out: neither queries nor output need a copy
+    q = q if by_token else q.contiguous()
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))  # PyTorch's kernel does not look
-    out = q.new_empty(*q.shape[:3], v.shape[-1])
-    lse = q.new_empty(q.shape[:3], dtype=wide(q))
+    out = _flipped(q.new_empty(*_flipped(q, by_token).shape[:3], v.shape[-1]), by_token)
+    lse = _flipped(q.new_empty(_flipped(q, by_token).shape[:3], dtype=wide(q)), by_token)
     # PyTorch's kernel loses a NaN under a mask
     usual = fused.can(q, v, logits.softcap) and all(bool(x.sum().isfinite()) for x in (q, k, v))
     if usual and fused.few(q, k, v, selection, logits.scale, out, lse):
@@ -112,19 +113,19 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, selection: Selection, logits: Logi
     sparse = [s for s in work if not (usual and fused.whole(q, k, v, s, logits.scale, out, lse))]
     if not sparse:
         return out, lse
-    keys, values = (x.to(x.dtype if usual else wide(x)).flatten(0, 2) for x in (k, v))
-    queries = q.flatten(0, 2)
-    out_rows, lse_rows = out.view(-1, out.shape[-1]), lse.view(-1)
+    both = torch.cat([k, v], -1).flatten(0, 2)  # copied together, by whole lines of the cache
+    both, sizes = both.to(both.dtype if usual else wide(both)), (k.shape[-1], v.shape[-1])
+    queries, out_rows, lse_rows = (_flipped(x, by_token).flatten(0, 2) for x in (q, out, lse))
     ranges = [(a, min(a + c, q.shape[2])) for c in [_chunk(sparse)] for a in range(0, q.shape[2], c)]
     cores = torch.get_num_threads()
     jobs = [(sparse[i::cores], *some) for some in ranges for i in range(min(cores, len(sparse)))]
 
     def job(task: tuple[list[Share], int, int]) -> None:
-        buffer = _Buffer(keys)
+        buffer = _Buffer(both)
         for batch in batches(*task):
-            rows, index, (share, tile) = _rows(batch, q), _keys(batch, k), batch[0]
-            mine = _take(queries, rows, len(share.members) * (tile.stop - tile.start)).to(keys.dtype)
-            here, values_here = _take(keys, index, tile.size), _take(values, index, tile.size)
+            rows, index, (share, tile) = _rows(batch, q, by_token), _keys(batch, k), batch[0]
+            mine = _take(queries, rows, len(share.members) * (tile.stop - tile.start)).to(both.dtype)
+            here, values_here = _take(both, index, tile.size).split(sizes, -1)
             if not tile.size:
                 o, e = mine.new_zeros(*mine.shape[:2], v.shape[-1]), mine.new_full(mine.shape[:2], -torch.inf)
             elif usual:
@@ -144,9 +145,15 @@ def _chunk(shares: Sequence[Share]) -> int:
     return -(-CHUNK // block) * block
 
 
-def _rows(batch: Batch, q: Float[Tensor, "b h q d"]) -> slice | Int[Tensor, " m"]:
-    """The rows of all tiles, one after the other, in [b h q] flattened."""
-    return _joined([x for share, tile in batch for x in share.rows(tile, q.shape[1], q.shape[2])], q.device)
+def _flipped(x: Float[Tensor, "b h q ..."], by_token: bool) -> Float[Tensor, "b q h ..."]:
+    """Heads and queries exchanged, or not."""
+    return x.transpose(1, 2) if by_token else x
+
+
+def _rows(batch: Batch, q: Float[Tensor, "b h q d"], by_token: bool = False) -> slice | Int[Tensor, " m"]:
+    """The rows of all tiles, one after the other, in [b h q] flattened, or in [b q h]."""
+    pieces = [x for share, tile in batch for x in share.rows(tile, q.shape[1], q.shape[2], by_token)]
+    return _joined(pieces, q.device)
 
 
 def _keys(batch: Batch, k: Float[Tensor, "b g k d"]) -> slice | Int[Tensor, " m"]:
@@ -158,7 +165,7 @@ def _joined(pieces: Sequence[slice | np.ndarray], device: torch.device) -> slice
     """One index for all; a slice as it is, which need not be copied."""
     if len(pieces) == 1 and isinstance(pieces[0], slice):
         return pieces[0]
-    whole = [np.arange(x.start, x.stop) if isinstance(x, slice) else x for x in pieces]
+    whole = [np.arange(x.start, x.stop, x.step) if isinstance(x, slice) else x for x in pieces]
     return torch.from_numpy(np.concatenate(whole)).to(device)
 
 
