@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 HALVES = (torch.float16, torch.bfloat16)
+CAPABILITY = (8, 0)  # of NVIDIA devices, at least
 
 
 @functools.cache
@@ -27,16 +28,25 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def triton_reasons(*inputs: Tensor) -> list[str]:
-    """Why Triton kernels cannot run on these tensors, wherever they are; [] = they can."""
+def machine_reasons(x: Tensor) -> list[str]:
+    """Why Triton kernels cannot run where x is; [] = they can. Where it is not installed, nothing else is said."""
     if not installed():
-        return ["triton is not installed: pip install triton"]
-    device = inputs[0].device
-    if device.type != "cuda" and not interpreted():
-        return [f"Triton kernels run on a CUDA device, and the inputs are on the {device.type}"]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        return ["it gives no gradient, and an input asks for one: call it under torch.no_grad()"]
-    return []
+        return ["Triton is not installed: pip install triton"]
+    if x.device.type != "cuda":
+        why = f"Triton kernels run on a CUDA device, and the inputs are on the {x.device.type}"
+        return [] if interpreted() else [why]
+    if torch.version.hip:
+        return ["it was tried on NVIDIA devices only, and this is an AMD one"]
+    found, least = torch.cuda.get_device_capability(x.device), ".".join(map(str, CAPABILITY))
+    return [] if found >= CAPABILITY else [f"compute capability {found[0]}.{found[1]}; it takes {least} or more"]
+
+
+def triton_reasons(*inputs: Tensor) -> list[str]:
+    """The same, and that a kernel without a gradient is not asked for one."""
+    why = machine_reasons(inputs[0])
+    if not why and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        why = ["it gives no gradient, and an input asks for one: call it under torch.no_grad()"]
+    return why
 
 
 @functools.cache

@@ -24,7 +24,7 @@ class _Told(Exception):
 def explain(call: Callable[[], object]) -> dict[str, list[str]]:
     """The back ends of a call of an op, in the order "auto" tries, each with why it cannot compute it ([] = it can).
 
-        ops.explain(lambda: ops.attend(q, k, v, selection))     # {"torch": [], "triton": ["triton is not installed"]}
+        ops.explain(lambda: ops.attend(q, k, v, selection))     # {"torch": [], "triton": ["Triton is not installed"]}
 
     Nothing is computed. {} where the call asks no op, or one that has a single way.
     """

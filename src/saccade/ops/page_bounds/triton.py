@@ -38,26 +38,29 @@ def _bounds(K, LOW, HIGH, k_b, k_h, k_t, k_d, keys, pages, heads, PAGE: tl.const
 @triton.jit
 def _scores(Q, LOW, HIGH, OUT, q_b, q_h, q_q, q_d, l_b, l_h, l_p, l_d, u_b, u_h, u_p, u_d, pages, groups, queries,
             GROUP: tl.constexpr, GP: tl.constexpr, BY_GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-            BP: tl.constexpr, PDL: tl.constexpr):
+            STEP: tl.constexpr, BP: tl.constexpr, PDL: tl.constexpr):
 # fmt: on
     """The query heads of one key/value head and one query, over a tile of pages."""
     if PDL:
         gdc_launch_dependents()
     job = tl.program_id(1)
     b, kv, query = job // (groups * queries), job // queries % groups, job % queries
-    i, page, d = tl.arange(0, GP), tl.program_id(0) * BP + tl.arange(0, BP), tl.arange(0, DP)
-    in_d, live = (d < D)[None, :], i < GROUP
-    head = kv * GROUP + i
-    there = (page < pages)[:, None] & in_d
-    LOW += b.to(tl.int64) * l_b + kv.to(tl.int64) * l_h
-    HIGH += b.to(tl.int64) * u_b + kv.to(tl.int64) * u_h
-    low = tl.load(LOW + page.to(tl.int64)[:, None] * l_p + d[None, :] * l_d, mask=there, other=0.0)
-    high = tl.load(HIGH + page.to(tl.int64)[:, None] * u_p + d[None, :] * u_d, mask=there, other=0.0)
-    Q += b.to(tl.int64) * q_b + query * q_q
-    q = tl.load(Q + (head * q_h)[:, None] + d[None, :] * q_d, mask=live[:, None] & in_d, other=0.0)
-    none, sign = tl.zeros_like(q), q.to(tl.float32)  # Triton 3.9's interpreter compares the bits of bfloat16
-    s = tl.dot(tl.where(sign < 0, none, q), tl.trans(high), input_precision="ieee")  # a NaN stays one
-    s += tl.dot(tl.where(sign > 0, none, q), tl.trans(low), input_precision="ieee")
+    i, page = tl.arange(0, GP), tl.program_id(0) * BP + tl.arange(0, BP)
+    live, head = i < GROUP, kv * GROUP + i
+    LOW += b.to(tl.int64) * l_b + kv.to(tl.int64) * l_h + page.to(tl.int64)[:, None] * l_p
+    HIGH += b.to(tl.int64) * u_b + kv.to(tl.int64) * u_h + page.to(tl.int64)[:, None] * u_p
+    Q += b.to(tl.int64) * q_b + query * q_q + (head * q_h)[:, None]
+    s = tl.zeros([GP, BP], tl.float32)
+    for first in tl.static_range(0, DP, STEP):  # several short sums round less than a long one
+        d = first + tl.arange(0, STEP)
+        in_d = (d < D)[None, :]
+        there = (page < pages)[:, None] & in_d
+        low = tl.load(LOW + d[None, :] * l_d, mask=there, other=0.0)
+        high = tl.load(HIGH + d[None, :] * u_d, mask=there, other=0.0)
+        q = tl.load(Q + d[None, :] * q_d, mask=live[:, None] & in_d, other=0.0)
+        none, sign = tl.zeros_like(q), q.to(tl.float32)  # Triton 3.9's interpreter compares the bits of bfloat16
+        some = tl.dot(tl.where(sign < 0, none, q), tl.trans(high), input_precision="ieee")  # a NaN stays one
+        s += some + tl.dot(tl.where(sign > 0, none, q), tl.trans(low), input_precision="ieee")
     if BY_GROUP:
         best = tl.max(tl.where(live[:, None], s, -float("inf")), 0)
         tl.store(OUT + ((b * groups + kv) * queries + query).to(tl.int64) * pages + page, best, mask=page < pages)
@@ -95,7 +98,8 @@ def page_scores(
     block = block or max(16, min(64, 16384 // (wide * q.element_size())))
     _scores[(triton.cdiv(pages, block), b * g * n)](
         q, low, high, out, *q.stride(), *low.stride(), *high.stride(), pages, g, n, GROUP=h // g,
-        GP=max(16, triton.next_power_of_2(h // g)), BY_GROUP=by_group, D=d, DP=wide, BP=block,
-        PDL=device.dependent_launch(q.device.index), num_warps=warps,
+        GP=max(16, triton.next_power_of_2(h // g)), BY_GROUP=by_group, D=d, DP=wide,
+        STEP=min(wide, 32) if q.dtype == torch.float32 else wide, BP=block, PDL=device.dependent_launch(q.device.index),
+        num_warps=warps,
     )  # fmt: skip
     return out

@@ -22,12 +22,11 @@ from saccade.ops.attend.triton.lists import reasons as of_selection
 SIZES = (16, 256)  # of a head
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FLOAT32 = 128  # largest head whose gradients it computes in float32
-CAPABILITY = (8, 0)
 
 
 def reasons(q: Tensor, v: Tensor, selection: Selection, scale: float) -> list[str]:
     """Why it cannot compute this; [] means that it can."""
-    out = of_machine(q)
+    out = device.machine_reasons(q)
     if q.dtype not in DTYPES:
         out.append(f"it computes in float16, bfloat16 and float32, and the inputs are {str(q.dtype).split('.')[-1]}")
     odd = [d for d in (q.shape[-1], v.shape[-1]) if not SIZES[0] <= d <= SIZES[1]]
@@ -53,21 +52,6 @@ def adds_up(selection: Selection) -> bool:
 
 def _wants_gradients(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-
-
-def of_machine(q: Tensor) -> list[str]:
-    """What the device and the packages lack."""
-    if not device.installed():
-        return ["Triton is not installed: pip install triton"]
-    where = q.device.type
-    if where != "cuda":
-        why = f"Triton kernels run on a CUDA device, and the inputs are on the {where}"
-        return [] if device.interpreted() else [why]
-    if torch.version.hip:
-        return ["it was tried on NVIDIA devices only, and this is an AMD one"]
-    found = torch.cuda.get_device_capability(q.device)
-    least = ".".join(map(str, CAPABILITY))
-    return [] if found >= CAPABILITY else [f"compute capability {found[0]}.{found[1]}; it takes {least} or more"]
 
 
 def attend(
