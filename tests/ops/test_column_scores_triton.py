@@ -18,7 +18,6 @@ from tests.ops.shapes import HEAD_SIZES, tensors
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.xfail(strict=False, reason="one float32 example of the diagonals has 2.16 times PyTorch's error; open")
 def test_in_the_interpreter():
     run_in_interpreter(__file__)
 

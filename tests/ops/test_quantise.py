@@ -17,7 +17,6 @@ from tests.ops.test_decode_triton import lists, mask_of
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.xfail(strict=False, reason="one float16 example of decoding has 2.15 times PyTorch's error; open")
 def test_in_the_interpreter():
     run_in_interpreter(__file__)
 
