@@ -45,7 +45,7 @@ class TidalDecode(Decode):
     Raises:
         BadOption: a reselect_layer that is neither a number nor one of the two words.
         CannotRun: while reading, correct_tokens where tokens cannot be noted or taken back.
-    Source: arXiv 2410.05076, sections 3.1 to 3.4; DerrickYLJ/TidalDecode, modify_llama.py and llama_tidaldecoding.py.
+    Source: arXiv 2410.05076; DerrickYLJ/TidalDecode, modify_llama.py and llama_tidaldecoding.py.
     """
 
     persistent: ClassVar[bool] = True
@@ -65,8 +65,8 @@ class TidalDecode(Decode):
         departures=(
             "The layers that read everything are part of the budget. The authors fix k, 256 or 512, and do not count"
             " them. A budget in tokens holds in those layers too; they then read their own best keys.",
-            "c is the layer whose choice serves those behind best on prose, by recall; the authors settle it by hand,"
-            " by the accuracy of retrieving (layer 13 of 32 for Llama-3, 7 for Llama-2).",
+            "c is the layer that makes the recall of all layers behind s best, on plain text. The authors pick it by recall"
+            " on needles, and fix it: 13 of 32 for Llama-3, 7 for Llama-2.",
             "The new token's own key is always read, as in the authors' fast path; in their accuracy code it competes.",
             "Lists are per query head, as in the authors' accuracy code; group=sum is ours.",
             "Every token after the prompt is read so, and the prompt densely, also in chunks. The authors' code tells"
