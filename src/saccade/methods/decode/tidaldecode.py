@@ -65,8 +65,8 @@ class TidalDecode(Decode):
         departures=(
             "The layers that read everything are part of the budget. The authors fix k, 256 or 512, and do not count"
             " them. A budget in tokens holds in those layers too; they then read their own best keys.",
-            "c is the layer that makes the recall of all layers behind s best, on plain text. The authors pick it by recall"
-            " on needles, and fix it: 13 of 32 for Llama-3, 7 for Llama-2.",
+            "c is the layer that makes the recall of all layers behind s best, on plain text. The authors pick"
+            " it by recall on needles, and fix it: 13 of 32 for Llama-3, 7 for Llama-2.",
             "The new token's own key is always read, as in the authors' fast path; in their accuracy code it competes.",
             "Lists are per query head, as in the authors' accuracy code; group=sum is ours.",
             "Every token after the prompt is read so, and the prompt densely, also in chunks. The authors' code tells"
