@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -120,6 +120,34 @@ def test_two_owners_of_a_part_are_both_named(rival):
     said = rf"attach \[both, {rival.card.name}\] together: both need the part '{part}'\. Leave one of them out\."
     with pytest.raises(DoesNotCompose, match=said):
         compose([Both(), rival])
+
+
+@dataclass(frozen=True)
+class Persists(Decode):
+    persistent: ClassVar[bool] = True
+    card = named("persists", "decode")
+
+
+@dataclass(frozen=True)
+class Rereads(Decode):
+    card = named("rereads", "decode")
+
+    @property
+    def reread_tokens(self):
+        return 9
+
+
+@pytest.mark.parametrize("reader", [Persists(), Rereads()])
+def test_who_counts_on_equal_layers_composes_with_no_eviction(reader):
+    assert list(compose([Looks(), reader])) == ["prefill", "decode"]
+    name = reader.card.name
+    said = (
+        rf"attach \[{name}, made\] together: '{name}' counts on all keys being there in every layer, and 'made'"
+        r" drops some\. Leave one of them out\."
+    )
+    for methods in ([Made(), reader], [reader, Made()]):
+        with pytest.raises(DoesNotCompose, match=said):
+            compose(methods)
 
 
 def site(budget, **more) -> Site:

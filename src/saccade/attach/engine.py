@@ -17,7 +17,7 @@ from saccade.attach.store import Bucket, Store, regroup
 from saccade.core.errors import CannotRun, DoesNotCompose
 from saccade.core.method import Cache, Decode, Method
 from saccade.core.selection import Selection, causal_mask
-from saccade.core.site import Seen, Site, Stage
+from saccade.core.site import Seen, Site, Stage, State
 
 if TYPE_CHECKING:
     from saccade.attach.run import Run
@@ -59,6 +59,8 @@ class Engine:
         if layer.store is None:
             layer.store = Store(k.shape[0], k.shape[1])
             self.run.begin(self, layer)
+        if self.place.layer == 0:
+            self.run.handed.clear()  # of a forward that broke off
         stage: Stage = "decode" if layer.prompt_done else "prefill"
         layer.store.append(self._columns(k, v, layer, stage), real)
         out = self._attend(layer, q, real, stage)
@@ -67,6 +69,8 @@ class Engine:
             layer.prompt_done = True
         if not layer.recording:
             self.evict(layer, prompt_end=stage == "prefill" and layer.prompt_done)
+        if self.place.layer == self.place.layers - 1:
+            self.run.handed.clear()
         return out
 
     def _columns(self, k: Tensor, v: Tensor, layer: SaccadeLayer, stage: Stage) -> dict[str, Tensor]:
@@ -239,8 +243,15 @@ class Engine:
             layer=place.layer, layers=place.layers, heads=place.heads, kv_heads=place.kv_heads,
             head_size=place.head_size, stage=stage, queries=queries, keys=keys, seen=seen, scale=place.scale,
             budget=self.run.budget, softcap=place.softcap, seed=self.run.seed, bytes_per_token=self.run.bytes_per_token,
-            state=_gather_state(layer, owner, ids), attend=functools.partial(self._compute, stage),
+            state=_gather_state(layer, owner, ids), handed=self._handed(owner, ids),
+            attend=functools.partial(self._compute, stage),
         )  # fmt: skip
+
+    def _handed(self, owner: Method | None, ids: list[int] | None) -> State:
+        """What the same sequences were handed in the layers before: without an eviction they are together in all."""
+        if ids is None or not isinstance(owner, Decode) or not owner.persistent:
+            return {}
+        return self.run.handed.setdefault(tuple(ids), {})
 
     def _compute(self, stage: Stage, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
         """What `Site.attend` does: compute, and note what was computed."""

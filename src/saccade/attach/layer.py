@@ -36,6 +36,7 @@ class SaccadeLayer(CacheLayerMixin):
         self.queries: list[Tensor] = []  # per sequence the last queries [h w d], for methods that score with them
         self.states: States = {}
         self.prompt_states: States = {}  # as the prompt left them: what is there again when later tokens are taken back
+        self.since: dict[str, Tensor] = {}  # ids and positions [b n] read after the prompt, where they are read again
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember type and device."""
@@ -89,6 +90,8 @@ class SaccadeLayer(CacheLayerMixin):
             self.seen += tokens_to_remove
             self.store.crop(-tokens_to_remove)
             self.states = {name: list(states) for name, states in self.prompt_states.items()}
+            left = {name: max(0, x.shape[1] + tokens_to_remove) for name, x in self.since.items()}
+            self.since = {name: self.since[name][:, :count].clone() for name, count in left.items()}
         if self.engine is not None:
             self.engine.evict(self)
 
@@ -103,6 +106,7 @@ class SaccadeLayer(CacheLayerMixin):
             for kind in (self.states, self.prompt_states)
         )
         self.queries = [self.queries[i] for i in order] if self.queries else []
+        self.since = {name: x[index.to(x.device)] for name, x in self.since.items()}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search."""
@@ -126,7 +130,7 @@ class SaccadeLayer(CacheLayerMixin):
             for state in sequences
             for tensor in state.values()
         ]
-        tensors = [*(self.store.tensors() if self.store else []), *self.queries, *remembered]
+        tensors = [*(self.store.tensors() if self.store else []), *self.queries, *remembered, *self.since.values()]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     def offload(self) -> None:

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from saccade.attach import compat
+from saccade.attach import compat, reread
 from saccade.attach.engine import Engine
 from saccade.attach.layer import SaccadeLayer
 from saccade.attach.probe import Found
 from saccade.core.budget import Budget
 from saccade.core.errors import CannotRun
-from saccade.core.method import Method, compose
+from saccade.core.method import Decode, Method, compose
 from saccade.core.record import LayerRecord, Record
+from saccade.core.site import State
 
 
 class Run:
@@ -34,6 +35,7 @@ class Run:
         self.bytes_per_token = found.bytes_per_token
         self.attached = False
         self.more_prompt = False  # the prompt goes on after this forward (chunked prefill)
+        self.handed: dict[tuple[int, ...], State] = {}  # sequences -> what their layers hand on in this forward
         self._record = Record()
         self._layers: dict[int, SaccadeLayer] = {}  # the last cache layer that each engine worked on
         self._engines = {site.module: Engine(self, site.place) for site in found.sites}
@@ -113,7 +115,16 @@ class Run:
         wanted = getattr(model.config.get_text_config(), "use_cache", True) if wanted is None else wanted
         if not self._equip_given(kwargs) and wanted and not (model.training and torch.is_grad_enabled()):
             kwargs[compat.CACHE] = self.new_cache()
+        self._keep_up(args, kwargs)
         return args, kwargs
+
+    def _keep_up(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """For a method that has tokens read again after a while: see to it before the next are read."""
+        reader = self.parts.get("decode")
+        cache = next((kwargs[name] for name in compat.CACHES if kwargs.get(name) is not None), None)
+        if cache is not None and isinstance(reader, Decode) and reader.reread_tokens:
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            reread.keep_up(self, cache, reader.reread_tokens, ids, kwargs)
 
     def _equip_given(self, kwargs: dict[str, Any]) -> bool:
         """Equip the cache among the arguments; whether there is one."""

@@ -195,11 +195,25 @@ class Cache(Method):
 
 @dataclass(frozen=True)
 class Decode(Method):
-    """Chooses which stored keys each new query reads; everything stays stored."""
+    """Chooses which stored keys each new query reads; everything stays stored.
+
+    `persistent`: what one layer chooses serves others, handed on through `site.handed`; it composes with no eviction,
+    which may leave each layer other keys.
+    """
+
+    persistent: ClassVar[bool] = False
 
     @property
     def parts(self) -> tuple[str, ...]:
         return ("decode",)
+
+    @property
+    def reread_tokens(self) -> int:
+        """Tokens read after the prompt until they are read again as if they were prompt, and anew; 0: never.
+
+        What a sparse read leaves in the cache is then what a dense one leaves. It happens between two forwards.
+        """
+        return 0
 
     def index(self, k: Float[Tensor, "b g n d"], site: Site) -> dict[str, Tensor]:
         """Columns [b g n ...] that are stored beside these new keys and follow them everywhere."""
@@ -281,7 +295,7 @@ def compose(methods: Iterable[Method]) -> dict[str, Method]:
     """part -> its owner, in the order of the data flow.
 
     Raises:
-        DoesNotCompose: two methods need the same part; both and the part are named.
+        DoesNotCompose: two methods need the same part, or one drops keys that the other counts on; both are named.
     """
     owners: dict[str, Method] = {}
     for method in methods:
@@ -292,4 +306,12 @@ def compose(methods: Iterable[Method]) -> dict[str, Method]:
                     f"attach [{a}, {b}] together", f"both need the part {part!r}", "Leave one of them out."
                 )
             owners[part] = method
+    reader, evictor = owners.get("decode"), owners.get("evict")
+    if evictor is not None and isinstance(reader, Decode) and (reader.persistent or reader.reread_tokens):
+        a, b = reader.card.name, evictor.card.name
+        raise DoesNotCompose(
+            f"attach [{a}, {b}] together",
+            f"{a!r} counts on all keys being there in every layer, and {b!r} drops some",
+            "Leave one of them out.",
+        )
     return {part: owners[part] for part in PARTS if part in owners}

@@ -37,6 +37,8 @@ class Site:
     scale, softcap: of the logits, as the model has them
     state: what this method wants to remember between calls on this layer and cache. Tensors with the batch first; they
         follow beam reordering; when tokens are taken back, what the prompt left is there again
+    handed: what this method hands from layer to layer within one forward: what it puts there is there in the layers
+        behind, for the same sequences, and gone when the forward ends. Tensors with the batch first
     attend: (q, k, v, selection) -> out; computes and records. A method calls it instead of an op's back end
     """
 
@@ -55,6 +57,7 @@ class Site:
     seed: int = 0
     bytes_per_token: int = 0  # of the whole cache, for budgets in bytes
     state: State = field(default_factory=dict, repr=False, compare=False)
+    handed: State = field(default_factory=dict, repr=False, compare=False)
     attend: Callable[[Tensor, Tensor, Tensor, Selection], Tensor] = field(default=_nowhere, repr=False, compare=False)
 
     @property
