@@ -88,7 +88,9 @@ class SaccadeLayer(CacheLayerMixin):
         if tokens_to_remove:
             self.seen += tokens_to_remove
             self.store.crop(-tokens_to_remove)
-            self.states = {name: list(states) for name, states in self.prompt_states.items()}
+            dated = {m.card.name for m in self.engine.parts.values() if m.dated} if self.engine else set()
+            as_prompt = {name: list(states) for name, states in self.prompt_states.items()}
+            self.states = as_prompt | {name: states for name, states in self.states.items() if name in dated}
         if self.engine is not None:
             self.engine.evict(self)
 
