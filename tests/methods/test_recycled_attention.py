@@ -163,14 +163,18 @@ def test_rows_of_a_batch_keep_their_own_schedule(schedule):
         assert torch.equal(both[i : i + 1], read(method, q[i : i + 1], k[i : i + 1], 40, 0.6))
 
 
-def test_a_batch_goes_on_where_its_rows_remember_different_shapes():
-    """In the model: the engine asks rows apart whose choices have different lengths."""
+def test_a_model_reads_a_batch_whose_rows_take_full_steps_at_different_times_as_each_alone():
+    """The first row says one word over and over, and its queries hardly turn."""
     model, rows = tiny(), tokens(70, 2)
-    method = RecycledAttention(every_tokens=4, schedule="dynamic", check_tokens=3, similarity=0.3)
-    with attach(model, method, budget=0.6):
-        both = in_pieces(model, rows, [40, 47, 48, 60])
+    rows[0] = rows[0, :1]
+    method = RecycledAttention(every_tokens=4, schedule="dynamic", check_tokens=3, similarity=0.0)
+    with attach(model, method, budget=0.6), torch.no_grad():
+        cache = model(rows[:, :40], use_cache=True)[CACHE]
+        both = model(rows[:, 40:], **{CACHE: cache}).logits
+        one, other = (state["plan"][0, 0].tolist() for state in cache.layers[0].states["recycled-attention"])
+        assert one[0] == 40 < other[0], "seen at the last choice"
         for i in range(2):
-            torch.testing.assert_close(both[i : i + 1], in_pieces(model, rows[i : i + 1], [40]))
+            torch.testing.assert_close(both[i : i + 1], in_pieces(model, rows[i : i + 1], [40])[:, 40:])
 
 
 @pytest.mark.parametrize("schedule", ["stride", "dynamic"])

@@ -176,17 +176,16 @@ class RecycledAttention(Decode):
         grouped = votes.unflatten(1, (site.kv_heads, -1))
         worth = grouped.amax(2) if self.group == "max" else grouped.mean(2)
         count = min(worth.shape[-1], self._reads(plans[0].stored, site) - 1)
-        keys = positions.gather(-1, worth.topk(count, -1).indices).int()
-        new = {"plan": torch.tensor(plans), "keys": keys}
+        new = {"plan": torch.tensor(plans), "keys": positions.gather(-1, worth.topk(count, -1).indices).int()}
         return new | {"query": q} if self.schedule == "dynamic" else new
 
     def _recalled(self, q: Float[Tensor, "b h q d"], site: Site) -> Memory:
         """What was remembered when the token before these queries had been read."""
         past, (b, h, _, d) = site.seen - site.queries, q.shape
         if "plan" not in site.state:  # a text that began empty
-            plan = torch.tensor([Plan(past, site.offset, 0, 0)] * SLOTS).expand(b, -1, -1)
+            plan = torch.tensor([Plan(past, site.offset, 0, 0)] * SLOTS)
             keys = torch.zeros(b, SLOTS, site.kv_heads, 0, dtype=torch.int32, device=q.device)
-            none = {"plan": plan, "keys": keys}
+            none = {"plan": plan.expand(b, -1, -1), "keys": keys}
             return none | {"query": q.new_zeros(b, SLOTS, h, d)} if self.schedule == "dynamic" else none
         order = torch.tensor([_order([Plan(*p) for p in plans], past) for plans in site.state["plan"].tolist()])
         row = torch.arange(b)[:, None]
@@ -199,11 +198,9 @@ def _order(plans: Sequence[Plan], past: int) -> list[int]:
     Raises:
         CannotRun: it has been forgotten.
     """
-    for i, plan in enumerate(plans):
-        if plan.seen <= past and (i == 0 or plan.seen == past or plans[i - 1].number == plan.number + 1):
-            return [i, min(i + 1, SLOTS - 1), SLOTS - 1]
-        if plan.seen <= past:
-            break
+    i = next((i for i, plan in enumerate(plans) if plan.seen <= past), SLOTS)
+    if i == 0 or (i < SLOTS and (plans[i].seen == past or plans[i - 1].number == plans[i].number + 1)):
+        return [i, min(i + 1, SLOTS - 1), SLOTS - 1]
     made = " and ".join(str(seen) for seen in sorted({plan.seen for plan in plans}))
     raise CannotRun(
         f"go on with recycled-attention from token {past}, up to which tokens were taken back",
@@ -216,15 +213,11 @@ def _renewed(memory: Memory, rows: Sequence[bool], new: Memory) -> Memory:
     """With a new choice in the first slot of some sequences."""
     out = {}
     for name, value in new.items():
-        old, width = memory[name], max(memory[name].shape[-1], value.shape[-1])
-        old, value = _widened(old, width), _widened(value, width)
+        width = max(memory[name].shape[-1], value.shape[-1])
+        old, value = (pad(x, (0, width - x.shape[-1]), value=-1) for x in (memory[name], value))
         mine = torch.tensor(rows, device=old.device).view(-1, *[1] * (old.dim() - 1))
         out[name] = torch.where(mine, torch.stack([value, old[:, 0], old[:, -1]], 1), old)
     return out
-
-
-def _widened(x: Tensor, width: int) -> Tensor:
-    return pad(x, (0, width - x.shape[-1]), value=-1)
 
 
 def _selection(
@@ -238,7 +231,7 @@ def _selection(
     count, newest = torch.tensor(reads, device=at).permute(2, 1, 0)[..., None]  # [b q 1]
     width = max(n for row in reads for n, _ in row)
     place, longest = torch.arange(width, device=at), max(width, *[x.shape[-1] for x in choices])
-    chosen = torch.stack([_widened(x, longest) for x in choices], 2)[:, :, which]  # [b g q l]
+    chosen = torch.stack([pad(x, (0, longest - x.shape[-1]), value=-1) for x in choices], 2)[:, :, which]  # [b g q l]
     chosen = chosen.gather(-1, (place - newest).clamp(min=0)[:, None].expand(-1, chosen.shape[1], -1, -1))
     recent = torch.arange(site.seen - site.queries, site.seen, device=at)[:, None] - place
     wanted = torch.where((place < newest)[:, None], recent, chosen).masked_fill((place >= count)[:, None], -1)
