@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -86,7 +87,7 @@ class Engine:
         counts = [n] * q.shape[0] if real is None else real.sum(-1).tolist()
         by_row = rearrange(q, "b (g s) q d -> (b g) s q d", g=store.kv_heads)
         out = None
-        for count, rows in store.pieces(counts):
+        for count, rows in self._alike(layer, stage, store.pieces(counts)):
             if not count:
                 continue
             tokens = None if real is None or count == n else _real_tokens(real, rows.rows // store.kv_heads, count)
@@ -108,11 +109,31 @@ class Engine:
             return torch.zeros_like(q)
         return rearrange(out, "(b g) s q d -> b (g s) q d", g=store.kv_heads)
 
-    def _piece(self, layer: SaccadeLayer, rows: Bucket, q: Float[Tensor, "r s q d"], stage: Stage) -> Tensor:
-        """Rows of one length, with as many new tokens each."""
+    def _alike(
+        self, layer: SaccadeLayer, stage: Stage, pieces: Iterable[tuple[int, Bucket]]
+    ) -> Iterator[tuple[int, Bucket]]:
+        """The pieces, taken apart until what a method is told of one holds for all of its sequences: how many tokens
+        went by, and what it remembers, whose shapes may differ.
+        """
         owner = self.parts.get(stage)
-        if owner is None or (stage == "prefill" and layer.store.dropped):
-            return self._dense(layer, rows, q, stage)
+        if owner is None:
+            yield from pieces
+            return
+        states = layer.states.get(owner.card.name) or [{}] * layer.store.sequences
+        for count, rows in pieces:
+            parts: dict[Any, list[int]] = {}
+            for entry, i in enumerate((rows.rows // layer.store.kv_heads).tolist()):
+                shapes = frozenset((name, x.shape) for name, x in states[i].items())
+                parts.setdefault((layer.store.seen[i], shapes), []).append(entry)
+            for some in parts.values():
+                yield count, rows if len(parts) == 1 else rows.pick(torch.tensor(some, device=rows.rows.device))
+
+    def _sequences(self, layer: SaccadeLayer, rows: Bucket, owner: Method) -> list[int]:
+        """The sequences of a piece, for a method that reads all of their heads.
+
+        Raises:
+            DoesNotCompose: some of their heads have another number of keys.
+        """
         ids = layer.store.whole_sequences(rows)
         if ids is None:
             raise DoesNotCompose(
@@ -120,8 +141,15 @@ class Engine:
                 f"{owner.card.name!r} reads all heads of a sequence together, and the eviction left them unequal",
                 "Use an eviction that keeps the same number of keys in every head.",
             )
-        g = layer.store.kv_heads
-        stored = {name: rearrange(c, "(b g) ... -> b g ...", g=g) for name, c in rows.columns.items()}
+        return ids
+
+    def _piece(self, layer: SaccadeLayer, rows: Bucket, q: Float[Tensor, "r s q d"], stage: Stage) -> Tensor:
+        """Rows of one length, with as many new tokens each."""
+        owner = self.parts.get(stage)
+        if owner is None or (stage == "prefill" and layer.store.dropped):
+            return self._dense(layer, rows, q, stage)
+        ids, g = self._sequences(layer, rows, owner), layer.store.kv_heads
+        stored = _by_head({**rows.columns, "positions": rows.positions}, g)
         q = rearrange(q, "(b g) s q d -> b (g s) q d", g=g)
         site = self._site(layer, stage, q.shape[2], rows.length, layer.store.seen[ids[0]], ids)
         if isinstance(owner, Decode):
@@ -166,15 +194,39 @@ class Engine:
     # --- eviction ---------------------------------------------------------------------------------------------------
 
     def evict(self, layer: SaccadeLayer, prompt_end: bool = False) -> None:
-        """Drop what the method gives up: after every forward if it is rolling, else once, at the end of the prompt."""
-        method = self.parts.get("evict")
-        if method is None or layer.store is None:
+        """Drop what the method gives up: after every forward if it is rolling, else once, at the end of the prompt.
+
+        Then, at that end, what reads the cache from there on may begin.
+        """
+        method, reader = self.parts.get("evict"), self.parts.get("decode")
+        if layer.store is None:
             return
-        assert isinstance(method, Cache)
-        if method.rolling and (layer.prompt_done or "prefill" in method.parts):
-            self._evict_rolling(method, layer)
-        elif prompt_end and not method.rolling:
-            self._evict_by_score(method, layer)
+        if isinstance(method, Cache):
+            if method.rolling and (layer.prompt_done or "prefill" in method.parts):
+                self._evict_rolling(method, layer)
+            elif prompt_end and not method.rolling:
+                self._evict_by_score(method, layer)
+        if prompt_end and isinstance(reader, Decode) and reader.observe_tokens:
+            self._begin(reader, layer)
+        if prompt_end:
+            layer.queries = []
+
+    def _begin(self, method: Decode, layer: SaccadeLayer) -> None:
+        """Show the end of the prompt to a method that chooses by it what later queries read."""
+        for _, rows in layer.store.pieces(layer.store.seen):
+            if not rows.length:
+                continue
+            ids = self._sequences(layer, rows, method)
+            site = self._site(layer, "prefill", 0, rows.length, layer.store.seen[ids[0]], ids, "decode")
+            method.begin(self._seen(layer, rows, ids, method), site)
+            self._keep_state(layer, method, site, ids)
+
+    def _seen(self, layer: SaccadeLayer, rows: Bucket, ids: list[int], method: Cache | Decode) -> Seen:
+        """What a method asked to look at."""
+        stored = _by_head({**rows.columns, "positions": rows.positions}, layer.store.kv_heads)
+        wanted = method.observe_tokens
+        queries = torch.stack([layer.queries[i][:, -wanted:] for i in ids]) if wanted else None
+        return Seen(stored["keys"], stored["values"], stored["positions"], queries)
 
     def _evict_rolling(self, method: Cache, layer: SaccadeLayer) -> None:
         """Keep what the next query may still see."""
@@ -196,15 +248,11 @@ class Engine:
                 kept.append(rows)
                 continue
             site = self._site(layer, "prefill", 0, rows.length, store.seen[ids[0]], ids)
-            by_head = {n: rearrange(c, "(b g) ... -> b g ...", g=store.kv_heads) for n, c in rows.columns.items()}
-            positions = rearrange(rows.positions, "(b g) n -> b g n", g=store.kv_heads)
-            queries = torch.stack([layer.queries[i] for i in ids]) if method.observe_tokens else None
-            scores = method.score(Seen(by_head["keys"], by_head["values"], positions, queries), site)
+            scores = method.score(self._seen(layer, rows, ids, method), site)
             counts = method.allocate(scores, site.budget, site).to(scores.device).clamp(1, rows.length)
             self._keep_state(layer, method, site, ids)
             rank = torch.argsort(scores, dim=-1, descending=True, stable=True).argsort(-1)
             kept.extend(store.keep(rows, (rank < counts[..., None]).flatten(0, 1)))
-        layer.queries = []
         store.buckets = regroup(kept)
 
     def refuse_assisted(self) -> None:
@@ -224,9 +272,8 @@ class Engine:
     # --- small things -----------------------------------------------------------------------------------------------
 
     def _remember(self, layer: SaccadeLayer, q: Tensor, real: Tensor | None) -> None:
-        """Keep the last queries of the prompt for a method that scores with them."""
-        method = self.parts.get("evict")
-        wanted = method.observe_tokens if isinstance(method, Cache) else 0
+        """Keep the last queries of the prompt for methods that score with them."""
+        wanted = max((m.observe_tokens for m in self.parts.values() if isinstance(m, (Cache, Decode))), default=0)
         if not wanted or layer.prompt_done:
             return
         old = layer.queries or [q.new_empty(q.shape[1], 0, q.shape[3])] * q.shape[0]
@@ -291,17 +338,17 @@ class Engine:
             return
         # copies: a view would hold on to the whole batch, and to all that the method computed with it
         mine = [{name: value[i : i + 1].clone() for name, value in site.state.items()} for i in range(len(ids))]
-        for kind in [layer.states] + [layer.prompt_states] * (site.stage == "prefill"):
+        for kind in [layer.states] + [layer.prompt_states] * (site.stage == "prefill" and not method.dated):
             states = kind.setdefault(method.card.name, [{} for _ in range(layer.store.sequences)])
             for i, state in zip(ids, mine):
                 states[i] = state
 
 
 def _gather_state(layer: SaccadeLayer, owner: Method | None, ids: list[int] | None) -> dict[str, Tensor]:
-    if owner is None or owner.card.name not in layer.states:
+    if owner is None or ids is None or owner.card.name not in layer.states:
         return {}
     states = layer.states[owner.card.name]
-    mine = [states[i] for i in (range(len(states)) if ids is None else ids)]
+    mine = [states[i] for i in ids]
     shared = set(mine[0]).intersection(*mine)
     return {name: torch.cat([state[name] for state in mine]) for name in shared}
 
@@ -314,3 +361,8 @@ def _real_tokens(real: Tensor, sequence: Tensor, count: int) -> Tensor:
 def _wide(tokens: Tensor, like: Tensor) -> Tensor:
     """Token numbers [r m] as an index into [r s q d]."""
     return tokens[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[3])
+
+
+def _by_head(columns: Mapping[str, Tensor], kv_heads: int) -> dict[str, Tensor]:
+    """Columns of rows [r n ...] as [b g n ...]."""
+    return {name: rearrange(c, "(b g) ... -> b g ...", g=kv_heads) for name, c in columns.items()}

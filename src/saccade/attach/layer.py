@@ -89,7 +89,9 @@ class SaccadeLayer(CacheLayerMixin):
         if tokens_to_remove:
             self.seen += tokens_to_remove
             self.store.crop(-tokens_to_remove)
-            self.states = {name: list(states) for name, states in self.prompt_states.items()}
+            dated = {m.card.name for m in self.engine.parts.values() if m.dated} if self.engine else set()
+            as_prompt = {name: list(states) for name, states in self.prompt_states.items()}
+            self.states = as_prompt | {name: states for name, states in self.states.items() if name in dated}
             left = {name: max(0, x.shape[1] + tokens_to_remove) for name, x in self.since.items()}
             self.since = {name: self.since[name][:, :count].clone() for name, count in left.items()}
         if self.engine is not None:

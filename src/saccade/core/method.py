@@ -29,12 +29,14 @@ class Method:
     """Base of all methods.
 
     `artefact` is what calibration left; `attach` finds the one of the model at hand, a user may give another.
+    `dated`: its state says from which token on it holds. When tokens are taken back the state is left to it.
 
     Raises:
         BadOption: a value outside what the option allows.
     """
 
     card: ClassVar[Card]
+    dated: ClassVar[bool] = False
     artefact: Artefact | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self):
@@ -215,12 +217,23 @@ class Decode(Method):
         """
         return 0
 
+    @property
+    def observe_tokens(self) -> int:
+        """How many of the last prompt queries `begin` wants to see; 0: it is not asked."""
+        return 0
+
+    def begin(self, seen: Seen, site: Site) -> None:
+        """At the end of the prompt, after any eviction: put into `site.state` what later queries go by."""
+        raise NotImplementedError
+
     def index(self, k: Float[Tensor, "b g n d"], site: Site) -> dict[str, Tensor]:
         """Columns [b g n ...] that are stored beside these new keys and follow them everywhere."""
         return {}
 
     def select(self, q: Float[Tensor, "b h q d"], stored: Mapping[str, Tensor], site: Site) -> Selection:
-        """Keys that each of these queries reads; `stored` holds "keys" and the columns of `index`, [b g k ...]."""
+        """Keys that each of these queries reads; `stored` holds [b g k ...]: "keys", "values", their true "positions",
+        ascending, and the columns of `index`.
+        """
         raise NotImplementedError
 
 

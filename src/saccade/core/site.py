@@ -36,7 +36,8 @@ class Site:
     seen: tokens that went by, dropped ones included; the true position of the last query is `seen - 1`
     scale, softcap: of the logits, as the model has them
     state: what this method wants to remember between calls on this layer and cache. Tensors with the batch first; they
-        follow beam reordering; when tokens are taken back, what the prompt left is there again
+        follow beam reordering; when tokens are taken back, what the prompt left is there again (`Method.dated`: it
+        stays). Sequences that remember different shapes are asked apart
     handed: what this method hands from layer to layer within one forward: what it puts there is there in the layers
         behind, for the same sequences, and gone when the forward ends. Tensors with the batch first
     attend: (q, k, v, selection) -> out; computes and records. A method calls it instead of an op's back end
@@ -73,7 +74,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a cache method may look at when it scores: exactly what its card asked for.
+    """What a method may look at when it scores at the end of a prompt: exactly what its card asked for.
 
     positions: true positions of the stored keys, ascending
     queries: the last `observe_tokens` queries (fewer in a shorter prompt), after RoPE; None unless asked for
