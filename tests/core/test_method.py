@@ -122,6 +122,23 @@ def test_two_owners_of_a_part_are_both_named(rival):
         compose([Both(), rival])
 
 
+@dataclass(frozen=True)
+class Merges(Cache):
+    card = named("merges")
+
+    @property
+    def merges(self):
+        return True
+
+
+def test_what_is_merged_is_read_by_none_that_chooses_keys():
+    said = r"attach \[merges, reads\] together: 'merges' stores keys that stand for several tokens, and 'reads' would"
+    for both in ([Merges(), Reads()], [Reads(), Merges()]):
+        with pytest.raises(DoesNotCompose, match=said):
+            compose(both)
+    assert list(compose([Merges(), Looks()])) == ["prefill", "evict"]
+
+
 def site(budget, **more) -> Site:
     from saccade.core.budget import Budget
 

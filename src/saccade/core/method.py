@@ -155,7 +155,8 @@ class Sparse(Method):
 class Cache(Method):
     """Decides what the cache remembers. Four separable parts; most papers override one.
 
-    `rolling`: evict after every forward; otherwise once, at the end of the prompt.
+    `rolling`: evict after every forward by `visible`; otherwise once, at the end of the prompt, by `score`. A rolling
+    method that leaves the prefill alone does both: what is left of the prompt is scored at its end.
     """
 
     rolling: ClassVar[bool] = False
@@ -185,6 +186,33 @@ class Cache(Method):
 
         Rows are (sequence, key/value head) pairs, and so are the rows of `site.state` here. It lets many tokens be read
         in one forward with the same result as one at a time.
+        """
+        return None
+
+    @property
+    def merges(self) -> bool:
+        """Whether keys that stay take over from those that go. Only then `merge` and `stands_for` are asked."""
+        return False
+
+    def merge(
+        self,
+        k: Float[Tensor, "r k d"],
+        v: Float[Tensor, "r k d"],
+        k_position: Int[Tensor, "r k"],
+        stays: Bool[Tensor, "r k"],
+    ) -> tuple[Float[Tensor, "r k d"], Float[Tensor, "r k d"]]:
+        """Keys and values with what goes merged into what stays; what is given back for a key that goes is not read.
+
+        Asked when something goes, in every row or in some. Of a rolling method, merging at once must equal merging
+        piece by piece: it lets many tokens be read in one forward.
+        """
+        return k, v
+
+    def stands_for(
+        self, k_position: Int[Tensor, "r k"], stays: Bool[Tensor, "r k"]
+    ) -> tuple[Int[Tensor, "r m"], Int[Tensor, "r m"]] | None:
+        """Keys that stand for several tokens: which of those that stay, and for how many. Each counts so many times in
+        the softmax, as if log(tokens) were added to its logits. None: every key counts once.
         """
         return None
 
@@ -281,7 +309,7 @@ def compose(methods: Iterable[Method]) -> dict[str, Method]:
     """part -> its owner, in the order of the data flow.
 
     Raises:
-        DoesNotCompose: two methods need the same part; both and the part are named.
+        DoesNotCompose: two methods need the same part, or one reads what another merges; both are named.
     """
     owners: dict[str, Method] = {}
     for method in methods:
@@ -292,4 +320,13 @@ def compose(methods: Iterable[Method]) -> dict[str, Method]:
                     f"attach [{a}, {b}] together", f"both need the part {part!r}", "Leave one of them out."
                 )
             owners[part] = method
+    _check_merging(owners.get("evict"), owners.get("decode"))
     return {part: owners[part] for part in PARTS if part in owners}
+
+
+def _check_merging(evictor: Method | None, reader: Method | None) -> None:
+    """A method that chooses keys to read knows only keys that are one token each."""
+    if isinstance(evictor, Cache) and evictor.merges and reader is not None and reader is not evictor:
+        a, b = evictor.card.name, reader.card.name
+        found = f"{a!r} stores keys that stand for several tokens, and {b!r} would read each as one"
+        raise DoesNotCompose(f"attach [{a}, {b}] together", found, "Leave one of them out.")
