@@ -76,7 +76,7 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     if not (checks[0].holds and loss.mean <= 0.01):
         found, lost = keys.difference(keys.scores(TWICE, ROOM), full).mean, text.scores(TWICE, ROOM)
         lost = text.difference(lost, text.scores("full")).mean
-        reason += f" With twice as many whole heads, at {ROOM} of the cache, {found:+.2f} pass keys and {lost:+.3f} nats."
+        reason += f" With twice as many whole heads, at {ROOM} of the cache, {found:+.2f} keys and {lost:+.3f} nats."
     return Evidence(checks, setting, reason, table=keys.rows() + text.rows() + _layers(ranked))
 
 
