@@ -106,6 +106,7 @@ class RazorAttention(Cache):
 
     @property
     def rolling(self) -> bool:
+        """Under "roll" windows move on with every token."""
         return self.policy == "roll"
 
     @property
