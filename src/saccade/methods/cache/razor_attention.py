@@ -106,7 +106,7 @@ class RazorAttention(Cache):
 
     @property
     def rolling(self) -> bool:
-        """Under "roll" windows move on with every token."""
+        """Under "roll" windows move on as tokens come."""
         return self.policy == "roll"
 
     @property
