@@ -45,7 +45,7 @@ class RazorAttention(Cache):
 
     Raises:
         BadOption: a share outside [0, 1], an empty block, or fewer than two random tokens.
-    Source: arXiv 2407.15891, sections 3.1 to 3.3; mindspore-lab/golden-stick, razor_attention.
+    Source: arXiv 2407.15891, section 3; mindspore-lab/golden-stick, sequence_compress/razor_attention.
     """
 
     card = Card(
