@@ -37,6 +37,14 @@ def test_the_model_is_left_as_it_was():
         assert torch.equal(model(ids).logits, before)
 
 
+def test_words_are_the_tokens_that_occur():
+    subject = Subject(tiny())
+    samples = [torch.tensor([[9, 4, 9]]), torch.tensor([[7]])]
+    assert subject.words(samples).tolist() == [4, 7, 9]
+    with pytest.raises(BadInput, match=r"calibration sample 1: it is torch\.float32 \(1, 2\)\. Give token ids \[1 n\]"):
+        subject.words([samples[0], torch.zeros(1, 2)])
+
+
 def test_bad_samples_and_busy_models_are_refused():
     subject = Subject(tiny())
     with pytest.raises(BadInput, match=r"calibrate: there are no samples. Give rows of token ids"):

@@ -150,6 +150,23 @@ def test_who_counts_on_equal_layers_composes_with_no_eviction(reader):
             compose(methods)
 
 
+@dataclass(frozen=True)
+class Merges(Cache):
+    card = named("merges")
+
+    @property
+    def merges(self):
+        return True
+
+
+def test_what_is_merged_is_read_by_none_that_chooses_keys():
+    said = r"attach \[merges, reads\] together: 'merges' stores keys that stand for several tokens, and 'reads' would"
+    for both in ([Merges(), Reads()], [Reads(), Merges()]):
+        with pytest.raises(DoesNotCompose, match=said):
+            compose(both)
+    assert list(compose([Merges(), Looks()])) == ["prefill", "evict"]
+
+
 def site(budget, **more) -> Site:
     from saccade.core.budget import Budget
 

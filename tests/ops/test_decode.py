@@ -37,6 +37,32 @@ def test_decode_is_attention_under_its_mask(keys, queries, dtype, listed, narrow
         assert_close_as_torch(out, q, k, v, mask, softcap=softcap, lse=lse)
 
 
+SEVERAL = st.integers(1, 4)
+
+
+@given(KEYS, st.integers(1, 40), DTYPES, st.booleans(), st.sampled_from([None, 5.0]), SEVERAL, st.integers(0, 9))
+def test_merged_keys_count_as_often_as_they_have_tokens(keys, queries, dtype, narrowed, softcap, several, seed):
+    """The same as attention over a text in which such keys are written out, in each key/value head by itself."""
+    queries, several = min(queries, keys), min(several, keys)
+    q, k, v = tensors(2, 4, 2, queries, keys, 32, dtype)
+    index = torch.argsort(drawn((2, 2, keys), 0, 1 << 30, seed), -1)[..., :several]
+    times = drawn((2, 2, several), 1, 6, seed)
+    visible = drawn((2, 1, queries, keys), 0, 3, seed) > 0 if narrowed else None
+    mask = causal_mask(queries, keys)[None, None] & (torch.ones(1, dtype=torch.bool) if visible is None else visible)
+    for impl in ("auto", "reference"):
+        out, lse = ops.decode(q, k, v, visible=visible, merged=(index, times), softcap=softcap, impl=impl)
+        assert out.dtype == dtype
+        for b in range(2):
+            for g in range(2):
+                here = torch.ones(keys, dtype=torch.long).scatter(0, index[b, g], times[b, g])
+                written = torch.arange(keys).repeat_interleave(here)
+                wide = [x[b : b + 1, g : g + 1, written] for x in (k, v)]
+                mine = slice(2 * g, 2 * g + 2)
+                seen = mask.expand(2, 4, -1, -1)[b : b + 1, mine][..., written]
+                options = {"softcap": softcap, "lse": lse[b : b + 1, mine]}
+                assert_close_as_torch(out[b : b + 1, mine], q[b : b + 1, mine], *wide, seen, **options)
+
+
 @given(KEYS, st.integers(1, 40), st.booleans(), st.sampled_from([None, 5.0]))
 def test_column_scores_are_column_sums_of_the_softmax(keys, queries, causal, softcap):
     queries = min(queries, keys)
@@ -101,6 +127,15 @@ ERRORS = {
     ),
     "decode with visible (1, 1, 3, 8): it does not fit [1, 4, 3, 9]": lambda q, k, v: ops.decode(
         q, k, v, visible=torch.ones(1, 1, 3, 8, dtype=torch.bool)
+    ),
+    "merged keys are read with all others": lambda q, k, v: ops.decode(
+        q, k, v, torch.zeros(1, 1, 3, 2).int(), merged=(torch.zeros(1, 2, 1).int(), torch.ones(1, 2, 1).int())
+    ),
+    "decode: merged keys are read with all others, and as they are. Give no index": lambda q, k, v: ops.decode(
+        q, ops.quantise(k, 8), ops.quantise(v, 8), merged=(torch.zeros(1, 2, 1).int(), torch.ones(1, 2, 1).int())
+    ),
+    "decode with merged (1, 2, 1) and (1, 2, 2): they do not both fit [1, 2, any]": lambda q, k, v: ops.decode(
+        q, k, v, merged=(torch.zeros(1, 2, 1).int(), torch.ones(1, 2, 2).int())
     ),
     "a row must see one": lambda q, k, v: ops.column_scores(q, k[:, :, :2]),
     "merge 1 outputs with 0 lses": lambda q, k, v: ops.merge_lse([q], []),

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -73,6 +73,15 @@ class Subject:
             with listening(self.model, self.found, lambda spot: _Tap(spot.place, held)), torch.no_grad():  # noqa: B023
                 self.model(input_ids=ids.to(self.model.device), use_cache=False)
             yield from held
+
+    def words(self, samples: Sequence[Tensor]) -> Int[Tensor, " m"]:
+        """Ids of the tokens that occur in the samples, ascending: what random texts are drawn from. Made of these, they
+        hold no special and no unused token.
+
+        Raises:
+            BadInput: no samples, or a sample that is not [1 n].
+        """
+        return torch.cat(checked(samples), 1).unique().cpu()
 
     @functools.cached_property
     def tokenizer(self) -> Any:

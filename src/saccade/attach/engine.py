@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -169,6 +170,9 @@ class Engine:
         queries = q.shape[2]
         visible = self._visible(layer, rows, queries, stage)
         self._note_dense(rows, q, stage, visible)
+        evictor = self.parts.get("evict")
+        if isinstance(evictor, Cache) and evictor.merges and layer.store.dropped:
+            return self._merged(evictor, rows, q, visible)
         keys, values = rows.columns["keys"], rows.columns["values"]
         options = {"scale": self.place.scale, "softcap": self.place.softcap}
         ids = None if visible is not None else layer.store.whole_sequences(rows)
@@ -179,6 +183,26 @@ class Engine:
         keys, values = (rearrange(x, "(b g) n d -> b g n d", g=g) for x in (keys, values))
         out, _ = ops.decode(rearrange(q, "(b g) s q d -> b (g s) q d", g=g), keys, values, **options)
         return rearrange(out, "b (g s) q d -> (b g) s q d", g=g)
+
+    def _merged(
+        self, method: Cache, rows: Bucket, q: Float[Tensor, "r s q d"], visible: Bool[Tensor, "r q k"] | None
+    ) -> Tensor:
+        """Dense, where some keys stand for several tokens. Queries that see the same go together; what they no longer
+        see is merged for them as the eviction after the token before them would have."""
+        new, out = q.shape[2], []
+        for first, last in _stretches(visible, new):
+            there = rows.length - new + last
+            position = rows.positions[:, :there]
+            keys, values = (rows.columns[name][:, :there] for name in ("keys", "values"))
+            stays = torch.ones_like(position, dtype=torch.bool) if visible is None else visible[:, first, :there]
+            seen = None if bool(stays.all()) else stays[:, None, None].expand(-1, 1, last - first, -1)
+            if seen is not None:
+                keys, values = method.merge(keys, values, position, stays)
+            several = method.stands_for(position, stays)
+            merged = several and tuple(x[:, None] for x in several)
+            options = {"scale": self.place.scale, "softcap": self.place.softcap, "visible": seen, "merged": merged}
+            out.append(ops.decode(q[:, :, first:last], keys[:, None], values[:, None], **options)[0])
+        return torch.cat(out, 2)
 
     def _visible(self, layer: SaccadeLayer, rows: Bucket, queries: int, stage: Stage) -> Tensor | None:
         evictor = self.parts.get("evict")
@@ -194,7 +218,8 @@ class Engine:
     # --- eviction ---------------------------------------------------------------------------------------------------
 
     def evict(self, layer: SaccadeLayer, prompt_end: bool = False) -> None:
-        """Drop what the method gives up: after every forward if it is rolling, else once, at the end of the prompt.
+        """Drop what the method gives up: after every forward if it is rolling, else once, at the end of the prompt; at
+        both times if it is rolling and leaves the prefill alone.
 
         Then, at that end, what reads the cache from there on may begin.
         """
@@ -202,10 +227,11 @@ class Engine:
         if layer.store is None:
             return
         if isinstance(method, Cache):
-            if method.rolling and (layer.prompt_done or "prefill" in method.parts):
-                self._evict_rolling(method, layer)
-            elif prompt_end and not method.rolling:
+            always = method.rolling and "prefill" in method.parts
+            if prompt_end and not always:
                 self._evict_by_score(method, layer)
+            elif always or (method.rolling and layer.prompt_done):
+                self._evict_rolling(method, layer)
         if prompt_end and isinstance(reader, Decode) and reader.observe_tokens:
             self._begin(reader, layer)
         if prompt_end:
@@ -236,32 +262,35 @@ class Engine:
             ids = (rows.rows // store.kv_heads).tolist()
             site = self._site(layer, "decode", 1, rows.length, max(store.seen), ids, "evict")
             stays = method.visible(last[:, None], rows.positions, rows.rows % store.kv_heads, site)
-            kept.extend([rows] if stays is None else store.keep(rows, stays[:, 0]))
+            kept.extend([rows] if stays is None else _keep(method, store, rows, stays[:, 0]))
         store.buckets = regroup(kept)
 
     def _evict_by_score(self, method: Cache, layer: SaccadeLayer) -> None:
-        store, kept = layer.store, []
+        store, kept, empty = layer.store, [], []
         for _, rows in store.pieces(store.seen):
             ids = store.whole_sequences(rows)
             assert ids is not None, "nothing was evicted before the end of the prompt"
             if not rows.length:
                 kept.append(rows)
+                empty += ids
                 continue
             site = self._site(layer, "prefill", 0, rows.length, store.seen[ids[0]], ids)
             scores = method.score(self._seen(layer, rows, ids, method), site)
             counts = method.allocate(scores, site.budget, site).to(scores.device).clamp(1, rows.length)
             self._keep_state(layer, method, site, ids)
             rank = torch.argsort(scores, dim=-1, descending=True, stable=True).argsort(-1)
-            kept.extend(store.keep(rows, (rank < counts[..., None]).flatten(0, 1)))
+            kept.extend(_keep(method, store, rows, (rank < counts[..., None]).flatten(0, 1)))
+        _blank_state(layer, method, empty)
         store.buckets = regroup(kept)
 
-    def refuse_assisted(self) -> None:
-        """Assisted decoding verifies guesses in the prompt's own forward, and takes the wrong ones back.
+    def refuse_assisted(self, prompt_done: bool) -> None:
+        """Assisted decoding verifies guesses in the prompt's own forward, unless that is done, and takes the wrong ones
+        back.
 
         Raises:
             CannotRun: a method decides at the end of the prompt, or computes the prompt and later tokens differently.
         """
-        stiff = {m.card.name for part, m in self.parts.items() if not (isinstance(m, Cache) and m.rolling)}
+        stiff = {m.card.name for m in self.parts.values() if not _pliant(m, prompt_done)}
         if stiff:
             raise CannotRun(
                 f"assisted decoding with {', '.join(sorted(stiff))}",
@@ -344,6 +373,28 @@ class Engine:
                 states[i] = state
 
 
+def _pliant(method: Method, prompt_done: bool) -> bool:
+    """Whether it treats a token alike, in the prompt's forward or after it, and drops none that may be taken back."""
+    return isinstance(method, Cache) and method.rolling and (prompt_done or "prefill" in method.parts)
+
+
+def _keep(method: Cache, store: Store, rows: Bucket, stays: Bool[Tensor, "r n"]) -> list[Bucket]:
+    """The rows with what stays, which takes over from what goes where the method merges."""
+    if method.merges and not bool(stays.all()):
+        keys, values = method.merge(rows.columns["keys"], rows.columns["values"], rows.positions, stays)
+        rows = replace(rows, columns={**rows.columns, "keys": keys, "values": values})
+    return store.keep(rows, stays)
+
+
+def _stretches(visible: Bool[Tensor, "r q k"] | None, queries: int) -> list[tuple[int, int]]:
+    """[first, last) of the queries one after the other that see the same, but for causality."""
+    if visible is None:
+        return [(0, queries)]
+    other = (visible[:, 1:] != visible[:, :-1]).any(-1).any(0)
+    cuts = [0, *(other.nonzero()[:, 0] + 1).tolist(), queries]
+    return list(itertools.pairwise(cuts))
+
+
 def _gather_state(layer: SaccadeLayer, owner: Method | None, ids: list[int] | None) -> dict[str, Tensor]:
     if owner is None or ids is None or owner.card.name not in layer.states:
         return {}
@@ -351,6 +402,14 @@ def _gather_state(layer: SaccadeLayer, owner: Method | None, ids: list[int] | No
     mine = [states[i] for i in ids]
     shared = set(mine[0]).intersection(*mine)
     return {name: torch.cat([state[name] for state in mine]) for name in shared}
+
+
+def _blank_state(layer: SaccadeLayer, method: Method, sequences: list[int]) -> None:
+    """Sequences that began empty remember nought where others remember something, so that all have the same names."""
+    for states in (layer.states.get(method.card.name, []), layer.prompt_states.get(method.card.name, [])):
+        like = next(filter(None, states), {})
+        for i in sequences:
+            states[i] = {name: torch.zeros_like(value) for name, value in like.items()}
 
 
 def _real_tokens(real: Tensor, sequence: Tensor, count: int) -> Tensor:

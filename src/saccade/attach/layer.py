@@ -77,7 +77,7 @@ class SaccadeLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         """Called before assisted decoding."""
         if self.engine is not None:
-            self.engine.refuse_assisted()
+            self.engine.refuse_assisted(self.prompt_done)
         self.recording = True
 
     def crop(self, tokens_to_remove: int) -> None:

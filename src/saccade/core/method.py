@@ -157,7 +157,8 @@ class Sparse(Method):
 class Cache(Method):
     """Decides what the cache remembers. Four separable parts; most papers override one.
 
-    `rolling`: evict after every forward; otherwise once, at the end of the prompt.
+    `rolling`: evict after every forward by `visible`; otherwise once, at the end of the prompt, by `score`. A rolling
+    method that leaves the prefill alone does both: what is left of the prompt is scored at its end.
     """
 
     rolling: ClassVar[bool] = False
@@ -187,6 +188,33 @@ class Cache(Method):
 
         Rows are (sequence, key/value head) pairs, and so are the rows of `site.state` here. It lets many tokens be read
         in one forward with the same result as one at a time.
+        """
+        return None
+
+    @property
+    def merges(self) -> bool:
+        """Whether keys that stay take over from those that go. Only then `merge` and `stands_for` are asked."""
+        return False
+
+    def merge(
+        self,
+        k: Float[Tensor, "r k d"],
+        v: Float[Tensor, "r k d"],
+        k_position: Int[Tensor, "r k"],
+        stays: Bool[Tensor, "r k"],
+    ) -> tuple[Float[Tensor, "r k d"], Float[Tensor, "r k d"]]:
+        """Keys and values with what goes merged into what stays; what is given back for a key that goes is not read.
+
+        Asked when something goes, in every row or in some. Of a rolling method, merging at once must equal merging
+        piece by piece: it lets many tokens be read in one forward.
+        """
+        return k, v
+
+    def stands_for(
+        self, k_position: Int[Tensor, "r k"], stays: Bool[Tensor, "r k"]
+    ) -> tuple[Int[Tensor, "r m"], Int[Tensor, "r m"]] | None:
+        """Keys that stand for several tokens: which of those that stay, and for how many. Each counts so many times in
+        the softmax, as if log(tokens) were added to its logits. None: every key counts once.
         """
         return None
 
@@ -308,7 +336,8 @@ def compose(methods: Iterable[Method]) -> dict[str, Method]:
     """part -> its owner, in the order of the data flow.
 
     Raises:
-        DoesNotCompose: two methods need the same part, or one drops keys that the other counts on; both are named.
+        DoesNotCompose: two methods need the same part, or one counts on keys that another drops or merges; both are
+            named.
     """
     owners: dict[str, Method] = {}
     for method in methods:
@@ -319,12 +348,18 @@ def compose(methods: Iterable[Method]) -> dict[str, Method]:
                     f"attach [{a}, {b}] together", f"both need the part {part!r}", "Leave one of them out."
                 )
             owners[part] = method
-    reader, evictor = owners.get("decode"), owners.get("evict")
-    if evictor is not None and isinstance(reader, Decode) and (reader.persistent or reader.reread_tokens):
-        a, b = reader.card.name, evictor.card.name
-        raise DoesNotCompose(
-            f"attach [{a}, {b}] together",
-            f"{a!r} counts on all keys being there in every layer, and {b!r} drops some",
-            "Leave one of them out.",
-        )
+    _check_reader(owners.get("decode"), owners.get("evict"))
     return {part: owners[part] for part in PARTS if part in owners}
+
+
+def _check_reader(reader: Method | None, evictor: Method | None) -> None:
+    """What chooses keys to read may count on all of them being there, and knows only keys that are one token each."""
+    if reader is None or evictor is None or reader is evictor:
+        return
+    a, b = reader.card.name, evictor.card.name
+    if isinstance(reader, Decode) and (reader.persistent or reader.reread_tokens):
+        found = f"{a!r} counts on all keys being there in every layer, and {b!r} drops some"
+        raise DoesNotCompose(f"attach [{a}, {b}] together", found, "Leave one of them out.")
+    if isinstance(evictor, Cache) and evictor.merges:
+        found = f"{b!r} stores keys that stand for several tokens, and {a!r} would read each as one"
+        raise DoesNotCompose(f"attach [{b}, {a}] together", found, "Leave one of them out.")

@@ -14,7 +14,10 @@ from saccade.ops import device, dispatch
 from saccade.ops.attend import reference
 from saccade.ops.attend.api import check
 from saccade.ops.decode import torch as plain
+from saccade.ops.merge_lse.api import merge_lse
 from saccade.ops.quantise.api import Quantised, dequantise
+
+Merged = tuple[Int[Tensor, "b g m"], Int[Tensor, "b g m"]]  # keys, and how many tokens each stands for
 
 
 def decode(
@@ -25,6 +28,7 @@ def decode(
     *,
     page_tokens: int = 1,
     visible: Bool[Tensor, "b h q k"] | None = None,
+    merged: Merged | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     impl: str = "auto",
@@ -39,11 +43,14 @@ def decode(
     k, v: both may be quantised to the same number of bits; plain back ends then spell them out, "triton" does not
     page_tokens: the index lists pages of so many keys instead: page p is the keys from p page_tokens on.
     visible: further narrows what each query sees.
+    merged: keys that stand for several tokens: which, and for how many (1: like any other). Each counts so many times,
+        as if log(tokens) were added to its logits. Not with an index, nor with quantised keys
     impl: "auto", "torch", "reference" (dense under a mask, the oracle), "triton" (CUDA; first there)
     report: is told which back end ran, as "decode:torch"
 
     Raises:
-        BadInput: shapes or dtypes that do not fit together, or more queries than keys.
+        BadInput: shapes or dtypes that do not fit together, more queries than keys, or merged keys beside an
+            index or quantised.
         CannotRun: the back end that was asked for cannot compute this, with every reason.
     """
     check(q, *_stand_ins(q, k, v))
@@ -56,21 +63,33 @@ def decode(
         )
     _check_rows("index", index, (*q.shape[:3], None), k.shape[1])
     _check_rows("visible", visible, (*q.shape[:3], keys))
+    _check_merged(merged, index, k)
     if page_tokens < 1:
         raise BadInput(f"decode with page_tokens={page_tokens}", "a page has one key or more", "Give 1 or more.")
     options = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap}
     name = dispatch.pick("decode", impl, _back_ends(q, k, v, index, visible), report)
-    if name == "triton":
-        return _by_triton(q, k, v, index, visible, page_tokens=page_tokens, **options)
-    k, v = (dequantise(x, q.dtype) if isinstance(x, Quantised) else x for x in (k, v))
-    index = _token_lists(index, page_tokens, q.shape[1], keys)
-    if name == "reference":
-        mask = plain.selection(queries, keys, index, visible).mask().to(q.device)
-        return reference.masked(q, k, v, mask, **options)
-    return plain.decode(q, k, v, index, visible, **options)
+    found = _by(name, q, k, v, index, visible, page_tokens=page_tokens, **options)
+    if merged is None or isinstance(k, Quantised) or isinstance(v, Quantised):
+        return found
+    return merge_lse(*zip(found, plain.again(q, k, v, *merged, visible, **options)))
 
 
 Stored = Tensor | Quantised
+
+
+def _by(
+    name: str, q: Tensor, k: Stored, v: Stored, index: Tensor | None, visible: Tensor | None, *, page_tokens: int,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """By the back end of that name."""
+    if name == "triton":
+        return _by_triton(q, k, v, index, visible, page_tokens=page_tokens, **options)
+    k, v = (dequantise(x, q.dtype) if isinstance(x, Quantised) else x for x in (k, v))
+    index = _token_lists(index, page_tokens, q.shape[1], k.shape[2])
+    if name == "reference":
+        mask = plain.selection(q.shape[2], k.shape[2], index, visible).mask().to(q.device)
+        return reference.masked(q, k, v, mask, **options)
+    return plain.decode(q, k, v, index, visible, **options)
 
 
 def _stand_ins(q: Tensor, k: Stored, v: Stored) -> list[Tensor]:
@@ -127,3 +146,15 @@ def _check_rows(name: str, x: Tensor | None, shape: tuple[int | None, ...], grou
     if not fits or x.shape[2] != shape[2] or shape[3] not in (None, x.shape[3]):
         want = ", ".join("any" if n is None else str(n) for n in shape)
         raise BadInput(f"decode with {name} {tuple(x.shape)}", f"it does not fit [{want}]", "Give each query its row.")
+
+
+def _check_merged(merged: Merged | None, index: Tensor | None, k: Stored) -> None:
+    if merged is None:
+        return
+    if index is not None or isinstance(k, Quantised):
+        found = "merged keys are read with all others, and as they are"
+        raise BadInput("decode", found, "Give no index, and keys that are not quantised.")
+    shapes = [tuple(x.shape) for x in merged]
+    if shapes[0] != shapes[1] or shapes[0][:-1] != tuple(k.shape[:2]):
+        found = f"they do not both fit [{k.shape[0]}, {k.shape[1]}, any]"
+        raise BadInput(f"decode with merged {shapes[0]} and {shapes[1]}", found, "Give each key/value head its row.")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saccade.core.selection import Gather, Pairs, Selection, causal_mask, dense
 from saccade.ops.attend import reference
 from saccade.ops.attend import torch as tiled
+from saccade.ops.attend.reference import exponentials
 from saccade.ops.attend.rows import FEW, gathered
 
 
@@ -41,3 +43,34 @@ def selection(queries: int, keys: int, index: Tensor | None, visible: Tensor | N
         return dense(queries, keys) if visible is None else Pairs(allowed=visible, **shape)
     lists = Gather(index=index.int(), **shape)
     return lists if visible is None else Pairs(allowed=lists.mask() & visible, **shape)
+
+
+def again(
+    q: Float[Tensor, "b h q d"],
+    k: Float[Tensor, "b g k d"],
+    v: Float[Tensor, "b g k dv"],
+    index: Int[Tensor, "b g m"],
+    tokens: Int[Tensor, "b g m"],
+    visible: Bool[Tensor, "b h q k"] | None,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Float[Tensor, "b h q dv"], Float[Tensor, "b h q"]]:
+    """Attention to keys that stand for several tokens, for all of these but one: logits + log(tokens - 1).
+
+    Merged with attention that counts every key once, it makes each count as often as it has tokens.
+    """
+    kind, g = torch.promote_types(q.dtype, torch.float32), k.shape[1]
+    at = index.long()[..., None]
+    keys, values = (x.gather(2, at.expand(-1, -1, -1, x.shape[-1])).to(kind)[:, :, None] for x in (k, v))
+    logits = q.unflatten(1, (g, -1)).to(kind) @ keys.mT * scale  # [b g s q m]
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits + (tokens - 1).to(kind).log()[:, :, None, None]
+    last = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)[:, None]
+    allowed = (index[:, :, None] <= last)[:, :, None]  # [b g 1 q m]
+    if visible is not None:
+        seen = visible.expand(*q.shape[:3], -1).unflatten(1, (g, -1))
+        allowed = allowed & seen.gather(-1, index.long()[:, :, None, None].expand(*seen.shape[:-1], -1))
+    weights, lse = exponentials(logits.masked_fill(~allowed, -torch.inf))
+    return (weights @ values).flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
