@@ -30,7 +30,7 @@ class Size:
 # chosen so that the default ends within 5 minutes on 2 cores, and quick within 90 seconds
 USUAL = Size((0.5, 0.25, 0.1), 320, {"continuation-loss": 3, "passkey": 3}, (256, 512), 2)
 QUICK = Size((0.25,), 256, {"continuation-loss": 2, "passkey": 2}, (256,), 1)
-SLOW = ("cpu", "float32")  # two to three times as slow as bfloat16 where that is native: half the tokens
+SLOW = ("cpu", "float32")  # two to three times as slow as bfloat16 where that is native: half the tokens, timed once
 LEAST_LENGTH = 32  # tokens that are timed
 COUNT = 4  # of a task that the sizes do not name
 ORACLE = "oracle-topk"
@@ -152,7 +152,7 @@ def _size(quick: bool, dtype: str, device: str) -> Size:
     size = QUICK if quick else USUAL
     if (device, dtype) != SLOW:
         return size
-    return replace(size, tokens=size.tokens // 2, lengths=tuple(n // 2 for n in size.lengths))
+    return replace(size, tokens=size.tokens // 2, lengths=tuple(n // 2 for n in size.lengths), rounds=1)
 
 
 def _as_written(budget: float | str | Budget) -> Budget:
