@@ -24,7 +24,8 @@ from tests.measure import small
 from tests.measure.validate import problems, schema
 
 TASKS = ("loss", "continuation-loss", "passkey")
-SMALL = {"tasks": TASKS, "tokens": 600, "count": 2, "lengths": (64, 128), "budgets": (0.5, 0.25), "dtype": "float32"}
+SMALL = {"tasks": TASKS, "tokens": 600, "count": 2, "lengths": (64, 128), "budgets": (0.5, 0.25)}
+SMALL |= {"rounds": 2, "dtype": "float32"}
 METHODS = ("knorm", "minference+snapkv:window_tokens=8")
 
 
