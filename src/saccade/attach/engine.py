@@ -408,7 +408,7 @@ def _blank_state(layer: SaccadeLayer, method: Method, sequences: list[int]) -> N
     """Sequences that began empty remember nought where others remember something, so that all have the same names."""
     for states in (layer.states.get(method.card.name, []), layer.prompt_states.get(method.card.name, [])):
         like = next(filter(None, states), {})
-        for i in sequences:
+        for i in sequences if like else ():
             states[i] = {name: torch.zeros_like(value) for name, value in like.items()}
 
 
