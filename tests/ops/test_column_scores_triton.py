@@ -37,6 +37,18 @@ def weights(q: Tensor, k: Tensor, softcap: float | None, causal: bool, scaled: b
     return logits.softmax(-1)
 
 
+def yardsticks(q: Tensor, k: Tensor, softcap: float | None, causal: bool) -> list[Tensor]:
+    """PyTorch's own weights: the head axis turned, queries or logits scaled; and from the log-sum-exp, as the backward
+    of its attention makes them."""
+    every = [weights(q.roll(t, -1), k.roll(t, -1), softcap, causal, s) for t in TURNS for s in (False, True)]
+    logits = (q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT).float() * q.shape[-1] ** -0.5
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if causal:
+        logits = logits.masked_fill(~causal_mask(q.shape[2], k.shape[2], q.device), -torch.inf)
+    return [*every, torch.exp(logits - logits.logsumexp(-1, keepdim=True))]
+
+
 def along(p: Tensor) -> Tensor:
     """Sums along diagonals, numbered by how far the key is behind its query."""
     w, n = p.shape[-2:]
@@ -51,7 +63,7 @@ def along(p: Tensor) -> Tensor:
 def check(q: Tensor, k: Tensor, softcap: float | None, causal: bool) -> None:
     """Columns, and with `causal` diagonals, are as right as PyTorch's."""
     exact = weights(q.double(), k.double(), softcap, causal)
-    theirs = [weights(q.roll(t, -1), k.roll(t, -1), softcap, causal, s) for t in TURNS for s in (False, True)]
+    theirs = yardsticks(q, k, softcap, causal)
     said = []
     ours = ops.column_scores(q, k, softcap=softcap, causal=causal, impl="triton", report=said.append)
     assert said == ["column_scores:triton"] and ours.dtype == torch.float32
