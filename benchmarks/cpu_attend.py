@@ -25,6 +25,7 @@ from torch import Tensor
 from saccade import ops
 from saccade.core import rng
 from saccade.core.selection import Blocks
+from saccade.measure import workloads
 from saccade.measure.environment import environment
 
 LISTS = ("kv", "query")
@@ -57,16 +58,9 @@ def inputs(args: argparse.Namespace, tokens: int) -> tuple[Tensor, Tensor, Tenso
 
 def random_blocks(args: argparse.Namespace, tokens: int, density: float, lists: str) -> Blocks:
     """Of the causal blocks the share `density`, those on the diagonal first; drawn per head of `lists`."""
-    n = -(-tokens // args.block)
-    causal = torch.ones(n, n, dtype=torch.bool).tril()
     drawn = args.heads if lists == "query" else args.kv_heads
-    score = torch.rand(1, drawn, n, n, generator=rng.generator("benchmarks/cpu_attend/blocks"))
-    score.diagonal(dim1=-2, dim2=-1).fill_(2)
-    flat = score.masked_fill_(~causal, -1).flatten(2)
-    top = flat.topk(max(n, round(density * int(causal.sum()))), -1).indices
-    keep = torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, top, True).view_as(score)
-    keep = keep.repeat_interleave(args.heads // drawn, 1)
-    return Blocks.of(keep, queries=tokens, keys=tokens, q_block=args.block, k_block=args.block)
+    draw = rng.generator("benchmarks/cpu_attend/blocks")
+    return workloads.random_blocks(tokens, density, args.block, args.heads, drawn, draw)
 
 
 def seconds(work: Callable[[], object]) -> float:

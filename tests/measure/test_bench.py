@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saccade import ops
+from saccade.core import rng
 from saccade.core.errors import BadOption, UnknownName
 from saccade.measure.bench import back_ends, bench, crossovers, difference, find, shapes
 from saccade.measure.workloads import BLOCK, PAGE, WORKLOADS, random_blocks
@@ -49,7 +50,8 @@ def test_bytes_are_those_of_the_tensors_that_an_op_reads(op):
 @given(st.integers(1, 900), st.floats(0.05, 1.0), st.integers(1, 2))
 def test_random_blocks_have_the_density_that_was_asked(tokens, density, batch):
     (shape,) = shapes("cpu", "float32", [tokens], (4, 2, 16), density, batch)
-    chosen, n = random_blocks(shape), -(-tokens // BLOCK)
+    sizes = (shape.tokens, shape.density, BLOCK, shape.heads, shape.kv_heads)
+    chosen, n = random_blocks(*sizes, rng.generator("test"), shape.batch), -(-tokens // BLOCK)
     assert (chosen.crow[..., -1] == max(n, round(density * (n * (n + 1) // 2)))).all()
     assert torch.equal(chosen.crow[:, 0], chosen.crow[:, 1])
 

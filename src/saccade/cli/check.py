@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from saccade.cli.console import Bar, note, say_json, say_table
 from saccade.cli.options import add_json
-from saccade.cli.tree import PACKAGE, Files, checkout, files
+from saccade.cli.tree import Files, checkout, files, run_tests
 from saccade.core import registry
 
 EXAMPLE = "saccade check my-method"
@@ -73,12 +70,9 @@ def _conformance(name: str, at: Files) -> Finding:
 
 
 def _pytest(target: Path, more: list[str]) -> Finding:
-    if importlib.util.find_spec("pytest") is None:
+    done = run_tests(target, *more)
+    if done is None:
         return "fail", 'pytest is missing: pip install "saccade[test]"'
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=no", str(target), *more]
-    paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(command, cwd=checkout() or target.parent, env=environ, capture_output=True, text=True)
     lines = (done.stdout + done.stderr).strip().splitlines() or ["pytest said nothing"]
     if done.returncode:
         note("\n".join(line for line in lines if line.startswith(("FAILED", "ERROR"))))

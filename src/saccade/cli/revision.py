@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from saccade.cli.console import Bar
-from saccade.cli.tree import checkout
+from saccade.cli.tree import checkout, run_tests
 from saccade.core.errors import CannotRun
 
 TURNS = 3  # of both; each is a process of its own
@@ -26,7 +26,7 @@ def red_tests(ops: Sequence[str], methods: Sequence[str], device: str, bar: Bar)
     """Files of tests of these ops and methods that fail here.
 
     Raises:
-        CannotRun: this is no source checkout.
+        CannotRun: this is no source checkout, or there is no pytest.
     """
     root, red = _root(), []
     files = [file for op in ops for file in _tests_of_op(root, op)]
@@ -34,8 +34,10 @@ def red_tests(ops: Sequence[str], methods: Sequence[str], device: str, bar: Bar)
     marks = "not slow and not network" + ("" if device.startswith("cuda") else " and not gpu")
     for i, file in enumerate(dict.fromkeys(files)):
         bar(i, len(files), f"tests: {file.stem}")
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=no", "-m", marks, str(file)]
-        if subprocess.run(command, cwd=root, capture_output=True).returncode:
+        done = run_tests(file, "-m", marks)
+        if done is None:
+            raise CannotRun("bench --base", "pytest is missing", 'Install it: pip install "saccade[test]"')
+        if done.returncode:
             red.append(file.stem)
     return red
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,3 +48,13 @@ def files(name: str) -> Files:
     if method.is_relative_to(PACKAGE):
         return in_checkout(root or PACKAGE.parents[1], method.parent.name, method.stem)
     return in_package(method.parents[1], method.stem)
+
+
+def run_tests(target: Path, *more: str) -> subprocess.CompletedProcess[str] | None:
+    """pytest on a file or folder, on the copy of saccade that asks; None where pytest is not installed."""
+    if importlib.util.find_spec("pytest") is None:
+        return None
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=no", *more, str(target)]
+    paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return subprocess.run(command, cwd=checkout() or target.parent, env=environ, capture_output=True, text=True)

@@ -80,26 +80,22 @@ def workload(stage: str, what: str) -> Callable[[Callable[..., Work]], Callable[
     return register
 
 
-def _prefill(call: Callable[..., Any], read: int, q: Tensor, k: Tensor, v: Tensor) -> Work:
+def _beside_dense(call: Callable[..., Any], read: int, q: Tensor, k: Tensor, v: Tensor) -> Work:
+    """Beside attention of all queries, or of the last one, which sees every key."""
+    every = q.shape[2] == k.shape[2]
+
     def dense() -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    return Work(call, dense, read, 2 * q.nbytes + k.nbytes + v.nbytes)
-
-
-def _step(call: Callable[..., Any], read: int, q: Tensor, k: Tensor, v: Tensor) -> Work:
-    def dense() -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=every, enable_gqa=True)
 
     return Work(call, dense, read, 2 * q.nbytes + k.nbytes + v.nbytes)
 
 
 @workload("prefill", "attention over random blocks of 128 x 128, the same for the query heads of a key/value head")
 def _attend(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Work:
-    chosen = random_blocks(shape)
+    chosen = _blocks(shape)
     index = chosen.crow.nbytes + chosen.col.nbytes
     read = 2 * q.nbytes + k.nbytes + v.nbytes + index
-    return _prefill(lambda **how: ops.attend(q, k, v, chosen, **how), read, q, k, v)
+    return _beside_dense(lambda **how: ops.attend(q, k, v, chosen, **how), read, q, k, v)
 
 
 @workload("prefill", "choosing those blocks by mean-pooled queries and keys")
@@ -109,26 +105,26 @@ def _pool_and_select(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Work:
     def call(**how: Any) -> Any:
         return ops.pool_and_select(q, k, keep_blocks=keep, q_block=BLOCK, k_block=BLOCK, **how)
 
-    return _prefill(call, q.nbytes + k.nbytes, q, k, v)
+    return _beside_dense(call, q.nbytes + k.nbytes, q, k, v)
 
 
 @workload("prefill", "attention that the last 64 queries pay to each key")
 def _column_scores(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Work:
     last = q[:, :, -LAST:]
     read = last.nbytes + k.nbytes + shape.batch * shape.heads * shape.tokens * 4
-    return _prefill(lambda **how: ops.column_scores(last, k, **how), read, q, k, v)
+    return _beside_dense(lambda **how: ops.column_scores(last, k, **how), read, q, k, v)
 
 
 @workload("prefill", "the same, over diagonals too")
 def _line_scores(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Work:
     last = q[:, :, -LAST:]
     read = last.nbytes + k.nbytes + 2 * shape.batch * shape.heads * shape.tokens * 4
-    return _prefill(lambda **how: ops.line_scores(last, k, **how), read, q, k, v)
+    return _beside_dense(lambda **how: ops.line_scores(last, k, **how), read, q, k, v)
 
 
 @workload("prefill", "least and largest value of every channel over pages of 16 keys")
 def _page_bounds(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Work:
-    return _prefill(lambda **how: ops.page_bounds(k, PAGE, **how), k.nbytes + 2 * k.nbytes // PAGE, q, k, v)
+    return _beside_dense(lambda **how: ops.page_bounds(k, PAGE, **how), k.nbytes + 2 * k.nbytes // PAGE, q, k, v)
 
 
 @workload("decode", "one query over random keys, the same for the query heads of a key/value head")
@@ -137,14 +133,14 @@ def _decode(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Work:
     order = torch.rand(shape.batch, shape.kv_heads, 1, shape.tokens, generator=rng.generator("workload", "keys"))
     index = order.topk(kept, -1).indices.sort(-1).values.int().to(shape.device)
     read = 2 * one.nbytes + (k.nbytes + v.nbytes) * kept // shape.tokens + index.nbytes
-    return _step(lambda **how: ops.decode(one, k, v, index, **how), read, one, k, v)
+    return _beside_dense(lambda **how: ops.decode(one, k, v, index, **how), read, one, k, v)
 
 
 @workload("decode", "how large one query's logits with pages of 16 keys can be")
 def _page_scores(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Work:
     one, (low, high) = q[:, :, -1:], ops.page_bounds(k, PAGE)
     read = one.nbytes + low.nbytes + high.nbytes + shape.batch * shape.heads * low.shape[2] * 4
-    return _step(lambda **how: ops.page_scores(one, low, high, **how), read, one, k, v)
+    return _beside_dense(lambda **how: ops.page_scores(one, low, high, **how), read, one, k, v)
 
 
 @workload("decode", "the best of those pages, for each key/value head")
@@ -152,7 +148,7 @@ def _topk(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Work:
     one, pages = q[:, :, -1:], max(1, round(shape.density * shape.tokens / PAGE))
     scores = ops.page_scores(one, *ops.page_bounds(k, PAGE), by_group=True)
     read = scores.nbytes + scores.numel() // scores.shape[-1] * pages * 4
-    return _step(lambda **how: ops.topk(scores, pages, **how), read, one, k, v)
+    return _beside_dense(lambda **how: ops.topk(scores, pages, **how), read, one, k, v)
 
 
 @workload("decode", "one query: score pages of 16 keys, choose the best, attend to their keys")
@@ -164,17 +160,31 @@ def _sparse_step(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Work:
         return ops.sparse_step(one, k, v, low, high, page_tokens=PAGE, keep_pages=pages, **how)
 
     kept = (k.nbytes + v.nbytes) * min(1.0, pages * PAGE / shape.tokens)
-    return _step(call, 2 * one.nbytes + low.nbytes + high.nbytes + int(kept), one, k, v)
+    return _beside_dense(call, 2 * one.nbytes + low.nbytes + high.nbytes + int(kept), one, k, v)
 
 
-def random_blocks(shape: Shape) -> Blocks:
-    """Of the causal blocks the share `density`, those on the diagonal first; drawn for each key/value head."""
-    n = -(-shape.tokens // BLOCK)
+def _blocks(shape: Shape) -> Blocks:
+    sizes = (shape.tokens, shape.density, BLOCK, shape.heads, shape.kv_heads)
+    return random_blocks(*sizes, rng.generator("workload", "blocks"), shape.batch, shape.device)
+
+
+def random_blocks(
+    tokens: int,
+    density: float,
+    block: int,
+    heads: int,
+    drawn: int,
+    draw: torch.Generator,
+    batch: int = 1,
+    device: torch.device | str = "cpu",
+) -> Blocks:
+    """Of the causal blocks the share `density`, those on the diagonal first; heads / drawn in a row have the same."""
+    n = -(-tokens // block)
     causal = torch.ones(n, n, dtype=torch.bool).tril()
-    score = torch.rand(shape.batch, shape.kv_heads, n, n, generator=rng.generator("workload", "blocks"))
+    score = torch.rand(batch, drawn, n, n, generator=draw)
     score.diagonal(dim1=-2, dim2=-1).fill_(2)
     flat = score.masked_fill_(~causal, -1).flatten(2)
-    best = flat.topk(max(n, round(shape.density * int(causal.sum()))), -1).indices
+    best = flat.topk(max(n, round(density * int(causal.sum()))), -1).indices
     keep = torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, best, True).view_as(score)
-    keep = keep.repeat_interleave(shape.heads // shape.kv_heads, 1).to(shape.device)
-    return Blocks.of(keep, queries=shape.tokens, keys=shape.tokens, q_block=BLOCK, k_block=BLOCK)
+    keep = keep.repeat_interleave(heads // drawn, 1).to(device)
+    return Blocks.of(keep, queries=tokens, keys=tokens, q_block=block, k_block=block)
