@@ -68,6 +68,12 @@ def test_red_tests_show_no_gain(capsys, monkeypatch):
     assert "No gain is shown: these tests fail here: there_is_none" in capsys.readouterr().err
 
 
+def test_without_pytest_no_gain_can_be_shown(capsys, monkeypatch):
+    monkeypatch.setattr(revision, "run_tests", lambda *_: None)
+    assert main(["bench", "decode", *SMALL, "--base", "HEAD"]) == 3
+    assert 'bench --base: pytest is missing. Install it: pip install "saccade[test]"' in capsys.readouterr().err
+
+
 def test_every_op_with_a_workload_has_tests():
     from saccade.measure.workloads import WORKLOADS
 
