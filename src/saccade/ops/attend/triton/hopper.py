@@ -29,6 +29,7 @@ TILE = 128
 SIZES = (64, 128)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+HIDDEN = tl.constexpr(-1e30)  # added to a logit that is not seen: finite, for it is also multiplied by 0
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class Form:
     step: int
     pack: int
     spans: bool
+
+
+@triton.jit
+def _excess(x, limit):
+    """0 where x <= limit, else 1; of whole numbers. A comparison and a choice take about three times as long."""
+    return tl.inline_asm_elementwise("sub.sat.f32 $0, $1, $2;", "=f,f,f", [x, limit], tl.float32, True, 1)
 
 
 @triton.jit
@@ -86,7 +93,7 @@ def _forward(
     head = head0 + r // ROWS
     alive = row < queries
     position = row + offset
-    n = tl.arange(0, BN)
+    n = tl.arange(0, BN).to(tl.float32)
     d = tl.arange(0, D)
     R: tl.constexpr = WIDTH // BN
     if CAUSAL:
@@ -120,31 +127,29 @@ def _forward(
     for j in tl.range(0, steps, 1, warp_specialize=SPECIAL):
         if SPANS:  # the sinks by themselves, and then what the window has beside them
             start = tl.where(j < sunk, j, j - sunk + low) * BN
-            upper = tl.where(j < sunk, tl.minimum(last, sinks - 1), last) - start
-            lower = tl.where(j < sunk, -1, tl.maximum(position - window, sinks - 1)) - start
+            upper = (tl.where(j < sunk, tl.minimum(last, sinks - 1), last) - start).to(tl.float32)
+            lower = (tl.where(j < sunk, 0, tl.maximum(position - window + 1, sinks)) - start).to(tl.float32)
         else:
             start = tl.load(lists + j // R) * WIDTH + (j % R) * BN
-            upper = last - start
+            upper = (last - start).to(tl.float32)
         k = K.load([b, kv, start, 0]).reshape([BN, D]).T
         s = tl.dot(q, k)
+        s += _excess(n[None, :], upper[:, None]) * HIDDEN
         if SPANS:
-            s = tl.where((n[None, :] <= upper[:, None]) & (n[None, :] > lower[:, None]), s, -float("inf"))
-        else:
-            s = tl.where(n[None, :] <= upper[:, None], s, -float("inf"))
+            s += _excess(-n[None, :], -lower[:, None]) * HIDDEN
         top = tl.maximum(m, tl.max(s, 1) * unit)
-        base = tl.where(top == -float("inf"), 0.0, top)
-        p = tl.math.exp2(s * unit - base[:, None])
-        shrink = tl.math.exp2(m - base)
+        p = tl.math.exp2(s * unit - top[:, None])
+        shrink = tl.math.exp2(m - top)
         acc = acc * shrink[:, None]
         v = V.load([b, kv, start, 0]).reshape([BN, D])
         acc = tl.dot(p.to(OUT.dtype.element_ty), v, acc)
         l = l * shrink + tl.sum(p, 1)
         m = top
-    some = l != 0  # true of a NaN
-    acc = acc / tl.where(some, l, 1.0)[:, None]
+    some = (m > HIDDEN * 0.5 * unit) | (m != m)
+    acc = acc * tl.where(some, 1.0 / l, 0.0)[:, None]
     at = b.to(tl.int64) * out_b + head.to(tl.int64) * out_h + row.to(tl.int64) * out_n
     tl.store(OUT + at[:, None] + d[None, :], acc.to(OUT.dtype.element_ty), mask=alive[:, None])
-    lse = tl.where(some, (m + tl.math.log2(tl.where(some, l, 1.0))) * LN2, -float("inf"))
+    lse = tl.where(some, (m + tl.math.log2(l)) * LN2, -float("inf"))
     tl.store(LSE + (b * heads + head).to(tl.int64) * queries + row, lse, mask=alive)
 
 
@@ -192,16 +197,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Lis
     (b, h, n, d), g = q.shape, k.shape[1]
     found = form(part, h // g)
     assert found is not None
-    lists = [(x, [0 if x is None or x.shape[i] == 1 else x.stride(i) for i in (0, 1)]) for x in (part.crow, part.col)]
     pointers = [part.crow, part.col, part.sinks, part.window]
     rows = TILE // found.pack
     if found.pack > 1:  # a descriptor takes rows that follow on one another: the copy is read once, and is small
         q = q.unflatten(1, (-1, found.pack)).unflatten(3, (-1, rows)).transpose(2, 3).flatten(2, 4)
-    triton.set_allocator(_scratch)  # for the descriptor that the kernel makes
+    triton.set_allocator(scratch)  # for the descriptor that the kernel makes
     _forward[(triton.cdiv(n, rows) * (h // g // found.pack), g, b)](
         q, *(descriptor(x, found.step) for x in (k, v)), out, lse, *(lse if x is None else x for x in pointers),
-        scale, h, h // g, n, part.keys, 0, *q.stride()[:3], *out.stride()[:3],
-        *(s for _, strides in lists for s in strides),
+        scale, h, h // g, n, part.keys, 0, *strides(q, out),
+        *lined(part.crow), *lined(part.col),
         0 if part.sinks is None or len(part.sinks) == 1 else 1,
         D=d, BM=TILE, BN=found.step, ROWS=rows, PACK=found.pack, SUB=max(1, part.q_block // rows),
         WIDTH=max(found.step, part.width), SPANS=found.spans, CAUSAL=part.causal, SPECIAL=True,
@@ -209,7 +213,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Lis
     )
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+def strides(*tensors: Tensor) -> list[int]:
+    """Of the first three axes."""
+    return [n for x in tensors for n in x.stride()[:3]]
+
+
+def lined(x: Tensor | None) -> list[int]:
+    """Strides of a list's first two axes; 0 where one row stands for all."""
+    return [0 if x is None or x.shape[i] == 1 else x.stride(i) for i in (0, 1)]
+
+
+def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
@@ -219,7 +233,7 @@ def right(device: torch.device, dtype: torch.dtype, size: int, found: Form) -> b
     from saccade.ops.attend.triton import launch
 
     draw = rng.generator("ops/attend/triton/hopper")
-    part = _small(device, found)
+    part = small(device, found)
     q, k, v = (torch.randn(1, h, part.queries, size, generator=draw).to(device, dtype) for h in (4, 2, 2))
     plain, plain_lse, _ = launch.forward(q, k, v, [part], size**-0.5, None, special=False)
     out, lse = torch.full_like(plain, torch.nan), torch.full_like(plain_lse, torch.nan)
@@ -238,7 +252,7 @@ def right(device: torch.device, dtype: torch.dtype, size: int, found: Form) -> b
     return False
 
 
-def _small(device: torch.device, found: Form) -> Lists:
+def small(device: torch.device, found: Form) -> Lists:
     n = 900 if found.pack == 1 else 960
     shape = {"causal": True, "queries": n, "keys": n, "q_block": TILE // found.pack, "pack": found.pack}
     if found.spans:
