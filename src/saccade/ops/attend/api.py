@@ -45,7 +45,7 @@ def attend(
     check(q, k, v)
     check_selection(q, k, selection)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    plain = {"torch": list, "reference": list, "flex": lambda: flex.reasons(q, v, selection)}
+    plain = {"torch": list, "reference": list, "flex": lambda: flex.reasons(q, v, selection, softcap)}
     able = dispatch.with_triton(q, lambda: kernels.reasons(q, v, selection, scale), plain)
     name = dispatch.pick("attend", impl, able, report)
     if name == "reference":

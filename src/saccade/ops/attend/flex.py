@@ -25,7 +25,7 @@ FORMS = 1024  # compiled for different shapes and rules; PyTorch stops at 8 of a
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def reasons(q: Tensor, v: Tensor, selection: Selection) -> list[str]:
+def reasons(q: Tensor, v: Tensor, selection: Selection, softcap: float | None) -> list[str]:
     """Why it cannot compute this; [] means that it can."""
     out = []
     if q.device.type != "cuda":
@@ -34,6 +34,9 @@ def reasons(q: Tensor, v: Tensor, selection: Selection) -> list[str]:
         out.append("it computes in float32 at most, and the inputs are float64")
     if q.shape[2] < BLOCK:
         out.append(f"there are {q.shape[2]} queries; it takes {BLOCK} or more")
+    gradients = torch.is_grad_enabled() and (q.requires_grad or v.requires_grad)
+    if softcap is not None and q.dtype == torch.float32 and gradients:
+        out.append("gradients in float32 under a softcap: theirs have more than twice PyTorch's rounding error")
     if min(q.shape[-1], v.shape[-1]) < LEAST_SIZE:
         out.append(f"heads of {min(q.shape[-1], v.shape[-1])}; it takes {LEAST_SIZE} or more")
     if isinstance(selection, Blocks):

@@ -20,6 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from saccade.ops import device
 from saccade.ops.quantise.api import Quantised
+from saccade.ops.tanh import tanh
 
 MOST_ROWS = 64  # of one tile
 MOST_PARTS = 256
@@ -33,14 +34,6 @@ def positions(LIST, i, ok, keys, i_l, PAGE: tl.constexpr):
     page = tl.load(LIST + (i // PAGE).to(tl.int64) * i_l, mask=ok, other=-1).to(tl.int32)
     at = page * PAGE + i % PAGE
     return at, ok & (page >= 0) & (at < keys)
-
-
-@triton.jit
-def capped(s, cap):
-    """cap tanh(s / cap), right near 0 too."""
-    e = tl.math.exp2(tl.abs(s) * (-2.0 * 1.4426950408889634 / cap))
-    t = cap * (1.0 - e) / (1.0 + e)
-    return tl.where(s < 0, -t, t)
 
 
 @triton.jit
@@ -127,7 +120,7 @@ def _split(Q, K, V, LIST, SEEN, ACC, STAT, OUT, LSE, q_b, q_h, q_q, q_d, k_b, k_
         v = tl.load(V + far[:, None] * v_t + dv[None, :] * v_d, mask=ok[:, None] & in_dv, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if CAPPED:
-            s = capped(s, cap)
+            s = cap * tanh(s / cap, True)
         allowed = ok[None, :] & (at[None, :] <= last[:, None])
         if MASKED:
             allowed &= live[:, None]
