@@ -38,7 +38,7 @@ class Lists(NamedTuple):
     whole_block: Int[Tensor, "b h n v"]
 
 
-def reasons(q: Tensor, v: Tensor, selection: Selection, scale: float) -> list[str]:
+def reasons(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float) -> list[str]:
     """Why it cannot compute this; [] means that it can."""
     out, d = _machine(q), q.shape[-1]
     if q.dtype not in DTYPES:
@@ -49,9 +49,13 @@ def reasons(q: Tensor, v: Tensor, selection: Selection, scale: float) -> list[st
         out.append(f"values of {v.shape[-1]} beside keys of {d}; they are to be of one size")
     if not scale > 0:
         out.append(f"a scale of {scale:g}; it takes positive ones")
-    if torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled() and (q.requires_grad or v.requires_grad):
+    if torch.are_deterministic_algorithms_enabled() and _training(q, k, v):
         out.append("its gradients are added up in no fixed order, and deterministic algorithms are asked for")
     return out + _of_selection(selection, _rows(q.device))
+
+
+def _training(*inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 def _machine(q: Tensor) -> list[str]:
@@ -111,9 +115,8 @@ def attend(
     softcap: float | None,
 ) -> tuple[Float[Tensor, "b h q d"], Float[Tensor, "b h q"]]:
     """softmax over the selected pairs, and lse; differentiable in q, k, v through both."""
-    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     with torch.cuda.device(q.device):
-        options = _options(selection, q, training)
+        options = _options(selection, q, _training(q, k, v))
         out, lse = import_module("flash_attn.cute.interface").flash_attn_func(
             *(_laid(x) for x in (q, k, v)),
             softmax_scale=scale,
@@ -216,7 +219,7 @@ def _between(
 def of_spans(s: Spans, rows: int, device: torch.device) -> Made:
     """The same, and sinks and window of each head, which the rule reads."""
     sinks, window, seen, whole = span_tables(s, rows, BLOCK, device)
-    return _of_tables(seen, whole), lambda: _of_tables(seen.mT, whole.mT), (sinks, window)
+    return _of_tables(seen, whole), lambda: _of_tables(seen.mT.contiguous(), whole.mT.contiguous()), (sinks, window)
 
 
 def _of_tables(seen: Bool[Tensor, "b h n m"], whole: Bool[Tensor, "b h n m"]) -> Lists:
