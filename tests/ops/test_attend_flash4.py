@@ -1,4 +1,4 @@
-"""attend by flash-attn-4: on a CPU its reasons, its lists and rules, and what the library is called with (a stand-in that
+"""attend by flash-attn-4: on a CPU its reasons, its lists and rules, and what the library is called with (a stand-in
 computes from these alone); on a CUDA device values, lse and gradients."""
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _Sparse(count, block, whole_count, whole_block, block_size):
 def _stand_in(calls, q, k, v, *, softmax_scale, softcap, pack_gqa, return_lse, mask_mod, block_sparse_tensors, **rest):
     calls.append((q, k, v, rest))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    b, h, n, m = *q.shape[:3], k.shape[2]
+    h, n, m = q.shape[1], q.shape[2], k.shape[2]
     (lists, size), lengths = block_sparse_tensors, SimpleNamespace(seqlen_q=n, seqlen_k=m)
     some, whole = (wide(*x, size, (n, m)) for x in (lists[:2], lists[2:]))
     query, key = torch.arange(n)[:, None], torch.arange(m)
@@ -291,7 +291,8 @@ def test_strided_inputs(kind):
     def odd(x):
         return torch.nn.functional.pad(x, (0, 3))[..., : x.shape[-1]]
 
-    for layout in (odd, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), lambda x: torch.stack([x, x], -1)[..., 0]):
+    turned, apart = lambda x: x.mT.contiguous().mT, lambda x: torch.stack([x, x], -1)[..., 0]
+    for layout in (odd, turned, apart, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)):
         inputs = tensors(1, 4, 2, 700, 900, 128, torch.bfloat16)
         check(selection(kind, 700, 900, q_block=256), inputs, layout=layout, **HERE)
 

@@ -47,7 +47,7 @@ def attend(
     check_selection(q, k, selection)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     plain = {"torch": list, "reference": list, "flex": lambda: flex.reasons(q, v, selection)}
-    plain["flash4"] = lambda: flash4.reasons(q, k, v, selection, scale)  # behind "torch", so that "auto" never comes to it
+    plain["flash4"] = lambda: flash4.reasons(q, k, v, selection, scale)  # behind "torch": "auto" never comes to it
     able = dispatch.with_triton(q, lambda: kernels.reasons(q, v, selection, scale), plain)
     name = dispatch.pick("attend", impl, able, report)
     if name == "reference":
