@@ -53,7 +53,7 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the table. `goal`: the share for our kernels to reach; `best`: for the best back end that is installed."""
+    """A row of the table. `goal`: the share for our kernels to reach; `best`: for the best back end installed."""
 
     name: str
     tokens: int
@@ -69,7 +69,8 @@ def cases() -> list[Case]:
     blocks = [
         Case(f"blocks 128 {density:.2f}", n, functools.partial(random_blocks, density=density, block=128), goal, best)
         for n, density, goal, best in (
-            (32768, 0.10, 0.75, 0.90), (131072, 0.05, 0.74, 0.84), (131072, 0.10, 0.78, 0.90), (131072, 0.25, 0.82, 0.92)
+            (32768, 0.10, 0.75, 0.90), (131072, 0.05, 0.74, 0.84),
+            (131072, 0.10, 0.78, 0.90), (131072, 0.25, 0.82, 0.92),
         )
     ]
     back = [

@@ -164,33 +164,42 @@ Made = tuple[Lists, Callable[[], Lists], tuple[Tensor, ...]]
 
 
 def of_blocks(s: Blocks, rows: int, device: torch.device) -> Made:
-    """Lists of the queries', and a call that gives those of the keys'. The host waits for nothing.
+    """Lists of the queries', and a call that gives those of the keys'. The host waits for nothing."""
+    if device.type != "cuda":
+        return _of_queries(s, rows, device), lambda: _of_keys(s, rows, device), ()
+    from saccade.ops.attend.flash4_lists import split
 
-    The kept blocks are numbers row * nkb + column, ascending; those of a row between two columns lie side by side.
-    """
+    return split(s, rows, device), lambda: _of_keys(s, rows, device), ()
+
+
+def _of_queries(s: Blocks, rows: int, device: torch.device) -> Lists:
+    """What `flash4_lists.split` says in one kernel. Entries of a row between two columns lie side by side."""
     q0, q1, k0, k1 = edges(s, rows, BLOCK, device)
-    q0, q1 = q0[:, 0], q1[:, 0]
     nqb, nkb = len(q0), len(k0)
-    entries = _entries(s, rows, (nqb, nkb), device)
-    seen, whole = torch.full((2, nqb), nkb, device=device)
-    first, full = torch.zeros(2, nkb, dtype=torch.long, device=device)
+    seen = whole = torch.full((nqb,), nkb, device=device)
     if s.causal:
-        seen, whole = torch.searchsorted(k0, q1), torch.searchsorted(k1, q0 + 1, right=True)
-        first, full = torch.searchsorted(q1, k0, right=True), torch.searchsorted(q0 + 1, k1)
-    least = torch.zeros_like(whole), torch.full_like(full, nqb)
-
-    def backward() -> Lists:
-        none = entries == nqb * nkb
-        turned = ((entries % nkb) * nqb + entries // nkb).masked_fill(none, nqb * nkb).sort(-1).values
-        some = _between(turned, nqb, first, full, -(-BLOCK // rows) + 1)
-        return Lists(*some, *_between(turned, nqb, full, least[1], nqb))
-
+        seen, whole = torch.searchsorted(k0, q1[:, 0]), torch.searchsorted(k1, q0[:, 0] + 1, right=True)
+    entries = _entries(s, rows, (nqb, nkb), device)
     some = _between(entries, nkb, whole, seen, rows // BLOCK + 1)
-    return Lists(*some, *_between(entries, nkb, least[0], whole, nkb)), backward, ()
+    return Lists(*some, *_between(entries, nkb, torch.zeros_like(whole), whole, nkb))
+
+
+def _of_keys(s: Blocks, rows: int, device: torch.device) -> Lists:
+    """For each block of keys the blocks of queries that keep it."""
+    q0, q1, k0, k1 = edges(s, rows, BLOCK, device)
+    nqb, nkb = len(q0), len(k0)
+    seen = whole = torch.zeros(nkb, dtype=torch.long, device=device)
+    if s.causal:
+        seen, whole = torch.searchsorted(q1[:, 0], k0, right=True), torch.searchsorted(q0[:, 0] + 1, k1)
+    entries = _entries(s, rows, (nqb, nkb), device)
+    turned = (entries % nkb) * nqb + entries // nkb
+    turned = turned.masked_fill(entries == nqb * nkb, nqb * nkb).sort(-1).values
+    some = _between(turned, nqb, seen, whole, -(-BLOCK // rows) + 1)
+    return Lists(*some, *_between(turned, nqb, whole, torch.full_like(whole, nqb), nqb))
 
 
 def _entries(s: Blocks, rows: int, grid: tuple[int, int], device: torch.device) -> Int[Tensor, "b h n"]:
-    """Numbers of the kept blocks in the library's sizes, ascending, and at least one that stands for none."""
+    """row * nkb + column of the kept blocks in the library's sizes, ascending; at least one that stands for none."""
     nqb, nkb = grid
     crow, col = s.crow.to(device).long().contiguous(), s.col.to(device).long()
     each = torch.arange(col.shape[-1], device=device).expand_as(col).contiguous()
