@@ -1,8 +1,8 @@
 """Attention over a selection by kernels of our own in Triton, for a CUDA device; forward and backward, with lse.
 
-Every kind of selection becomes lists (`lists.py`): numbers of whole key blocks, lists of keys, ranges, or a window, for
-each query block. One kernel walks over them (`kernels.py`), query heads that read the same keys side by side. Spans on a
-grid have kernels of their own (`grid/`), which read no lists. Triton is imported with the first call.
+Every kind of selection becomes lists (`lists.py`): numbers of whole key blocks, lists of keys, ranges, or a window,
+for each query block. One kernel walks over them (`kernels.py`), query heads that read the same keys side by side. Spans
+on a grid have kernels of their own (`grid/`), which read no lists. Triton is imported with the first call.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A neighbourhood on a grid, as the kernels walk it: boxes of cells, by arithmetic, without lists or a copy of the keys.
+"""A neighbourhood on a grid, as the kernels walk it: boxes of cells, by arithmetic; no lists, no copy of the keys.
 
 Along an axis of m cells and windows of w, cell c sees w cells from
 
@@ -43,7 +43,8 @@ class Grid:
 
     def tiles(self, box: Cells) -> int:
         """Boxes that hold all cells, of all remainders."""
-        return math.prod(-(-(-(-n // g)) // b) * g for n, g, b in zip(self.size, self.gap, box))
+        cells = [-(-n // g) for n, g in zip(self.size, self.gap)]
+        return math.prod(-(-n // b) * g for n, g, b in zip(cells, self.gap, box))
 
     def box(self, cells: int) -> Cells:
         """A box of so many cells (a power of two), as even as the grid allows, longest along the last axis."""

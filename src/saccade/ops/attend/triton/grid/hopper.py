@@ -1,4 +1,4 @@
-"""The forward kernel for a grid in the form that Triton specialises by warp on Hopper: one group loads, and two compute.
+"""The forward kernel for a grid in the form that Triton specialises by warp on Hopper: one group loads, two compute.
 
 Not causal, heads of 64 to 128 in 16 bits, boxes of 128 queries by 128 or 64 keys. As in the form for lists the compiler
 asks for one loop without a branch, so every step has the mask; here that is one operation and a choice a pair: each row

@@ -1,5 +1,5 @@
-"""The kernels for a grid, on any device: one walks over the keys of some queries (forward, and dQ), one over the queries
-of some keys (dK and dV). What a step computes is that of the kernels for lists.
+"""The kernels for a grid, on any device: one walks over the keys of some queries (forward, and dQ), one over the
+queries of some keys (dK and dV). What a step computes is that of the kernels for lists.
 
 Boxes of a step begin where what is seen begins, so they lie across one another from program to program, and fewer are
 touched than if all grids were cut alike. Those of which every pair is seen come first, without a mask.
