@@ -117,13 +117,13 @@ def _within_the_tensors(monkeypatch):
     def watched(name, pointers, mask):
         real = getattr(own.InterpreterBuilder, name)
 
-        def wrapper(self, *args):
+        def wrapper(self, *args, **options):
             at, use = np.broadcast_arrays(args[pointers].data, args[mask].data.astype(bool))
             inside = np.zeros(at.shape, dtype=bool)
             for first, end in given:
                 inside |= (at >= first) & (at < end)
             assert (inside | ~use).all(), f"{name} beside the tensors"
-            return real(self, *args)
+            return real(self, *args, **options)
 
         monkeypatch.setattr(own.InterpreterBuilder, name, wrapper)
 
