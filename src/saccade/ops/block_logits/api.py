@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 SCORES = 2**20  # key elements gathered at once: 4 MiB in float32, which stays in a CPU cache
+SCORES_CUDA = 2**27  # a launch takes as long as millions of them
 
 
 def block_logits(
@@ -21,7 +22,7 @@ def block_logits(
     A few groups at a time: the keys are gathered for each. Tokens past the last key stand for the last.
     """
     b, h, n, l = blocks.shape
-    step = max(1, SCORES // (b * h * l * width * q.shape[-1]))
+    step = max(1, (SCORES_CUDA if q.is_cuda else SCORES) // (b * h * l * width * q.shape[-1]))
     flat, tokens = k.reshape(-1, k.shape[-1]), k.shape[2]
     row = torch.arange(b, device=q.device)[:, None] * k.shape[1] + torch.arange(h, device=q.device) // (h // k.shape[1])
     out = []
