@@ -6,7 +6,8 @@
 
 The shape is that of Llama-3-8B, bfloat16, weights drawn on the device. What time depends on is the shape, and for
 methods that choose also how scattered the choice is: random weights scatter it more than a trained model would.
-`full` is the model without the library (transformers and SDPA, cuDNN first); `full:attached` is the library's own dense.
+`full` is the model without the library (transformers and SDPA; cuDNN first in the prefill); `full:attached` is the
+library's own dense.
 
 prefill: seconds of `model(ids, logits_to_keep=1)`; `attention` are the seconds of them between the queries' arrival and
 the output (choosing included, projections and storing not), by CUDA events. The fastest dense is timed on a layer's own
@@ -17,7 +18,7 @@ decode: one sequence is prefilled by the method, then repeated over the batch wi
 token in place: what the step costs with a cache that neither copies itself to grow nor asks the host; `frozen` is that
 step without the graph. Fewer layers than the model's 32 where memory or time ask for it: each row says how many, and
 `of32` is the step with the part per layer scaled (embedding and output head measured apart). `peak` is of the eager
-steps, weights included; `cache` what is held after them.
+steps, weights included; `cache` what is held after them; `waits` are the places where an eager step waits for the device.
 
 Gates of duo-attention and channels of double-sparsity are drawn at random: half of the key/value heads of the model
 stream.
@@ -31,12 +32,14 @@ import dataclasses
 import functools
 import gc
 import importlib.util
+import itertools
 import json
 import math
 import statistics
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -136,9 +139,15 @@ class Row:
     figures: dict[str, list[float]] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     kernels: dict[str, float] = field(default_factory=dict)  # of one prefill or step: milliseconds by class
+    waits: dict[str, int] = field(default_factory=dict)  # of one step: where, and how often
     notes: dict[str, str] = field(default_factory=dict)
     against: dict[str, float] = field(default_factory=dict)  # times less than the fastest dense; shares of bytes
     goals: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def place(self) -> tuple[str, int, int, int]:
+        """What rows that are compared have in common."""
+        return self.part, self.tokens, self.batch, self.layers
 
     def median(self, figure: str) -> float:
         """Of the rounds; infinite if there were none."""
@@ -202,11 +211,12 @@ def clock(device: str) -> float:
 
 
 CLASSES = {
-    "attention": ("flash", "fmha", "_split", "combine", "over_keys", "_forward", "attn", "sdpa", "_gathered", "softmax"),
+    "attention": ("flash", "fmha", "_split", "combine", "over_keys", "_forward", "attn", "sdpa", "_gathered",
+                  "softmax"),
     "matrix products": ("gemm", "nvjet", "cutlass", "gemv", "splitk", "matmul", "cublas"),
     "growing the cache": ("CatArray",),
     "choosing": ("topk", "sort", "radix", "select", "column_scores", "scan", "index", "gather", "scatter"),
-}  # the first class that fits
+}  # fmt: skip  # the first class that fits
 
 
 def kernels(work: Callable[[], object], device: str) -> dict[str, float]:
@@ -225,7 +235,7 @@ def kernels(work: Callable[[], object], device: str) -> dict[str, float]:
         spent[name] = spent.get(name, 0.0) + took
         single[f"{event.key[:60]} x{event.count}"] = took
     longest = sorted(single.items(), key=lambda pair: -pair[1])[:10]
-    return {**{"all": sum(spent.values())}, **spent, **{f"kernel {name}": took for name, took in longest}}
+    return {"all": sum(spent.values()), **spent, **{f"kernel {name}": took for name, took in longest}}
 
 
 # --- the model and who works in it -----------------------------------------------------------------------------------
@@ -303,10 +313,9 @@ def working(model: LlamaForCausalLM, who: Contestant, meter: Meter) -> Iterator[
     """Attach for as long as the block lasts, attention metered; gives the run, None for the model alone."""
     if who.method is None:
         plain = AttentionInterface()["sdpa"]
-        AttentionInterface.register("sdpa", meter.wrap(plain))
+        AttentionInterface.register("sdpa", meter.wrap(functools.partial(unmasked, plain)))
         try:
-            with sdpa_kernel(SDPA, set_priority=True):
-                yield None
+            yield None
         finally:
             AttentionInterface.register("sdpa", plain)
         return
@@ -314,6 +323,16 @@ def working(model: LlamaForCausalLM, who: Contestant, meter: Meter) -> Iterator[
         for engine in run._engines.values():
             engine._attend = meter.wrap(engine._attend)
         yield run
+
+
+def unmasked(plain: Callable, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
+    """SDPA as transformers calls it. While a graph is captured some versions make a mask that hides nothing, and take
+    another kernel for it.
+    """
+    if q.shape[2] == 1:
+        return plain(module, q, k, v, None, **options)
+    with sdpa_kernel(SDPA, set_priority=True):
+        return plain(module, q, k, v, mask, **options)
 
 
 def tokens_of(model: LlamaForCausalLM, batch: int, tokens: int) -> Tensor:
@@ -455,6 +474,22 @@ def eager(model: LlamaForCausalLM, cache: Any, args: argparse.Namespace, row: Ro
     row.figures["eager attention"] = [meter.during(functools.partial(steps, 1))[1] for _ in range(args.rounds)]
     if not args.no_profile:
         row.kernels = kernels(functools.partial(steps, 1), args.device)
+    row.waits = waits(functools.partial(steps, 1), args.device)
+
+
+def waits(work: Callable[[], object], device: str) -> dict[str, int]:
+    """Where the host waits for the device."""
+    if device == "cpu":
+        return {}
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    places = [f"{w.filename.rpartition('/')[2]}:{w.lineno}" for w in seen if "called a synchronizing" in str(w.message)]
+    return {place: places.count(place) for place in dict.fromkeys(places)}
 
 
 def frozen(model: LlamaForCausalLM, run: Any, cache: Any, args: argparse.Namespace, row: Row) -> None:
@@ -586,8 +621,7 @@ FASTEST = {
 def judge(rows: list[Row]) -> None:
     """Against the fastest dense of the same length and batch, and against the goals."""
     for row in rows:
-        dense = [r for r in rows if (r.part, r.tokens, r.batch, r.layers) == (row.part, row.tokens, row.batch, row.layers)
-                 and r.method in (*PLAIN, "dense kernels")]  # fmt: skip
+        dense = [r for r in rows if r.place == row.place and r.method in (*PLAIN, "dense kernels")]
         for figure, names in FASTEST[row.part].items():
             best = min((r.median(name) for r in dense for name in names), default=math.inf)
             if math.isfinite(best) and figure in row.figures:
@@ -623,7 +657,7 @@ def crossing(points: list[tuple[int, float]]) -> float | str:
     """Where the speed-up passes 1."""
     if points[0][1] >= 1:
         return f"below {points[0][0]}"
-    for (n0, s0), (n1, s1) in zip(points, points[1:]):
+    for (n0, s0), (n1, s1) in itertools.pairwise(points):
         if s0 < 1 <= s1:
             at = -math.log(s0) / (math.log(s1) - math.log(s0))
             return round(math.exp(math.log(n0) + at * (math.log(n1) - math.log(n0))))
@@ -640,6 +674,7 @@ def line(row: Row) -> str:
             text += f" x{row.against[name]:.2f}" if name in row.against else ""
     for name, size in row.bytes.items():
         text += f" | {name} {size / 2**30:.2f} GiB" + (f" ({row.against[name]:.3f})" if name in row.against else "")
+    text += f" | waits {sum(row.waits.values())}" if row.waits else ""
     for name in ("goals", "notes"):
         text += "".join(f" | {name[:-1]} {key} {value}" for key, value in getattr(row, name).items())
     return text
@@ -652,6 +687,7 @@ def profile_text(rows: Sequence[Row]) -> str:
         if row.kernels:
             out.append(f"{row.part} {row.tokens} x{row.batch}, {row.layers} layers, {row.method} {row.budget}, eager")
             out += [f"  {took:10.3f} ms  {name}" for name, took in row.kernels.items()]
+            out += [f"  {count:10} waits at {place}" for place, count in row.waits.items()]
     return "\n".join(out) + "\n"
 
 
