@@ -368,8 +368,8 @@ class Engine:
         self._note(stage, pairs, causal)
 
     def count_pending(self) -> None:
-        """Count the selections of the prefill; put off until asked, since it can cost as much as choosing them. And note
-        what the device has counted since.
+        """Count the selections of the prefill; put off until asked, since it can cost as much as choosing them. Then
+        note what the device has counted of later tokens.
         """
         for selection in self.pending:
             share = float(selection.density().mean())
