@@ -18,7 +18,8 @@ decode: one sequence is prefilled by the method, then repeated over the batch wi
 token in place: what the step costs with a cache that neither copies itself to grow nor asks the host; `frozen` is that
 step without the graph. Fewer layers than the model's 32 where memory or time ask for it: each row says how many, and
 `of32` is the step with the part per layer scaled (embedding and output head measured apart). `peak` is of the eager
-steps, weights included; `cache` what is held after them; `waits` are the places where an eager step waits for the device.
+steps, weights included; `cache` what is held after them; `waits` are the places where an eager step waits for the
+device.
 
 Gates of duo-attention and channels of double-sparsity are drawn at random: half of the key/value heads of the model
 stream.
@@ -163,7 +164,7 @@ class Meter:
     def __init__(self, device: str):
         self.device, self.on = device, False
         self.pairs: list[tuple[Any, Any]] = []
-        self.last: tuple[Any, ...] = ()
+        self.last: tuple[Any, ...] = ()  # arguments of the last call
 
     def mark(self) -> Any:
         """A moment, on the device."""
@@ -187,6 +188,7 @@ class Meter:
             start = self.mark()
             out = function(*args, **kwargs)
             self.pairs.append((start, self.mark()))
+            self.last = args
             return out
 
         return timed
@@ -350,15 +352,18 @@ def prefill_rows(model: LlamaForCausalLM, args: argparse.Namespace, tokens: int,
     cut(model, layers)
     field = [Contestant.of(text) for text in args.methods or args.plan.prefill_methods]
     rows = [Row("prefill", who.label, str(who.budget), tokens, 1, layers) for who in field]
-    ids, spent = tokens_of(model, 1, tokens), [0.0] * len(field)
+    ids, spent, own = tokens_of(model, 1, tokens), [0.0] * len(field), ()
     for number in range(-1, args.rounds):  # the first is the warm-up
         for i, who in enumerate(field):
             row = rows[i]
             if "error" in row.notes or (row.figures and spent[i] > args.most_seconds):
                 continue
             with noting(row, "error"):
-                whole, attention = one_prefill(model, who, args.device, ids if number >= 0 else ids[:, :warm(tokens)])
+                meter = Meter(args.device)
+                whole, attention = one_prefill(model, who, meter, ids if number >= 0 else ids[:, : warm(tokens)])
                 spent[i] += whole
+                own = meter.last[1:4] if who.method is None else own
+                del meter
                 if number >= 0:
                     row.figures.setdefault("seconds", []).append(whole)
                     row.figures.setdefault("attention", []).append(attention)
@@ -366,9 +371,11 @@ def prefill_rows(model: LlamaForCausalLM, args: argparse.Namespace, tokens: int,
     for row, who in zip(rows, field):
         if row.figures and not args.no_profile and row.median("seconds") < args.profile_seconds:
             with noting(row, "profile"):
-                row.kernels = kernels(lambda who=who: one_prefill(model, who, args.device, ids), args.device)
+                work = functools.partial(one_prefill, model, who, Meter(args.device), ids)
+                row.kernels = kernels(work, args.device)
+                del work
             tidy(args.device)
-    return rows + [dense_row(args, tokens, layers, model.config)]
+    return [*rows, dense_row(args, own, layers)] if own else rows
 
 
 def warm(tokens: int) -> int:
@@ -377,26 +384,21 @@ def warm(tokens: int) -> int:
 
 
 @torch.no_grad()
-def one_prefill(model: LlamaForCausalLM, who: Contestant, device: str, ids: Tensor) -> tuple[float, float]:
+def one_prefill(model: LlamaForCausalLM, who: Contestant, meter: Meter, ids: Tensor) -> tuple[float, float]:
     """Seconds, and those of attention."""
-    meter = Meter(device)
     with working(model, who, meter):
         return meter.during(lambda: model(ids, use_cache=True, logits_to_keep=1))[:2]
 
 
-def dense_row(args: argparse.Namespace, tokens: int, layers: int, config: LlamaConfig) -> Row:
-    """Dense kernels on q, k, v of this shape: seconds of one layer, times the layers."""
-    row = Row("prefill", "dense kernels", "1", tokens, 1, layers)
-    heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    kind, meter = torch.float32 if args.tiny else torch.bfloat16, Meter(args.device)
-    draw = rng.generator("benchmarks/gpu_model/qkv", 0, tokens, device=args.device)
-    sizes = {"generator": draw, "device": args.device, "dtype": kind}
-    q, k, v = (torch.randn(1, tokens, h, size, **sizes).transpose(1, 2) for h in (heads, groups, groups))
+def dense_row(args: argparse.Namespace, own: tuple[Tensor, ...], layers: int) -> Row:
+    """Dense kernels on the last layer's q, k, v: seconds of one layer, times the layers."""
+    q, k, v = own
+    row, meter = Row("prefill", "dense kernels", "1", q.shape[2], 1, layers), Meter(args.device)
     for name, kernel in dense_kernels(args.device).items():
         with noting(row, name), torch.no_grad():
             kernel(q[:, :, :256], k[:, :, :256], v[:, :, :256])
-            work = functools.partial(kernel, q, k, v)
-            row.figures[name] = [layers * meter.during(work)[0] for _ in range(args.rounds)]
+            work = meter.wrap(functools.partial(kernel, q, k, v))
+            row.figures[name] = [layers * meter.during(work)[1] for _ in range(args.rounds)]
     return row
 
 
