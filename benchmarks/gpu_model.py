@@ -89,7 +89,7 @@ class Plan:
 DUO = "duo-attention:sink_tokens=64,recent_tokens=256@0.5"
 USUAL = Plan(
     {8192: 32, 32768: 32, 131072: 32, 524288: 2},
-    ("full", "full:attached", "minference@7096tok", "hip@1024tok"),
+    ("full", "full:attached", "minference@7096tok", "hip@784tok"),
     {16384: 32, 32768: 32, 131072: 8},
     ("full", "full:attached", "snapkv@0.12", DUO, "double-sparsity:dense_layers=0@1/16"),
 )
