@@ -111,13 +111,15 @@ class DoubleSparsity(Decode):
         else:
             labels = dequantise(stored["codes"], stored["span"], self.label_bits, self.channels)
             asked = dequantise(*quantise(asked, self.label_bits), self.label_bits, self.channels)
-        score = asked.unflatten(1, (site.kv_heads, -1)).float() @ labels[:, :, None].float().mT
-        room = _column(counts, q.device)
-        keys = torch.arange(site.keys, device=q.device)
-        behind = keys[site.offset :, None] - keys
-        score = score.flatten(1, 2).masked_fill(behind < 0, -torch.inf)
-        score = score.masked_fill((behind >= 0) & (behind < room.clamp(max=self.recent_tokens)), torch.inf)
-        index = score.topk(max(counts), -1).indices
+        together = asked.unflatten(1, (site.kv_heads, -1)).flatten(2, 3)  # a product per key/value head: labels read once
+        score = (together.float() @ labels.float().mT).view(*q.shape[:3], site.keys)
+        room, one = _column(counts, q.device), site.queries == 1
+        if not one or self.recent_tokens:  # a single query sees every key: two passes over the scores are saved
+            keys = torch.arange(site.keys, device=q.device)
+            behind = keys[site.offset :, None] - keys
+            score = score.masked_fill(behind < 0, -torch.inf)
+            score = score.masked_fill((behind >= 0) & (behind < room.clamp(max=self.recent_tokens)), torch.inf)
+        index = score.topk(max(counts), -1, sorted=not one).indices
         spare = torch.arange(max(counts), device=q.device) >= room
         return Gather(index=index.masked_fill(spare, -1).int(), queries=site.queries, keys=site.keys)
 
