@@ -111,7 +111,8 @@ class DoubleSparsity(Decode):
         else:
             labels = dequantise(stored["codes"], stored["span"], self.label_bits, self.channels)
             asked = dequantise(*quantise(asked, self.label_bits), self.label_bits, self.channels)
-        together = asked.unflatten(1, (site.kv_heads, -1)).flatten(2, 3)  # a product per key/value head: labels read once
+        # one product per key/value head: its labels are read once
+        together = asked.unflatten(1, (site.kv_heads, -1)).flatten(2, 3)
         score = (together.float() @ labels.float().mT).view(*q.shape[:3], site.keys)
         room, one = _column(counts, q.device), site.queries == 1
         if not one or self.recent_tokens:  # a single query sees every key: two passes over the scores are saved
