@@ -18,7 +18,7 @@ from saccade.attach.layer import SaccadeLayer
 from saccade.attach.store import Bucket, Store, regroup
 from saccade.core.errors import CannotRun, DoesNotCompose
 from saccade.core.method import Cache, Decode, Method
-from saccade.core.selection import Selection, causal_mask
+from saccade.core.selection import Gather, Selection, causal_mask
 from saccade.core.site import Seen, Site, Stage, State
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Engine:
         self.run, self.place = run, place
         self.parts: dict[str, Method] = run.parts
         self.pending: list[Selection] = []  # selections of the prefill, counted when somebody asks
+        self.decoded: Tensor | None = None  # pairs of later tokens, summed where they are until somebody asks
 
     # --- one forward ------------------------------------------------------------------------------------------------
 
@@ -116,16 +117,19 @@ class Engine:
         """The pieces, taken apart until what a method is told of one holds for all of its sequences: how many tokens
         went by, and what it remembers, whose shapes may differ.
         """
-        owner = self.parts.get(stage)
+        owner, seen = self.parts.get(stage), layer.store.seen
         if owner is None:
             yield from pieces
             return
         states = layer.states.get(owner.card.name) or [{}] * layer.store.sequences
+        kinds = [(n, frozenset((name, x.shape) for name, x in state.items())) for n, state in zip(seen, states)]
+        if len(set(kinds)) == 1:  # so that the device need not be asked
+            yield from pieces
+            return
         for count, rows in pieces:
             parts: dict[Any, list[int]] = {}
             for entry, i in enumerate((rows.rows // layer.store.kv_heads).tolist()):
-                shapes = frozenset((name, x.shape) for name, x in states[i].items())
-                parts.setdefault((layer.store.seen[i], shapes), []).append(entry)
+                parts.setdefault(kinds[i], []).append(entry)
             for some in parts.values():
                 yield count, rows if len(parts) == 1 else rows.pick(torch.tensor(some, device=rows.rows.device))
 
@@ -169,7 +173,7 @@ class Engine:
         """Everything that is stored and that the eviction rule lets each query see."""
         queries = q.shape[2]
         visible = self._visible(layer, rows, queries, stage)
-        self._note_dense(rows, q, stage, visible)
+        self._note_dense(layer, rows, q, stage, visible)
         evictor = self.parts.get("evict")
         if isinstance(evictor, Cache) and evictor.merges and layer.store.dropped:
             return self._merged(evictor, rows, q, visible)
@@ -207,6 +211,8 @@ class Engine:
     def _visible(self, layer: SaccadeLayer, rows: Bucket, queries: int, stage: Stage) -> Tensor | None:
         evictor = self.parts.get("evict")
         if not isinstance(evictor, Cache) or (stage == "prefill" and "prefill" not in evictor.parts):
+            return None
+        if type(evictor).visible is Cache.visible:  # all: without asking the device which rows these are
             return None
         seen = layer.store.seen[int(rows.rows[0]) // layer.store.kv_heads]
         last = torch.tensor(layer.store.seen, device=rows.rows.device)[rows.rows // layer.store.kv_heads]
@@ -331,24 +337,30 @@ class Engine:
 
     def _compute(self, stage: Stage, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
         """What `Site.attend` does: compute, and note what was computed."""
+        options = {"scale": self.place.scale, "softcap": self.place.softcap}
         if stage == "prefill":
             self.pending.append(selection)
-        else:
-            self._note(
-                stage, float(selection.count().expand(*q.shape[:2]).sum()), selection.dense_pairs * q[..., 0, 0].numel()
-            )
-        return ops.attend(q, k, v, selection, scale=self.place.scale, softcap=self.place.softcap)[0]
+            return ops.attend(q, k, v, selection, **options)[0]
+        pairs = selection.count().expand(*q.shape[:2]).sum()
+        self.decoded = pairs if self.decoded is None else self.decoded + pairs
+        self._note(stage, 0.0, selection.dense_pairs * q[..., 0, 0].numel())
+        if isinstance(selection, Gather) and selection.q_block == 1 and selection.ranges is None and selection.causal:
+            return ops.decode(q, k, v, selection.index, **options)[0]
+        return ops.attend(q, k, v, selection, **options)[0]
 
     def _note(self, stage: Stage, pairs: float, causal: float) -> None:
         record = self.run.layer_record(self)
         record.pairs[stage] += pairs
         record.pairs_causal[stage] += causal
 
-    def _note_dense(self, rows: Bucket, q: Tensor, stage: Stage, visible: Tensor | None) -> None:
+    def _note_dense(self, layer: SaccadeLayer, rows: Bucket, q: Tensor, stage: Stage, visible: Tensor | None) -> None:
         """Against what a dense cache would have computed: every token seen, not only those still stored."""
-        r, s, n, _ = q.shape
-        last = rows.positions[:, -1].double() + 1 if rows.length else torch.zeros(r).double()
-        causal = float((last * n - n * (n - 1) / 2).sum()) * s
+        (r, s, n, _), seen = q.shape, layer.store.seen
+        if len(set(seen)) == 1:  # the last position of every row, without asking the device
+            last = float(r * seen[0])
+        else:
+            last = float((rows.positions[:, -1].double() + 1).sum()) if rows.length else 0.0
+        causal = (last * n - r * n * (n - 1) / 2) * s
         if visible is None:
             pairs = r * s * (rows.length * n - n * (n - 1) / 2)
         else:
@@ -356,11 +368,16 @@ class Engine:
         self._note(stage, pairs, causal)
 
     def count_pending(self) -> None:
-        """Count the selections of the prefill; put off until asked, since it can cost as much as choosing them."""
+        """Count the selections of the prefill; put off until asked, since it can cost as much as choosing them. Then
+        note what the device has counted of later tokens.
+        """
         for selection in self.pending:
             share = float(selection.density().mean())
             self._note("prefill", share * selection.dense_pairs, selection.dense_pairs)
         self.pending.clear()
+        if self.decoded is not None:
+            self._note("decode", float(self.decoded), 0.0)
+            self.decoded = None
 
     def _keep_state(self, layer: SaccadeLayer, method: Method, site: Site, ids: list[int]) -> None:
         if not site.state:

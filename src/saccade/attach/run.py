@@ -174,6 +174,7 @@ class Run:
         self._layers[index] = layer
         self._record.layers[index] = LayerRecord(index)
         engine.pending.clear()
+        engine.decoded = None
 
     def layer_record(self, engine: Engine) -> LayerRecord:
         """The entry of this engine's layer."""

@@ -102,15 +102,20 @@ class Store:
         for count, ids in self._by_count(bucket, counts):
             part = bucket if len(ids) == len(bucket.rows) else bucket.pick(ids)
             sequence = part.rows // self.kv_heads
-            start = torch.tensor(self.seen, device=part.rows.device)[sequence]
-            positions = (start[:, None] + torch.arange(count, device=start.device)).int()
+            positions = self._next(sequence)[:, None] + torch.arange(count, device=sequence.device)
             whole = len(part.rows) == self.sequences * self.kv_heads
             new = flat if whole else {name: c.index_select(0, part.rows) for name, c in flat.items()}
             if real is not None:
                 token = real[sequence].nonzero()[:, 1].view(len(sequence), count)
                 new = {name: _tokens(c, token) for name, c in new.items()}
-            out.append(part.append(positions, new))
+            out.append(part.append(positions.int(), new))
         return out
+
+    def _next(self, sequence: Int[Tensor, " r"]) -> Int[Tensor, " r"]:
+        """The position after the last one seen; where all are alike, nothing is copied from the host."""
+        if len(set(self.seen)) == 1:
+            return torch.full_like(sequence, self.seen[0])
+        return torch.tensor(self.seen, device=sequence.device)[sequence]
 
     def _by_count(self, bucket: Bucket, counts: list[int]) -> list[tuple[int, Tensor]]:
         """(number of new tokens, rows of the bucket that get that many)."""
@@ -128,6 +133,8 @@ class Store:
     def whole_sequences(self, bucket: Bucket) -> list[int] | None:
         """The sequences in a bucket if all of their heads are in it, else None."""
         g = self.kv_heads
+        if len(bucket.rows) == g * self.sequences:  # all there are: the device need not be asked
+            return list(range(self.sequences))
         heads = torch.arange(g, device=bucket.rows.device)
         if len(bucket.rows) % g or not torch.equal(bucket.rows.view(-1, g) % g, heads.expand(len(bucket.rows) // g, g)):
             return None
