@@ -223,8 +223,11 @@ def reasons(q: Tensor, k: Tensor, v: Tensor, *, listed: bool, entries: int = 1) 
     why = device.triton_reasons(q, k, v)
     if q.dtype == torch.float64:
         why.append("it computes in float32 at most, and the inputs are float64")
-    if max(q.shape[-1], v.shape[-1]) > 256:
-        why.append(f"heads of {max(q.shape[-1], v.shape[-1])}; it takes up to 256")
+    wide = max(q.shape[-1], v.shape[-1])
+    if wide > 256:
+        why.append(f"heads of {wide}; it takes up to 256")
+    elif wide > 128 and q.dtype == torch.float32:
+        why.append(f"heads of {wide} in float32: above 128 its rounding error is more than twice PyTorch's")
     if (n := q.shape[1] // k.shape[1] * (1 if listed else q.shape[2])) > MOST_ROWS:
         why.append(f"{n} rows share the keys of a head; it takes up to {MOST_ROWS}")
     if not (q.numel() and v.numel() and entries):

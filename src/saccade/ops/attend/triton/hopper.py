@@ -30,6 +30,8 @@ SIZES = (64, 128)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 HIDDEN = tl.constexpr(-1e30)  # added to a logit that is not seen: finite, for it is also multiplied by 0
+SMALLEST = 1e-6  # scale with which that holds
+LEAST = tl.constexpr(-1e20)  # what a row's largest logit begins with: above all that are hidden, under all that are not
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def _forward(
         first = tl.load(crow)
         steps = (tl.load(crow + 1) - first) * R
         lists = COL + b.to(tl.int64) * col_b + head0.to(tl.int64) * col_h + first
-    m = tl.full([BM], -float("inf"), tl.float32)
+    m = tl.full([BM], LEAST, tl.float32)
     l = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
     unit = scale * LOG2E
@@ -145,11 +147,11 @@ def _forward(
         acc = tl.dot(p.to(OUT.dtype.element_ty), v, acc)
         l = l * shrink + tl.sum(p, 1)
         m = top
-    some = (m > HIDDEN * 0.5 * unit) | (m != m)
-    acc = acc * tl.where(some, 1.0 / l, 0.0)[:, None]
+    some = l != 0  # true of a NaN
+    acc = acc * (1.0 / tl.where(some, l, 1.0))[:, None]
     at = b.to(tl.int64) * out_b + head.to(tl.int64) * out_h + row.to(tl.int64) * out_n
     tl.store(OUT + at[:, None] + d[None, :], acc.to(OUT.dtype.element_ty), mask=alive[:, None])
-    lse = tl.where(some, (m + tl.math.log2(l)) * LN2, -float("inf"))
+    lse = tl.where(some, (m + tl.math.log2(tl.where(some, l, 1.0))) * LN2, -float("inf"))
     tl.store(LSE + (b * heads + head).to(tl.int64) * queries + row, lse, mask=alive)
 
 
@@ -168,14 +170,14 @@ def form(part: Lists, group: int) -> Form | None:
     return Form(step, 2, False) if together else None
 
 
-def fits(q: Tensor, k: Tensor, v: Tensor, part: Lists, cap: float | None) -> bool:
+def fits(q: Tensor, k: Tensor, v: Tensor, part: Lists, scale: float, cap: float | None) -> bool:
     """Whether this form can compute it, and is right on this device."""
     if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device) != (9, 0):
         return False
     if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] not in SIZES or q.shape[-1] != v.shape[-1]:
         return False
     found = form(part, q.shape[1] // k.shape[1])
-    if cap is not None or found is None or q.shape[2] < TILE or not all(map(described, (q, k, v))):
+    if cap is not None or scale < SMALLEST or found is None or q.shape[2] < TILE or not all(map(described, (q, k, v))):
         return False
     return right(q.device, q.dtype, q.shape[-1], found)
 

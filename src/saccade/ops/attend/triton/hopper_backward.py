@@ -210,9 +210,9 @@ def _onto_keys(
     tl.store(part + BN * D, d_v, mask=shared)
 
 
-def fits(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, part: Lists, cap: float | None) -> bool:
+def fits(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, part: Lists, scale: float, cap: float | None) -> bool:
     """Whether these kernels can compute it, and are right on this device."""
-    if not hopper.fits(q, k, v, part, cap) or not hopper.described(d_out):
+    if not hopper.fits(q, k, v, part, scale, cap) or not hopper.described(d_out):
         return False
     blocks = part.crow is not None and part.q_block % TILE == 0 and part.step == part.width == TILE
     if not blocks or -(-part.queries // part.q_block) >= MEMBER:
@@ -226,8 +226,8 @@ def onto_queries(q, k, v, d_out, lse, delta, dq: Tensor, part: Lists, scale: flo
     triton.set_allocator(hopper.scratch)
     _onto_queries[(triton.cdiv(n, TILE) * (h // g), g, b)](
         q, d_out, *(hopper.descriptor(x, STEP) for x in (k, v)), lse, delta, dq, part.crow, part.col,
-        scale, h, h // g, n, part.keys, 0, *(s for x in (q, d_out, dq) for s in x.stride()[:3]),
-        *_lined(part.crow), *_lined(part.col),
+        scale, h, h // g, n, part.keys, 0, *hopper.strides(q, d_out, dq),
+        *hopper.lined(part.crow), *hopper.lined(part.col),
         D=d, BM=TILE, BN=STEP, SUB=part.q_block // TILE, WIDTH=part.width, CAUSAL=part.causal, SPECIAL=True,
         num_warps=4, num_stages=2,
     )

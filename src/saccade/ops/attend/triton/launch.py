@@ -78,7 +78,7 @@ def forward(
     aux = torch.empty(2, *lse.shape, dtype=torch.float32, device=q.device) if q.dtype == torch.float32 else None
     special = SPECIAL if special is None else special
     for part in parts:
-        if special and hopper.fits(q, k, v, part, cap):
+        if special and hopper.fits(q, k, v, part, scale, cap):
             hopper.forward(q, k, v, out, lse, part, scale)
         else:
             _over_keys(q, k, v, None, out, lse, aux, None, None, None, part, scale, cap)
@@ -108,7 +108,7 @@ def backward(
     dk, dv = (make(x.shape, dtype=x.dtype if alone else torch.float32, device=x.device) for x in (k, v))
     special = SPECIAL if special is None else special
     for part in parts:
-        if special and alone and hopper_backward.fits(q, k, v, d_out, part, cap):
+        if special and alone and hopper_backward.fits(q, k, v, d_out, part, scale, cap):
             hopper_backward.onto_queries(q, k, v, d_out, base, delta, dq, part, scale)
             hopper_backward.onto_keys(q, k, v, d_out, base, delta, dk, dv, part, scale)
             continue

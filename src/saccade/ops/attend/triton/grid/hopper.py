@@ -25,7 +25,7 @@ from torch import Tensor
 from saccade.core import rng
 from saccade.ops.attend.triton.grid import Cells, Grid, kernels
 from saccade.ops.attend.triton.grid.kernels import local, own, reach, steps
-from saccade.ops.attend.triton.hopper import LN2, LOG2E, TILE, _scratch, described
+from saccade.ops.attend.triton.hopper import LN2, LOG2E, TILE, described, scratch
 
 _log = logging.getLogger("saccade")
 
@@ -190,7 +190,7 @@ def forward(
     (b, h, _, d), g = q.shape, k.shape[1]
     box, step = boxes(grid, STEP) if shape is None else shape
     q, tiles = in_boxes(q, grid, box), grid.tiles(box)
-    triton.set_allocator(_scratch)  # for the descriptors that the kernel makes
+    triton.set_allocator(scratch)  # for the descriptors that the kernel makes
     _forward[(tiles * (h // g), g, b)](
         q, k, v, out, lse, scale, h, h // g, 0, *grid.size, *grid.wide, *grid.gap,
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
