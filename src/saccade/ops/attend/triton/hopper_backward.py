@@ -57,7 +57,8 @@ def _onto_queries(
     group,
     queries,
     keys,
-    apart,  # 0: see hopper.py
+    q_apart,  # 0: see hopper.py; one for each tile, or the second group's would be moved on twice
+    do_apart,
     q_b, q_h, q_n,
     do_b, do_h, do_n,
     dq_b, dq_h, dq_n,
@@ -99,8 +100,8 @@ def _onto_queries(
     do_tiles = DO + b.to(tl.int64) * do_b + head.to(tl.int64) * do_h
     q_of = tl.make_tensor_descriptor(q_tiles, shape=[queries, D], strides=[q_n, 1], block_shape=[BM, D])
     do_of = tl.make_tensor_descriptor(do_tiles, shape=[queries, D], strides=[do_n, 1], block_shape=[BM, D])
-    q = q_of.load([apart + tile * BM, 0])
-    do = do_of.load([apart + tile * BM, 0])
+    q = q_of.load([q_apart + tile * BM, 0])
+    do = do_of.load([do_apart + tile * BM, 0])
     for j in tl.range(0, many, 1, warp_specialize=SPECIAL):
         start = tl.load(lists + j // R) * WIDTH + (j % R) * BN
         k = K.load([b, kv, start, 0]).reshape([BN, D])
@@ -134,7 +135,8 @@ def _onto_keys(
     group,
     queries,
     keys,
-    apart,  # 0
+    k_apart,  # 0
+    v_apart,
     piece_b,
     places,
     most,
@@ -174,8 +176,8 @@ def _onto_keys(
     v_tiles = V + b.to(tl.int64) * v_b + kv.to(tl.int64) * v_h
     k_of = tl.make_tensor_descriptor(k_tiles, shape=[keys, D], strides=[k_n, 1], block_shape=[BN, D])
     v_of = tl.make_tensor_descriptor(v_tiles, shape=[keys, D], strides=[v_n, 1], block_shape=[BN, D])
-    k = k_of.load([apart + n0, 0])
-    v = v_of.load([apart + n0, 0])
+    k = k_of.load([k_apart + n0, 0])
+    v = v_of.load([v_apart + n0, 0])
     d_k = tl.zeros([BN, D], tl.float32)
     d_v = tl.zeros([BN, D], tl.float32)
     unit = scale * LOG2E
@@ -226,7 +228,7 @@ def onto_queries(q, k, v, d_out, lse, delta, dq: Tensor, part: Lists, scale: flo
     triton.set_allocator(hopper.scratch)
     _onto_queries[(triton.cdiv(n, TILE) * (h // g), g, b)](
         q, d_out, *(hopper.descriptor(x, STEP) for x in (k, v)), lse, delta, dq, part.crow, part.col,
-        scale, h, h // g, n, part.keys, 0, *hopper.strides(q, d_out, dq),
+        scale, h, h // g, n, part.keys, 0, 0, *hopper.strides(q, d_out, dq),
         *hopper.lined(part.crow), *hopper.lined(part.col),
         D=d, BM=TILE, BN=STEP, SUB=part.q_block // TILE, WIDTH=part.width, CAUSAL=part.causal, SPECIAL=True,
         num_warps=4, num_stages=2,
@@ -242,7 +244,7 @@ def onto_keys(q, k, v, d_out, lse, delta, dk: Tensor, dv: Tensor, part: Lists, s
     triton.set_allocator(hopper.scratch)
     _onto_keys[(cut.rows.shape[1], 1, b)](
         *(hopper.descriptor(x, STEP) for x in (q, d_out)), k, v, lse, delta, dk, dv, first, code, cut.rows, parts,
-        scale, h, h // g, n, keys, 0, cut.rows.stride(0) if len(cut.rows) > 1 else 0, cut.places, cut.most,
+        scale, h, h // g, n, keys, 0, 0, cut.rows.stride(0) if len(cut.rows) > 1 else 0, cut.places, cut.most,
         *hopper.strides(k, v, dk, dv), *hopper.lined(first), *hopper.lined(code),
         D=d, BM=STEP, BN=TILE, Q_BLOCK=part.q_block, CAUSAL=part.causal, SPECIAL=True, num_warps=4, num_stages=2,
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saccade.ops.attend.triton import launch as lists
 from saccade.ops.attend.triton.grid import Grid, hopper, kernels
-from saccade.ops.attend.triton.launch import _row_sums, _strides, power
+from saccade.ops.attend.triton.launch import _strides, power, row_sums
 from saccade.ops.attend.triton.lists import MOST, MOST_WIDE, TILE
 
 
@@ -54,7 +54,7 @@ def backward(
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     if lse.numel():
-        delta, base = _row_sums(out, d_out, lse, d_lse)
+        delta, base = row_sums(out, d_out, lse, d_lse)
         over_keys(q, k, v, d_out, dq, base, aux, delta, grid, scale, cap)
         over_queries(q, k, v, d_out, base, aux, delta, dk, dv, grid, scale, cap)
     return dq, dk, dv
