@@ -1,4 +1,4 @@
-"""As many columns and diagonals as a number of pairs pays for. (What the lines are for: tests/methods/test_minference.py.)"""
+"""As many columns and diagonals as a number of pairs pays for."""
 
 from __future__ import annotations
 
