@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from saccade import ops
 from saccade.core import rng
 from saccade.core.errors import CannotRun
-from saccade.core.selection import Blocks, Selection, Spans
+from saccade.core.selection import Blocks, Pairs, Selection, Spans
 from saccade.ops.attend import flash4
 from tests.helpers import assert_close_as_torch
 from tests.ops.shapes import build, drawn, tensors
@@ -66,6 +66,8 @@ def test_it_says_every_reason_why_it_cannot(monkeypatch):
     ):
         assert why in said
     said = refused(q, k, v, chosen=build("blocks", 1, 4, 256, 256, True, 1, 64))
+    empty = build("spans", 1, 4, 0, 256, True, 0, 64)
+    assert "there is no query or no key" in refused(q[:, :, :0], k, v, chosen=empty)
     assert "blocks of 64 queries; its own have 128" in said and "blocks of 32 keys; its own have 128" in said
 
 
@@ -177,14 +179,9 @@ def _stand_in(calls, q, k, v, *, softmax_scale, softcap, pack_gqa, return_lse, m
     rules = [mask_mod([0], [i], query, key, lengths, rest.get("aux_tensors")).expand(n, m) for i in range(h)]
     mask = (some & torch.stack(rules)) | whole
     assert return_lse and pack_gqa is False
-    out, lse = ops.attend(q, k, v, _pairs(mask, n, m), scale=softmax_scale, softcap=softcap or None, impl="reference")
+    pairs = Pairs(allowed=mask, queries=n, keys=m, causal=False)
+    out, lse = ops.attend(q, k, v, pairs, scale=softmax_scale, softcap=softcap or None, impl="reference")
     return out.transpose(1, 2), lse
-
-
-def _pairs(mask, queries, keys):
-    from saccade.core.selection import Pairs
-
-    return Pairs(allowed=mask, queries=queries, keys=keys, causal=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -205,12 +202,16 @@ def test_the_library_is_called_with_the_whole_selection(kind, h, softcap, librar
 
 def test_inputs_that_its_loads_do_not_fit_are_copied():
     x = torch.randn(1, 2, 8, 36, dtype=torch.bfloat16)
-    for odd in (x[..., :32], x[:, :1].expand(1, 2, 8, 36)[..., :32], torch.stack([x, x], -1)[..., :32, 0]):
+    line = torch.as_strided(x, (1, 2, 8, 32), (1, 288, 32, 1))  # a batch of one, at an odd step
+    for odd in (line, x[..., :32], x[:, :1].expand(1, 2, 8, 36)[..., :32], torch.stack([x, x], -1)[..., :32, 0]):
         laid = flash4._laid(odd)
         assert torch.equal(laid, odd.transpose(1, 2)) and laid.transpose(1, 2).is_contiguous()
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+HERE = {"device": "cuda", "impl": "flash4"}
 
 
 def gpu(test):
@@ -233,12 +234,9 @@ def test_both_ways_at_every_head_size(kind, size):
     check(selection(kind, 700, 900, q_block=256), tensors(2, 4, 2, 700, 900, size, torch.bfloat16), **HERE)
 
 
-HERE = {"device": "cuda", "impl": "flash4"}
-
-
 @gpu
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_library_own_blocks_of_queries(kind):
+def test_its_own_blocks_of_queries(kind):
     """Of 128; on Blackwell they are refused."""
     if torch.cuda.get_device_capability()[0] > 9:
         pytest.skip("its blocks have 256 queries here")

@@ -47,6 +47,8 @@ def reasons(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float)
         out.append(f"heads of {d}; it takes multiples of {STEP} from {SIZES[0]} to {SIZES[1]}")
     if v.shape[-1] != d:
         out.append(f"values of {v.shape[-1]} beside keys of {d}; they are to be of one size")
+    if not (q.numel() and k.numel()):
+        out.append("there is no query or no key")
     if not scale > 0:
         out.append(f"a scale of {scale:g}; it takes positive ones")
     if torch.are_deterministic_algorithms_enabled() and _training(q, k, v):
@@ -146,9 +148,8 @@ def _options(s: Selection, q: Tensor, training: bool) -> dict[str, Any]:
 
 def _laid(x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n h d"]:
     """Its layout; copied only where rows do not start at multiples of 16 bytes, or are one row many times."""
-    steps = [s for s, n in zip(x.stride()[:-1], x.shape) if n > 1]
-    fits = x.stride(-1) == 1 and all(s > 0 and s % STEP == 0 for s in steps) and x.data_ptr() % 16 == 0
-    return (x if fits else x.contiguous()).transpose(1, 2)
+    fits = x.stride(-1) == 1 and all(s > 0 and s % STEP == 0 for s in x.stride()[:-1]) and x.data_ptr() % 16 == 0
+    return (x if fits else x.clone(memory_format=torch.contiguous_format)).transpose(1, 2)
 
 
 @functools.cache
