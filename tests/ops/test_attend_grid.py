@@ -19,7 +19,7 @@ from tests.ops._triton import interpreter, run_in_interpreter
 from tests.ops.shapes import HEAD_SIZES, tensors
 from tests.ops.test_attend_triton import DTYPES, EXACT, _within_the_tensors, check, moved  # noqa: F401  (a fixture)
 
-SIDES = {1: 60, 2: 9, 3: 4}  # longest of a drawn grid, by its axes
+SIDES = {1: (20, 60), 2: (4, 9), 3: (2, 4)}  # of a drawn grid, by its axes
 SHAPES = {  # sides that are no whole boxes
     "line": ((501,), (90,), 1),
     "dilated line": ((501,), (40,), 3),
@@ -47,8 +47,8 @@ def test_in_the_interpreter():
 @st.composite
 def cases(draw):
     axes = draw(st.integers(1, 3))
-    grid = tuple(draw(st.integers(1 if i else 2, SIDES[axes])) for i in range(axes))
-    kernel = tuple(draw(st.integers(1, n + 1)) for n in grid)
+    grid = tuple(draw(st.integers(*SIDES[axes])) for _ in range(axes))
+    kernel = tuple(draw(st.integers(2, n + 1)) for n in grid)
     return neighbourhood(grid, kernel, draw(st.integers(1, 3)), draw(st.booleans()))
 
 
@@ -64,6 +64,14 @@ quick = settings(
 @given(cases(), st.sampled_from(EXACT), st.sampled_from([None, 5.0]))
 def test_values_and_gradients(selection, dtype, softcap):
     check(selection, tensors(1, 2, 1, selection.queries, selection.keys, 16, dtype), softcap=softcap)
+
+
+@interpreter
+@pytest.mark.parametrize("grid, kernel", [((1,), (1,)), ((3, 1), (1, 1)), ((1, 2, 5), (1, 1, 2))])
+def test_small_grids_and_windows_of_one(grid, kernel):
+    """In float16: where a row sees one key, its gradient is a difference of equal numbers, and PyTorch's is exact."""
+    selection = neighbourhood(grid, kernel)
+    check(selection, tensors(1, 1, 1, selection.queries, selection.keys, 16, torch.float16))
 
 
 @interpreter
@@ -196,7 +204,8 @@ def test_the_form_for_hopper_on_a_gpu(size, axes, step):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("not a Hopper device")
     for dtype in (torch.bfloat16, torch.float16):
-        assert hopper.right(torch.device("cuda", torch.cuda.current_device()), dtype, size, axes, step)
+        shape = hopper.boxes(hopper._small(axes), step)
+        assert hopper.right(torch.device("cuda", torch.cuda.current_device()), dtype, size, axes, *shape)
 
 
 @pytest.mark.gpu
