@@ -1,8 +1,8 @@
 """The forward kernel for a grid in the form that Triton specialises by warp on Hopper: one group loads, two compute.
 
-Not causal, heads of 64 to 128 in 16 bits, boxes of 128 queries by 128 or 64 keys. As in the form for lists the compiler
-asks for one loop without a branch, so every step has the mask; here that is one operation and a choice a pair: each row
-has a bit for each coordinate that it sees in a step's box, each key one for each of its own, and
+Not causal, heads of 64 to 128 (in steps of 8) in 16 bits, boxes of 128 queries by 128 or 64 keys. As in the form for
+lists the compiler asks for one loop without a branch, so every step has the mask; here that is one operation and a
+choice a pair: each row has a bit for each coordinate that it sees in a step's box, each key one for each of its own, and
 
     seen = (bits of the key and not bits of the row) == 0.
 
@@ -162,12 +162,13 @@ def fits(q: Tensor, k: Tensor, v: Tensor, grid: Grid, cap: float | None) -> bool
     if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device) != (9, 0):
         return False
     size = q.shape[-1]
-    sizes = SIZES[0] <= size <= SIZES[1] and size == v.shape[-1]
+    sizes = SIZES[0] <= size <= SIZES[1] and size % 8 == 0 and size == v.shape[-1]
     if q.dtype not in (torch.float16, torch.bfloat16) or not sizes or cap is not None or grid.causal:
         return False
-    if grid.tokens < TILE or not all(map(even, (k, v))):
+    box, step = boxes(grid, STEP)
+    if grid.tokens < TILE or sum(step[:2]) > BITS or not all(map(even, (k, v))):
         return False
-    return right(q.device, q.dtype, size, grid.axes, *boxes(grid, STEP))
+    return right(q.device, q.dtype, size, grid.axes, box, step)
 
 
 def boxes(grid: Grid, step: int) -> tuple[Cells, Cells]:
