@@ -2,7 +2,7 @@
 
 Not causal, heads of 64 to 128 (in steps of 8) in 16 bits, boxes of 128 queries by 128 or 64 keys. As in the form for
 lists the compiler asks for one loop without a branch, so every step has the mask; here that is one operation and a
-choice a pair: each row has a bit for each coordinate that it sees in a step's box, each key one for each of its own, and
+choice a pair. Each row has a bit for each coordinate that it sees in a step's box, each key one for each of its own:
 
     seen = (bits of the key and not bits of the row) == 0.
 
