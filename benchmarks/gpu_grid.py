@@ -1,7 +1,7 @@
 """How near `ops.attend` over a neighbourhood on a grid comes to dense attention on a CUDA device, per pair computed.
 
     PYTHONPATH=src python benchmarks/gpu_grid.py --json found.json
-    PYTHONPATH=src python benchmarks/gpu_grid.py --tune             # boxes, steps and warps of the kernels, forward
+    PYTHONPATH=src python benchmarks/gpu_grid.py --tune             # boxes, steps and warps of the kernels
 
 The case that NATTEN publishes: a grid of 256 x 256 tokens, windows of 80 x 80 shifted inwards at the border, 24 heads
 of 128, bfloat16. share = TFLOP/s over the pairs of the windows (4 D flop each, 2.5 times that backward), over REFERENCE
@@ -21,10 +21,11 @@ import json
 import math
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_attend import WRONG, milliseconds, relative, speed
+from gpu_attend import WRONG, Run, milliseconds, relative, speed
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
@@ -221,42 +222,69 @@ def touched(grid: boxes.Grid, box: boxes.Cells, step: boxes.Cells) -> float:
     return total
 
 
+def tried(works: dict[str, tuple[Run, Callable[[], float]]], rounds: int, backward: bool) -> dict[str, dict[str, Any]]:
+    """Each with its error, a line each; none stops the others."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, (work, off) in works.items():
+        try:
+            work()
+            found[name] = timed(work, off(), rounds, backward)
+            print(told(name, found[name]) if "ms" in found[name] else f"{name} WRONG {found[name]}", flush=True)
+        except Exception:
+            found[name] = {"failed": traceback.format_exc(limit=-3)}
+            print(f"{name}: failed: {found[name]['failed'].strip().splitlines()[-1][:160]}", flush=True)
+    return found
+
+
 def tune(rounds: int) -> dict[str, dict[str, Any]]:
-    """Boxes of the warp-specialised form, and shapes of the plain one: each a line; none stops the others."""
+    """Boxes of the warp-specialised form, and shapes of the plain kernels."""
     from saccade.ops.attend.triton.grid import hopper, launch
     from saccade.ops.attend.triton.launch import Shape
 
     q, k, v = inputs()
-    grid, found = boxes.of(selection()), {}
-    out = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device="cuda")
-    forms = [((y, x), step) for y, x in ((8, 16), (16, 8), (4, 32))
-             for step in ((8, 16), (16, 8), (4, 32), (8, 8), (4, 16), (16, 4))]  # fmt: skip
-    works = {}
-    for box, step in forms:
-        shape = (1, *box), (1, *step)
-        name = f"special {box[0]}x{box[1]} by {step[0]}x{step[1]} touched {touched(grid, *shape):.2f}"
-        works[name] = lambda shape=shape: hopper.forward(q, k, v, out, lse, grid, SIZE**-0.5, shape)
-    for step, warps, stages in ((64, 8, 2), (64, 8, 3), (128, 8, 2), (64, 4, 2), (32, 4, 3)):
-        shape = Shape(step, warps, stages)
-        works[f"plain {shape}"] = lambda shape=shape: launch.over_keys(
-            q, k, v, None, out, lse, None, None, grid, SIZE**-0.5, None, shape)
-    for name, work in works.items():
-        try:
-            out.fill_(math.nan)
-            work()
-            found[name] = timed(work, wrong(out, q, k, v), rounds)
-            print(told(name, found[name]) if "ms" in found[name] else f"{name} WRONG {found[name]}", flush=True)
-        except Exception:
-            found[name] = {"failed": traceback.format_exc(limit=-3)}
-            print(f"{name}: failed\n{found[name]['failed']}", flush=True)
-    return found
+    grid, scale = boxes.of(selection()), SIZE**-0.5
+    out, lse, _ = launch.forward(q, k, v, grid, scale, None, special=False)
+    d_out = torch.randn(out.shape, generator=rng.generator("d_out", device="cuda"), device="cuda").bfloat16()
+    delta, base = launch._row_sums(out, d_out, lse, torch.zeros_like(lse))
+    grads = [torch.empty_like(x) for x in (q, k, v)]
+    works: dict[str, tuple[Run, Callable[[], float]]] = {}
+
+    def right() -> float:
+        off = wrong(out, q, k, v)
+        out.fill_(math.nan)  # for the next
+        return off
+
+    for box in ((8, 16), (16, 8), (4, 32)):
+        for step in ((8, 16), (16, 8), (4, 32), (8, 8), (4, 16), (16, 4)):
+            shape = (1, *box), (1, *step)
+            name = f"special {box[0]}x{box[1]} by {step[0]}x{step[1]} touched {touched(grid, *shape):.2f}"
+            works[name] = lambda shape=shape: hopper.forward(q, k, v, out, lse, grid, scale, shape), right
+    for shape in (Shape(64, 8, 2), Shape(64, 8, 3), Shape(128, 8, 2), Shape(64, 4, 2), Shape(32, 4, 3)):
+        works[f"plain {told_shape(shape)}"] = (
+            lambda shape=shape: launch.over_keys(q, k, v, None, out, lse, None, None, grid, scale, None, shape), right
+        )
+    found = tried(works, rounds, backward=False)
+    launch.over_keys(q, k, v, d_out, grads[0], base, None, delta, grid, scale, None)
+    launch.over_queries(q, k, v, d_out, base, None, delta, *grads[1:], grid, scale, None)
+    gradients, works = (lambda: wrong_gradients(grads, q, k, v, d_out)), {}
+    for shape in (Shape(64, 8, 2), Shape(64, 8, 3), Shape(64, 4, 2), Shape(32, 4, 2), Shape(32, 8, 2)):
+        works[f"dq {told_shape(shape)}"] = lambda shape=shape: launch.over_keys(
+            q, k, v, d_out, grads[0], base, None, delta, grid, scale, None, shape), gradients
+    for shape in (Shape(64, 4, 2), Shape(64, 8, 2), Shape(64, 8, 3), Shape(32, 4, 2), Shape(128, 8, 2)):
+        works[f"dk dv {told_shape(shape)}"] = lambda shape=shape: launch.over_queries(
+            q, k, v, d_out, base, None, delta, *grads[1:], grid, scale, None, shape), gradients
+    return found | tried(works, rounds, backward=True)
+
+
+def told_shape(shape: Any) -> str:
+    """For people."""
+    return f"step {shape.step} warps {shape.warps} stages {shape.stages}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tune", action="store_true", help="boxes, steps and warps of the forward kernels")
+    parser.add_argument("--tune", action="store_true", help="boxes, steps and warps of the kernels")
     parser.add_argument("--json", help="write the rows there too")
     args = parser.parse_args()
     if not torch.cuda.is_available():

@@ -1,8 +1,8 @@
 """The forward kernel for a grid in the form that Triton specialises by warp on Hopper: one group loads, two compute.
 
-Not causal, heads of 64 to 128 in 16 bits, boxes of 128 queries by 128 or 64 keys. As in the form for lists the compiler
-asks for one loop without a branch, so every step has the mask; here that is one operation and a choice a pair: each row
-has a bit for each coordinate that it sees in a step's box, each key one for each of its own, and
+Not causal, heads of 64 to 128 (in steps of 8) in 16 bits, boxes of 128 queries by 128 or 64 keys. As in the form for
+lists the compiler asks for one loop without a branch, so every step has the mask; here that is one operation and a
+choice a pair. Each row has a bit for each coordinate that it sees in a step's box, each key one for each of its own:
 
     seen = (bits of the key and not bits of the row) == 0.
 
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from saccade.core import rng
 from saccade.ops.attend.triton.grid import Cells, Grid, kernels
-from saccade.ops.attend.triton.grid.kernels import local, own, reach, steps
-from saccade.ops.attend.triton.hopper import LN2, LOG2E, TILE, described, scratch
+from saccade.ops.attend.triton.grid.kernels import described, local, own, reach, steps
+from saccade.ops.attend.triton.hopper import LN2, LOG2E, TILE, scratch
+from saccade.ops.attend.triton.hopper import described as even
 
 _log = logging.getLogger("saccade")
 
@@ -100,19 +101,11 @@ def _forward(
         bit = bit | (1 << (SY + SZ + n_x))
 
     first = ((rest_z * size_y + rest_y) * size_x + rest_x).to(tl.int64)
-    k_step = tl.full([], 1, tl.int64) * k_n
-    v_step = tl.full([], 1, tl.int64) * v_n
-    K += b * k_b + kv.to(tl.int64) * k_h + first * k_n
-    V += b * v_b + kv.to(tl.int64) * v_h + first * v_n
+    k_of = described(K + b * k_b + kv.to(tl.int64) * k_h + first * k_n, cells_z, cells_y, cells_x, size_y, size_x,
+                     gap_z, gap_y, gap_x, k_n, D, SZ, SY, SX, BD)
+    v_of = described(V + b * v_b + kv.to(tl.int64) * v_h + first * v_n, cells_z, cells_y, cells_x, size_y, size_x,
+                     gap_z, gap_y, gap_x, v_n, D, SZ, SY, SX, BD)
     Q += b * q_b + head * q_h
-    k_of = tl.make_tensor_descriptor(
-        K, shape=[cells_z, cells_y, cells_x, D], block_shape=[SZ, SY, SX, BD],
-        strides=[k_step * size_x * size_y * gap_z, k_step * size_x * gap_y, k_step * gap_x, 1],
-    )
-    v_of = tl.make_tensor_descriptor(
-        V, shape=[cells_z, cells_y, cells_x, D], block_shape=[SZ, SY, SX, BD],
-        strides=[v_step * size_x * size_y * gap_z, v_step * size_x * gap_y, v_step * gap_x, 1],
-    )
     rows = tl.num_programs(0) // group * BM
     q_of = tl.make_tensor_descriptor(Q, shape=[rows, D], strides=[D, 1], block_shape=[BM, BD])
     m = tl.full([BM], -float("inf"), tl.float32)
@@ -169,12 +162,13 @@ def fits(q: Tensor, k: Tensor, v: Tensor, grid: Grid, cap: float | None) -> bool
     if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device) != (9, 0):
         return False
     size = q.shape[-1]
-    sizes = SIZES[0] <= size <= SIZES[1] and size == v.shape[-1]
+    sizes = SIZES[0] <= size <= SIZES[1] and size % 8 == 0 and size == v.shape[-1]
     if q.dtype not in (torch.float16, torch.bfloat16) or not sizes or cap is not None or grid.causal:
         return False
-    if grid.tokens < TILE or not all(map(described, (k, v))):
+    box, step = boxes(grid, STEP)
+    if grid.tokens < TILE or sum(step[:2]) > BITS or not all(map(even, (k, v))):
         return False
-    return right(q.device, q.dtype, size, grid.axes, STEP)
+    return right(q.device, q.dtype, size, grid.axes, box, step)
 
 
 def boxes(grid: Grid, step: int) -> tuple[Cells, Cells]:
@@ -212,7 +206,7 @@ def in_boxes(q: Tensor, grid: Grid, box: Cells) -> Tensor:
 
 
 @functools.cache
-def right(device: torch.device, dtype: torch.dtype, size: int, axes: int, step: int) -> bool:
+def right(device: torch.device, dtype: torch.dtype, size: int, axes: int, box: Cells, step: Cells) -> bool:
     """Whether it agrees with the plain kernel on a small case on this device; a warning says if it does not."""
     from saccade.ops.attend.triton.grid import launch
 
@@ -222,7 +216,7 @@ def right(device: torch.device, dtype: torch.dtype, size: int, axes: int, step: 
     plain, plain_lse, _ = launch.forward(q, k, v, grid, size**-0.5, None, special=False)
     out, lse = torch.full_like(plain, torch.nan), torch.full_like(plain_lse, torch.nan)
     try:
-        forward(q, k, v, out, lse, grid, size**-0.5, boxes(grid, step))
+        forward(q, k, v, out, lse, grid, size**-0.5, (box, step))
         off = max(float((x - y).abs().nan_to_num(torch.inf).max()) for x, y in ((out, plain), (lse, plain_lse)))
     except Exception as broken:  # whatever a compiler throws
         off = broken
@@ -230,9 +224,9 @@ def right(device: torch.device, dtype: torch.dtype, size: int, axes: int, step: 
         return True
     what = f"is off by {off:.2g} on a small case" if isinstance(off, float) else f"failed: {off}"
     _log.warning(
-        "attend on a grid: the warp-specialised kernel (%s, heads of %d, %d axes) %s on %s; the plain one is used, "
-        "which is slower",
-        str(dtype).split(".")[-1], size, axes, what, torch.cuda.get_device_name(device),
+        "attend on a grid: the warp-specialised kernel (%s, heads of %d, boxes of %s by %s) %s on %s; the plain "
+        "one is used, which is slower",
+        str(dtype).split(".")[-1], size, box, step, what, torch.cuda.get_device_name(device),
     )
     return False
 

@@ -42,9 +42,13 @@ def local(n, Y: tl.constexpr, X: tl.constexpr):
 
 
 @triton.jit
-def steps(at, cells, wide, BOX: tl.constexpr, STEP: tl.constexpr, TURNED: tl.constexpr, CUT: tl.constexpr):
+def steps(
+    at, cells, wide, BOX: tl.constexpr, STEP: tl.constexpr, TURNED: tl.constexpr, CUT: tl.constexpr,
+    EVEN: tl.constexpr = 1,
+):
     """Along one axis, for the box of cells from `at` on: where its first step begins and how many there are, the first
-    of which every pair is seen and how many of those. CUT: causality leaves out what is behind (TURNED: before)."""
+    of which every pair is seen and how many of those. CUT: causality leaves out what is behind (TURNED: before). EVEN:
+    what the first cell is a multiple of."""
     end = tl.minimum(at + BOX, cells) - 1
     low, high_first = reach(at, cells, wide, TURNED)
     low_last, high = reach(end, cells, wide, TURNED)
@@ -53,6 +57,7 @@ def steps(at, cells, wide, BOX: tl.constexpr, STEP: tl.constexpr, TURNED: tl.con
             low = tl.maximum(low, at)
         else:
             high = tl.minimum(high, end)
+    low = low // EVEN * EVEN
     whole = (low_last - low + STEP - 1) // STEP
     return low, (high - low + STEP) // STEP, whole, tl.maximum((high_first - low + 1) // STEP - whole, 0)
 
@@ -106,6 +111,27 @@ def _seen(z, y, x, z0, z1, y0, y1, x0, x1, row, token, TURNED: tl.constexpr, AXE
         else:
             seen = seen & (token[None, :] <= row[:, None])
     return seen
+
+
+@triton.jit
+def described(X, cells_z, cells_y, cells_x, size_y, size_x, gap_z, gap_y, gap_x, x_n, D: tl.constexpr,
+              SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, BD: tl.constexpr):
+    """Descriptor of the cells of one remainder, the first of which is at X: boxes of them, zeros beside."""
+    step = tl.full([], 1, tl.int64) * x_n
+    return tl.make_tensor_descriptor(
+        X, shape=[cells_z, cells_y, cells_x, D], block_shape=[SZ, SY, SX, BD],
+        strides=[step * size_x * size_y * gap_z, step * size_x * gap_y, step * gap_x, 1],
+    )
+
+
+@triton.jit
+def described_row(X, cells_z, cells_y, cells_x, size_y, size_x, gap_z, gap_y,
+                  SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr):
+    """The same of one number a cell, where gap_x is 1."""
+    step = tl.full([], 1, tl.int64) * size_x
+    return tl.make_tensor_descriptor(
+        X, shape=[cells_z, cells_y, cells_x], block_shape=[SZ, SY, SX], strides=[step * size_y * gap_z, step * gap_y, 1]
+    )
 
 
 @triton.jit
@@ -287,6 +313,7 @@ def over_queries(
     CAUSAL: tl.constexpr,
     CAPPED: tl.constexpr,
     WIDE: tl.constexpr,
+    DESCRIBED: tl.constexpr,  # queries come by descriptors of the grid, which take fewer registers
 ):
     """dK and dV of a box of keys, over all queries of all heads of its group that see any of them."""
     BN: tl.constexpr = BZ * BY * BX
@@ -308,9 +335,10 @@ def over_queries(
     z0, z1 = reach(z, cells_z, wide_z, True)
     y0, y1 = reach(y, cells_y, wide_y, True)
     x0, x1 = reach(x, cells_x, wide_x, True)
+    EVEN: tl.constexpr = 4 if DESCRIBED else 1  # lse and delta come in 16 bytes
     low_z, nz, iz, cz = steps(at_z, cells_z, wide_z, BZ, SZ, True, CAUSAL and AXES == 3)
     low_y, ny, iy, cy = steps(at_y, cells_y, wide_y, BY, SY, True, CAUSAL and AXES == 2)
-    low_x, nx, ix, cx = steps(at_x, cells_x, wide_x, BX, SX, True, CAUSAL and AXES == 1)
+    low_x, nx, ix, cx = steps(at_x, cells_x, wide_x, BX, SX, True, CAUSAL and AXES == 1, EVEN)
     if CAUSAL:
         cx = cx * 0
 
@@ -330,19 +358,33 @@ def over_queries(
     D_MASK: tl.constexpr = D != BD
     DV_MASK: tl.constexpr = DVS != BDV
     aux_part = tl.num_programs(2).to(tl.int64) * heads * queries
+    first = ((rest_z * size_y + rest_y) * size_x + rest_x).to(tl.int64)
     for i in range(group):
         head = kv * group + i
+        row0 = (b * heads + head) * queries
         q_at = Q + b * q_b + head.to(tl.int64) * q_h
         do_at = DO + b * do_b + head.to(tl.int64) * do_h
-        row0 = (b * heads + head) * queries
+        lse_at = LSE + row0
+        delta_at = DELTA + row0
+        if DESCRIBED:
+            q_at = described(q_at + first * q_n, cells_z, cells_y, cells_x, size_y, size_x, gap_z, gap_y, gap_x, q_n, D,
+                             SZ, SY, SX, BD)
+            do_at = described(do_at + first * do_n, cells_z, cells_y, cells_x, size_y, size_x, gap_z, gap_y, gap_x,
+                              do_n, DVS, SZ, SY, SX, BDV)
+            lse_at = described_row(lse_at + first, cells_z, cells_y, cells_x, size_y, size_x, gap_z, gap_y, SZ, SY, SX)
+            delta_at = described_row(
+                delta_at + first, cells_z, cells_y, cells_x, size_y, size_x, gap_z, gap_y, SZ, SY, SX
+            )
         for j in range(cz * cy * cx):
             s_z = low_z + (iz + j // (cy * cx)) * SZ
             s_y = low_y + (iy + j // cx % cy) * SY
             s_x = low_x + (ix + j % cx) * SX
             start = ((s_z * gap_z + rest_z) * size_y + s_y * gap_y + rest_y) * size_x + s_x * gap_x + rest_x
+            if DESCRIBED:
+                start = s_x
             d_k, d_v = _turned(
-                k, v, q_at, do_at, b, head, LSE + row0, AUX + row0, DELTA + row0, aux_part, start, apart, queries, q_n,
-                do_n, q_mask, do_mask, d_k, d_v, scale, cap, D_MASK, DV_MASK, k_mask, False, CAPPED, WIDE, False,
+                k, v, q_at, do_at, s_z, s_y, lse_at, AUX + row0, delta_at, aux_part, start, apart, queries, q_n, do_n,
+                q_mask, do_mask, d_k, d_v, scale, cap, D_MASK, DV_MASK, k_mask, False, CAPPED, WIDE, DESCRIBED,
             )
         for j in range(nz * ny * nx - cz * cy * cx):
             p_z, p_y, p_x = _partly(j, ny, nx, iz, iy, ix, cz, cy, cx, nz, AXES)
@@ -353,9 +395,11 @@ def over_queries(
             seen = _seen(
                 s_z + m_z, s_y + m_y, s_x + m_x, z0, z1, y0, y1, x0, x1, key, start + apart, True, AXES, CAUSAL
             )
+            if DESCRIBED:
+                start = s_x
             d_k, d_v = _turned(  # a row that leaves its line is a row of another, and not seen
-                k, v, q_at, do_at, b, head, LSE + row0, AUX + row0, DELTA + row0, aux_part, start, apart, queries, q_n,
-                do_n, q_mask, do_mask, d_k, d_v, scale, cap, D_MASK, DV_MASK, seen, True, CAPPED, WIDE, False,
+                k, v, q_at, do_at, s_z, s_y, lse_at, AUX + row0, delta_at, aux_part, start, apart, queries, q_n, do_n,
+                q_mask, do_mask, d_k, d_v, scale, cap, D_MASK, DV_MASK, seen, True, CAPPED, WIDE, DESCRIBED,
             )
     dk_at = DK + b * dk_b + kv.to(tl.int64) * dk_h + far * dk_n + d[None, :]
     dv_at = DV + b * dv_b + kv.to(tl.int64) * dv_h + far * dv_n + dv[None, :]

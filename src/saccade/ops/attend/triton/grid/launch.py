@@ -4,12 +4,15 @@ warp-specialised form is copied."""
 from __future__ import annotations
 
 import torch
+import triton
 from jaxtyping import Float
 from torch import Tensor
 
 from saccade.ops.attend.triton import launch as lists
 from saccade.ops.attend.triton.grid import Grid, hopper, kernels
-from saccade.ops.attend.triton.launch import _strides, power, row_sums
+from saccade.ops.attend.triton.hopper import described as even
+from saccade.ops.attend.triton.hopper import scratch
+from saccade.ops.attend.triton.launch import Shape, _strides, power, row_sums
 from saccade.ops.attend.triton.lists import MOST, MOST_WIDE, TILE
 
 
@@ -61,7 +64,7 @@ def backward(
 
 
 def over_keys(q, k, v, d_out, out, lse, aux, delta, grid: Grid, scale: float, cap: float | None,
-              shape: lists.Shape | None = None) -> None:
+              shape: Shape | None = None) -> None:
     """Forward into out and lse; with d_out dQ into out."""
     (b, h, _, d), g, size = q.shape, k.shape[1], v.shape[-1]
     back, wide = d_out is not None, max(power(d), power(size))
@@ -79,16 +82,28 @@ def over_keys(q, k, v, d_out, out, lse, aux, delta, grid: Grid, scale: float, ca
     )
 
 
-def over_queries(q, k, v, d_out, lse, aux, delta, dk, dv, grid: Grid, scale: float, cap: float | None) -> None:
+def over_queries(q, k, v, d_out, lse, aux, delta, dk, dv, grid: Grid, scale: float, cap: float | None,
+                 shape: Shape | None = None) -> None:
     """dK and dV, written whole."""
     (b, h, _, d), g, size = q.shape, k.shape[1], v.shape[-1]
-    wide = max(power(d), power(size))
-    shape = lists.turned_shape(q.dtype, wide)
+    wide, described = max(power(d), power(size)), _described(q, d_out, grid)
+    if shape is None:
+        shape = lists.turned_shape(q.dtype, wide)
+    if described:
+        triton.set_allocator(scratch)
     box, step = grid.box(lists.turned_keys(q.dtype, wide, TILE)), grid.box(shape.step)
     kernels.over_queries[(grid.tiles(box), g, b)](
         q, k, v, d_out, lse, q if aux is None else aux, delta, dk, dv,
         scale, cap or 1.0, h, h // g, *grid.size, *grid.wide, *grid.gap, *_strides(q, k, v, d_out, dk, dv),
         D=d, DVS=size, BD=power(d), BDV=power(size), BZ=box[0], BY=box[1], BX=box[2], SZ=step[0], SY=step[1],
         SX=step[2], AXES=grid.axes, CAUSAL=grid.causal, CAPPED=cap is not None, WIDE=aux is not None,
-        num_warps=shape.warps, num_stages=shape.stages,
+        DESCRIBED=described, num_warps=shape.warps, num_stages=shape.stages,
     )
+
+
+def _described(q: Tensor, d_out: Tensor, grid: Grid) -> bool:
+    """Whether the queries of dK and dV come by tensor descriptors: rows of whole 16 bytes, lse and delta too."""
+    if not q.is_cuda or torch.version.hip or torch.cuda.get_device_capability(q.device) < (9, 0):
+        return False
+    lines = grid.gap[2] == 1 and grid.size[2] % 4 == 0
+    return q.dtype != torch.float32 and lines and even(q) and even(d_out)
