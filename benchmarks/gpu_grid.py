@@ -245,7 +245,7 @@ def tune(rounds: int) -> dict[str, dict[str, Any]]:
     grid, scale = boxes.of(selection()), SIZE**-0.5
     out, lse, _ = launch.forward(q, k, v, grid, scale, None, special=False)
     d_out = torch.randn(out.shape, generator=rng.generator("d_out", device="cuda"), device="cuda").bfloat16()
-    delta, base = launch._row_sums(out, d_out, lse, torch.zeros_like(lse))
+    delta, base = launch.row_sums(out, d_out, lse, torch.zeros_like(lse))
     grads = [torch.empty_like(x) for x in (q, k, v)]
     works: dict[str, tuple[Run, Callable[[], float]]] = {}
 

@@ -153,7 +153,7 @@ def test_values_on_a_gpu(size, dtype):
         out, lse = ops.decode(
             *there[:4], page_tokens=page, visible=there[4], softcap=softcap, impl="auto", report=said.append
         )
-        assert said == ["decode:triton"]
+        assert said == ["decode:torch" if dtype == torch.float32 and size > 128 else "decode:triton"]
         mask = mask.expand(2, 8, -1, -1).cuda()
         assert_close_on_a_gpu(out, *there[:3], mask, softcap=softcap, lse=lse)
 

@@ -188,7 +188,7 @@ def _onto_keys(
         q0 = code % OF_HEAD * Q_BLOCK + (j % R) * BM
         row = (b * heads + head) * queries + q0 + m
         lse = _value(LSE + row, q0 + m < queries)
-        delta = _value(DELTA + row, q0 + m < queries)
+        delta = tl.where(q0 + m < queries, _value(DELTA + row, q0 + m < queries), 0.0)
         q = Q.load([b, head, q0, 0]).reshape([BM, D])
         do = DO.load([b, head, q0, 0]).reshape([BM, D])
         s = tl.dot(k, q.T)
