@@ -43,8 +43,8 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     checks.append(at_least("attention of the answer on kept keys, minus snapkv's", more, 0.01))
     free = bench.difference(bench.scores(f"{OURS},safeguard=0", BUDGET), ours)
     reason = (
-        f"On kept keys {mean_interval(kept).mean:.3f} of the answer's attention, with snapkv {mean_interval(even).mean:.3f}."
-        f" Without the safeguard {free.mean:+.2f} pass keys."
+        f"On kept keys {mean_interval(kept).mean:.3f} of the answer's attention, with snapkv"
+        f" {mean_interval(even).mean:.3f}. Without the safeguard {free.mean:+.2f} pass keys."
     )
     setting = f"SmolLM2-135M-Instruct, float32; {SAMPLES} pass keys each in 512 and 1,024 tokens; {BUDGET} kept"
     return Evidence(checks, setting, reason, table=bench.rows())

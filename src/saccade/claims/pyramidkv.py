@@ -18,8 +18,8 @@ CLAIM = Claim(
     how="SmolLM2-135M: pass keys in real prose at 512 and 1,024 tokens, asked for at the end of the prompt, an eighth"
     " kept, and a sixteenth; against full, random and SnapKV with the same window of 8; keys that hold nine tenths of"
     " the attention of the last 8 tokens, lower third of the layers over upper third. Scaled down in model and length.",
-    counts="At an eighth within 5 points of full and 30 above random; at a sixteenth 5 points above SnapKV; 1.5 times as"
-    " many keys hold nine tenths of the attention in the lower third of the layers.",
+    counts="At an eighth within 5 points of full and 30 above random; at a sixteenth 5 points above SnapKV; 1.5 times"
+    " as many keys hold nine tenths of the attention in the lower third of the layers.",
 )
 BUDGET, SMALL = 0.125, 0.0625
 SAMPLES = 10  # per length

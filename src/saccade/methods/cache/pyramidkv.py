@@ -50,10 +50,11 @@ class PyramidKV(Cache):
         budget="mean keys per head over the layers that remain of the prompt, the window included",
         needs=("queries",),
         departures=(
-            "beta is as in the authors' code, the budget over what the last layer keeps, and B is the budget without the"
-            " window. The paper says it of the whole cache: the last layer gets it over beta m, the first 2/m less that.",
-            "Where the first layer would keep more than the prompt, it keeps the prompt, and the last what is then left"
-            " of the mean; so does the authors' code, save for prompts below twice the budget, which it cuts evenly.",
+            "beta is as in the authors' code: the budget over what the last layer keeps, both without the window. The"
+            " paper says the same of the whole cache: the last layer gets it over beta m.",
+            "Where the first layer would keep more than the prompt, it keeps the prompt, and the last what is then"
+            " left of the mean; so does the authors' code, save for prompts below twice the budget: these it cuts"
+            " evenly.",
             "The slope is not rounded to whole keys before it is taken; each layer's count is, downwards.",
             "The window is inside the budget; a budget below it keeps as many recent keys in all layers.",
             "Query heads of one key/value head agree by mean or max, and one copy is stored, as in our SnapKV.",
