@@ -74,13 +74,16 @@ class Site:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a method may look at when it scores at the end of a prompt: exactly what its card asked for.
+    """What a method may look at when it scores, at the end of a prompt or after a token: exactly what it asked for.
 
     positions: true positions of the stored keys, ascending
-    queries: the last `observe_tokens` queries (fewer in a shorter prompt), after RoPE; None unless asked for
+    queries: the last `observe_tokens` queries (fewer in a shorter prompt; after it one), after RoPE; None unless asked
+        for
+    tally: the sums of `Cache.tally` over all queries so far; None for a method that keeps none
     """
 
     keys: Float[Tensor, "b g k d"]
     values: Float[Tensor, "b g k d"]
     positions: Int[Tensor, "b g k"]
     queries: Float[Tensor, "b h w d"] | None = None
+    tally: Float[Tensor, "b g k"] | None = None
