@@ -86,6 +86,8 @@ class Engine:
             layer.prompt_done = True
         if not layer.recording:
             self.evict(layer, prompt_end=stage == "prefill" and layer.prompt_done)
+        if stage == "decode" and self._weighing:
+            self._evict_by_weight(layer)
         if self.place.layer == self.place.layers - 1:
             self.run.handed.clear()
         return out
@@ -244,7 +246,7 @@ class Engine:
 
     def evict(self, layer: SaccadeLayer, prompt_end: bool = False) -> None:
         """Drop what the method gives up: after every forward if it is rolling, else once, at the end of the prompt; at
-        both times if it is rolling and leaves the prefill alone, or weighing.
+        both times if it is rolling and leaves the prefill alone.
 
         Then, at that end, what reads the cache from there on may begin.
         """
@@ -257,11 +259,9 @@ class Engine:
                 self._evict_by_score(method, layer)
             elif always or (method.rolling and layer.prompt_done):
                 self._evict_rolling(method, layer)
-            elif method.weighing and layer.prompt_done:
-                self._evict_by_weight(method, layer)
         if prompt_end and isinstance(reader, Decode) and reader.observe_tokens:
             self._begin(reader, layer)
-        if prompt_end or self._weighing and layer.prompt_done:
+        if prompt_end:
             layer.queries = []
 
     def _begin(self, method: Decode, layer: SaccadeLayer) -> None:
@@ -305,15 +305,15 @@ class Engine:
         _blank_state(layer, method, empty)
         store.buckets = regroup(kept)
 
-    def _evict_by_weight(self, method: Cache, layer: SaccadeLayer) -> None:
+    def _evict_by_weight(self, layer: SaccadeLayer) -> None:
         """After a token: score again by its query. A sequence that got none stays as it is."""
-        store, kept = layer.store, []
+        method, store, kept = self.parts["evict"], layer.store, []
         new = [bool(q.shape[1]) for q in layer.queries] or [True] * store.sequences
         for mark, rows in store.pieces([2 * seen + some for seen, some in zip(store.seen, new)]):
             ids = store.whole_sequences(rows)
             assert ids is not None, "a weighing method keeps as many keys in every head"
             kept.extend(self._best(method, layer, rows, ids, "decode") if mark % 2 else [rows])
-        store.buckets = regroup(kept)
+        store.buckets, layer.queries = regroup(kept), []
 
     def _best(self, method: Cache, layer: SaccadeLayer, rows: Bucket, ids: list[int], stage: Stage) -> list[Bucket]:
         """The rows with the keys of highest score, as many as each head is allowed."""
