@@ -19,7 +19,7 @@ from saccade.attach.store import Bucket, Store, regroup
 from saccade.core.errors import CannotRun, DoesNotCompose
 from saccade.core.method import Cache, Decode, Method
 from saccade.core.selection import Selection, causal_mask
-from saccade.core.site import Seen, Site, Stage, State
+from saccade.core.site import Seen, Site, Stage, State, Turn
 
 if TYPE_CHECKING:
     from saccade.attach.run import Run
@@ -36,6 +36,7 @@ class Place:
     head_size: int
     scale: float
     softcap: float | None
+    turn: Turn | None = None  # how queries move along the text, where it is known
 
 
 class Engine:
@@ -370,7 +371,7 @@ class Engine:
             layer=place.layer, layers=place.layers, heads=place.heads, kv_heads=place.kv_heads,
             head_size=place.head_size, stage=stage, queries=queries, keys=keys, seen=seen, scale=place.scale,
             budget=self.run.budget, softcap=place.softcap, seed=self.run.seed, bytes_per_token=self.run.bytes_per_token,
-            state=_gather_state(layer, owner, ids), handed=self._handed(owner, ids),
+            state=_gather_state(layer, owner, ids), handed=self._handed(owner, ids), turn=place.turn,
             attend=functools.partial(self._compute, stage),
         )  # fmt: skip
 
