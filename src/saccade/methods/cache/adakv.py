@@ -23,7 +23,8 @@ class AdaKV(Cache):
 
     The B g keys of a layer with g heads go to the largest votes wherever they are, T of them to head i. That makes the
     attention that is kept as large as it can be, and with it the bound on the error of the output as small. A share
-    alpha is dealt out evenly before, so that no head is starved:  B_i = (1 - alpha) T_i + alpha B,  rounded down.
+    alpha is dealt out evenly before, so that no head is starved.
+    B_i = (1 - alpha) T_i + alpha B,  rounded down.
 
     safeguard: alpha, the share of a layer's budget that its heads get in equal parts; 1 is SnapKV
     window_tokens: queries that vote, and keys that always stay

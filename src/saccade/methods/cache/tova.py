@@ -18,8 +18,8 @@ from saccade.core.site import Seen, Site
 class TOVA(Cache):
     """Keep as many keys as the budget says; whenever there are more, those go that the newest token attends to least.
 
-    A decoder with a cache of k keys is a recurrent network of k states. Token omission via attention is its simplest
-    policy: no window, no first tokens, only the weights of the last query, averaged over the heads of the layer:
+    A decoder with a cache of k keys is a recurrent network of k states. Token omission via attention drops states
+    without a window or first tokens that are spared, by the weights of the last query, averaged over a layer's heads.
     s_j = 1/h sum_heads softmax(q_t K^T / sqrt(d))_j;  the lowest s goes, the newest key like any other. All heads of a
     layer hold the same tokens.
 
