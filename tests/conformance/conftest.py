@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 
+from saccade.core.errors import CannotRun
 from tests.conformance.cases import cases
 
 KINDS = {"case", "plain"}
@@ -38,7 +39,8 @@ def pytest_generate_tests(metafunc):
 def _param(case, test):
     claim = test.get_closest_marker("claims")
     reason = case.card.lacks.get(claim.args[0], "") if claim else ""
-    marks = [pytest.mark.xfail(reason=reason, strict=not case.option, raises=AssertionError)] if reason else []
+    lacking = (AssertionError, CannotRun)  # not had, or refused
+    marks = [pytest.mark.xfail(reason=reason, strict=not case.option, raises=lacking)] if reason else []
     return pytest.param(case, id=str(case), marks=marks)
 
 

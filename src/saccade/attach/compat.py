@@ -21,6 +21,8 @@ NAME = "saccade"  # a plain word: names with "flash", "sdpa" or a slash are trea
 CACHES = ("past_key_values", "cache")  # what forwards, `generate` and outputs have called the cache
 CACHE = CACHES[Version(transformers.__version__) >= Version("5.24.dev0")]  # and call it now
 
+STEADY_ROPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the text's length
+
 _warned = False
 
 
@@ -92,6 +94,25 @@ def is_plain_causal(mask_function: Callable) -> bool:
 def dense_mask(**arguments: Any) -> torch.Tensor | None:
     """The boolean mask that transformers would have made; None means plain causal."""
     return sdpa_mask(**arguments)
+
+
+def rotation(model: PreTrainedModel, module: torch.nn.Module, head_size: int) -> Callable | None:
+    """(x [b h n d], positions [n]) -> x rotated as the model rotates queries there; None where that is not known: no
+    rotary embedding or several, one that changes with the length of the text, or a part of each head.
+    """
+    apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    found = [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+    if apply is None or len(found) != 1:
+        return None
+    rotary = found[0]
+    if getattr(rotary, "rope_type", None) not in STEADY_ROPES or 2 * rotary.inv_freq.numel() != head_size:
+        return None
+
+    def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        cos, sin = (t / rotary.attention_scaling for t in rotary(x, positions[None]))
+        return apply(x, x, cos, sin)[0]
+
+    return rotate
 
 
 def own_attention(

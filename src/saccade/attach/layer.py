@@ -86,6 +86,8 @@ class SaccadeLayer(CacheLayerMixin):
             raise ValueError(f"crop({tokens_to_remove}): give minus the number of tokens to take back")
         if self.store is None:
             return
+        if tokens_to_remove and self.engine is not None:
+            self.engine.refuse_taking_back()
         if tokens_to_remove:
             self.seen += tokens_to_remove
             self.store.crop(-tokens_to_remove)

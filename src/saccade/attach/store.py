@@ -153,6 +153,15 @@ class Store:
             out.append(bucket.pick(part).take(index))
         return out
 
+    def add(self, name: str, rows: Int[Tensor, " r"], x: Tensor) -> None:
+        """Add to a column of some rows, which lie in one bucket."""
+        for bucket in self.buckets:
+            place = torch.searchsorted(bucket.rows, rows)
+            if len(bucket.rows) > int(place.max()) and torch.equal(bucket.rows[place], rows):
+                bucket.columns[name].index_add_(0, place, x)
+                return
+        raise AssertionError("these rows are in no bucket")
+
     def crop(self, tokens: int) -> None:
         """Take the last tokens of every row back. Eviction waits while that may happen, so they are all there."""
         self.seen = [s - tokens for s in self.seen]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from saccade import models, ops, tasks
@@ -99,6 +100,32 @@ def mass(q: Tensor, k: Tensor, v: Tensor, selection: Selection, site: Site) -> f
     """Mean attention mass of the selected keys, over heads and rows."""
     part, whole = (ops.attend(q, k, v, s, scale=site.scale)[1] for s in (selection, dense(site.queries, site.keys)))
     return float(torch.exp((part - whole).double()).mean())
+
+
+@torch.no_grad()
+def kept_mass(model: Any, samples: Sequence[Any], method: Method, budget: float) -> list[float]:
+    """Per sample: the share of the answer's attention to the prompt that falls on the keys that the method keeps."""
+    out = []
+    for sample in samples:
+        with attach(model, method, budget=budget) as run:
+            model(sample.context, use_cache=True)
+            kept = [run.record.layer(i).kept[0] for i in sorted(run.record.layers)]
+        n = sample.context.shape[1]
+        shares = []
+        whole = torch.cat([sample.context, sample.continuation], 1)
+        for layer, q, k, _ in calibration.Subject(model).capture_qkv([whole]):
+            paid = _paid(q, k, n)
+            shares += [float(row[head.long()].sum() / row.sum()) for row, head in zip(paid, kept[layer])]
+        out.append(sum(shares) / len(shares))
+    return out
+
+
+def _paid(q: Float[Tensor, "1 h n d"], k: Float[Tensor, "1 g n d"], prompt: int) -> Float[Tensor, "g p"]:
+    """Attention that the tokens after the prompt pay to each of its keys, summed over them and over a group's heads."""
+    grouped = q[0, :, prompt:].unflatten(0, (k.shape[1], -1))
+    logits = grouped @ k[0, :, None].mT * q.shape[-1] ** -0.5
+    ahead = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(prompt + 1)
+    return logits.masked_fill(ahead, -torch.inf).softmax(-1)[..., :prompt].sum((1, 2))
 
 
 def machinery(method: Method, budget: float = 0.5) -> Evidence:

@@ -159,9 +159,14 @@ class Cache(Method):
 
     `rolling`: evict after every forward by `visible`; otherwise once, at the end of the prompt, by `score`. A rolling
     method that leaves the prefill alone does both: what is left of the prompt is scored at its end.
+    `weighing`: evict by `score` at the end of the prompt and again after every token, which is then the one query seen.
+    Such tokens are read one at a time, and cannot be taken back. Every head must keep as many keys.
+    `tallies`: keep a number beside each stored key, from 0, to which `tally` adds what each query thinks of it.
     """
 
     rolling: ClassVar[bool] = False
+    weighing: ClassVar[bool] = False
+    tallies: ClassVar[bool] = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -180,6 +185,13 @@ class Cache(Method):
         """Keys each head may keep. Default: the same for all."""
         b, g, k = scores.shape
         return torch.full((b, g), min(k, budget.tokens(site.seen, site.bytes_per_token)), dtype=torch.long)
+
+    def tally(self, q: Float[Tensor, "r s q d"], k: Float[Tensor, "r k d"], site: Site) -> Float[Tensor, "r k"]:
+        """What the last `q` of the stored tokens add to the tally of each key, float32 or better; causal.
+
+        Rows are (sequence, key/value head) pairs with their query heads. A prompt may come in several pieces.
+        """
+        raise NotImplementedError
 
     def visible(
         self, q_position: Int[Tensor, "r q"], k_position: Int[Tensor, "r k"], head: Int[Tensor, " r"], site: Site

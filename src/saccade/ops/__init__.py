@@ -17,11 +17,13 @@ from saccade.ops.pool_and_select.api import pool_and_select, pool_blocks
 from saccade.ops.quantise.api import Quantised, dequantise, quantise
 from saccade.ops.sparse_step.api import sparse_step
 from saccade.ops.topk.api import topk
+from saccade.ops.window_votes.api import check_window, window_votes
 
 __all__ = [
     "Quantised",
     "attend",
     "block_logits",
+    "check_window",
     "column_scores",
     "decode",
     "dequantise",
@@ -37,4 +39,5 @@ __all__ = [
     "quantise",
     "sparse_step",
     "topk",
+    "window_votes",
 ]
