@@ -90,7 +90,7 @@ def test_no_key_left_out_has_a_larger_logit_than_the_worst_bound_that_was_read(n
 @given(st.data())
 @settings(max_examples=30, deadline=None)
 def test_bounds_are_those_of_all_keys_whatever_came_between(data):
-    """What the bound is for: of a page that is passed over no key could beat the bounds of those read."""
+    """Tokens come, are taken back, and are dropped in the middle: what is remembered never differs from a new look."""
     method, state = reader(), {}
     names = iter(range(1000))
     k = noise(1, 2, 9, 8)
