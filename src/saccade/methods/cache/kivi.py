@@ -51,8 +51,8 @@ class Kivi(Cache):
         licence_of_official="MIT",
         summary="Old keys are stored in 2 bits by channel, old values by token, the newest tokens as they are.",
         equation="X ~ s Q + z,  Q = round((X - z) / s),  z = min X,  s = (max X - min X) / (2^B - 1)",
-        budget="takes none of its own: bytes follow from bits and residual_tokens. Beside an eviction, the budget is"
-        " the eviction's",
+        budget="nothing by itself: bytes follow from bits and residual_tokens. Beside an eviction it is the eviction's",
+        takes_budget=False,
         departures=(
             "Keys and values are packed together, a group of tokens at a time, as soon as it lies behind the"
             " residual_tokens newest: so many are always exact. The authors pack keys residual_tokens at a time, so"
@@ -63,6 +63,7 @@ class Kivi(Cache):
             "Query heads that share a key/value head are served; the authors' first code for Llama has none.",
         ),
         lacks={
+            "full-budget": "it takes no budget, and rounds whatever is packed",
             "mask": "packed keys and values are rounded, which no mask says",
             "chunks": "tokens after the prompt read rounded keys and values, those of one pass over everything exact"
             " ones; a prompt given in chunks is packed at its end and agrees",
