@@ -95,8 +95,9 @@ def _read(method: Method, name: str, text: str, hint: Any) -> Any:
     kinds = typing.get_args(hint) if typing.get_origin(hint) not in (None, Literal) else (hint,)
     for kind in kinds:
         if typing.get_origin(kind) is Literal:
-            if text in typing.get_args(kind):
-                return text
+            known = {str(value): value for value in typing.get_args(kind)}
+            if text in known:
+                return known[text]
         elif kind is type(None):
             if text.lower() == "none":
                 return None
