@@ -119,7 +119,8 @@ def _options(name: str) -> str:
 
 
 def _use(card: Card) -> str:
-    code = f'with saccade.attach(model, "{card.name}", budget=0.25) as run:\n    out = model.generate(**inputs)\n'
+    budget = ", budget=0.25" if card.takes_budget else ""
+    code = f'with saccade.attach(model, "{card.name}"{budget}) as run:\n    out = model.generate(**inputs)\n'
     text = f"## Use\n\n```python\n{code}print({ACHIEVED.get(card.family, 'run.record.bytes_held')})\n```"
     text += f"\n\nA budget means: {card.budget}." if card.budget else ""
     text += f"\n\nIts score is given the model's {' and '.join(card.needs)}." if card.needs else ""
@@ -131,7 +132,7 @@ def _use(card: Card) -> str:
 def _claim(name: str, card: Card) -> str:
     found = measured(name)
     again = f"Measure it: `saccade claim {name} --tier cpu`."
-    compare = f"Compare it: `saccade compare --methods {name}`."
+    compare = f"Compare it: `saccade compare --methods {name}{'' if card.takes_budget else ' --budgets 1'}`."
     if found is None:
         return f"## Claim\n\nNot attempted yet. {again}\n\n{compare}"
     rows = [[c["name"], _range(c), *map(_short, (c["bar"], c["n"], c["smallest_effect"])), ("no", "yes")[c["holds"]]]

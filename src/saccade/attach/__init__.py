@@ -21,7 +21,7 @@ __all__ = ["Run", "attach", "calibrate", "explain", "fingerprint", "replace"]
 Methods = str | Method | Sequence[str | Method]
 
 # parts whose hooks this version attaches; a method that needs another is refused
-SERVED = ("prefill", "evict", "decode")
+SERVED = ("prefill", "evict", "pack", "decode")
 
 
 def attach(model: Any, methods: Methods, *, budget: float | str | Budget = FULL, seed: int = 0) -> Run:
@@ -109,6 +109,9 @@ def _reasons(model: Any, methods: Sequence[Method], budget: Budget, found: Found
     reasons = list(found.reasons)
     if getattr(model, "_saccade_run", None) is not None:
         reasons.append(f"{model._saccade_run.title} is attached already; detach it, or attach a list of both")
+    if budget != FULL and methods and not any(m.card.takes_budget for m in methods):
+        name = methods[0].card.name
+        reasons.append(f"{name} packs all tokens and drops none: attach it without a budget, or beside what takes one")
     for part, method in compose(methods).items():
         if part not in SERVED:
             reasons.append(f"{method.card.name} owns the part {part!r}, whose hooks this version does not have")

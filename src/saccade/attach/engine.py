@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saccade import ops
+from saccade.attach import packing
 from saccade.attach.layer import SaccadeLayer
 from saccade.attach.store import Bucket, Store, regroup
 from saccade.core.errors import CannotRun, DoesNotCompose
@@ -202,9 +203,11 @@ class Engine:
         queries = q.shape[2]
         visible = self._visible(layer, rows, queries, stage)
         self._note_dense(layer, rows, q, stage, visible)
-        evictor = self.parts.get("evict")
+        evictor, packer = self.parts.get("evict"), self.parts.get("pack")
         if isinstance(evictor, Cache) and evictor.merges and layer.store.dropped:
             return self._merged(evictor, rows, q, visible)
+        if isinstance(packer, Cache) and stage == "decode":
+            return packing.attend(packer, rows, q, scale=self.place.scale, softcap=self.place.softcap)
         keys, values = rows.columns["keys"], rows.columns["values"]
         options = {"scale": self.place.scale, "softcap": self.place.softcap}
         ids = None if visible is not None else layer.store.whole_sequences(rows)
@@ -255,9 +258,9 @@ class Engine:
         """Drop what the method gives up: after every forward if it is rolling, else once, at the end of the prompt; at
         both times if it is rolling and leaves the prefill alone.
 
-        Then, at that end, what reads the cache from there on may begin.
+        Then, at that end, what reads the cache from there on may begin; and from there on what is to be packed is.
         """
-        method, reader = self.parts.get("evict"), self.parts.get("decode")
+        method, reader, packer = (self.parts.get(part) for part in ("evict", "decode", "pack"))
         if layer.store is None:
             return
         if isinstance(method, Cache):
@@ -268,6 +271,8 @@ class Engine:
                 self._evict_rolling(method, layer)
         if prompt_end and isinstance(reader, Decode) and reader.observe_tokens:
             self._begin(reader, layer)
+        if isinstance(packer, Cache) and layer.prompt_done:
+            packing.pack(layer.store, packer)
         if prompt_end:
             layer.queries = []
 
@@ -444,6 +449,8 @@ class Engine:
 
 def _pliant(method: Method, prompt_done: bool) -> bool:
     """Whether it treats a token alike, in the prompt's forward or after it, and drops none that may be taken back."""
+    if method.parts == ("pack",):
+        return prompt_done
     return isinstance(method, Cache) and method.rolling and (prompt_done or "prefill" in method.parts)
 
 

@@ -32,7 +32,7 @@ class SaccadeLayer(CacheLayerMixin):
         self.seen = 0
         self.store: Store | None = None
         self.prompt_done = False
-        self.recording = False  # tokens may be taken back: eviction waits for crop()
+        self.recording = False  # tokens may be taken back: eviction and packing wait for crop()
         self.queries: list[Tensor] = []  # per sequence the last queries [h w d], for methods that score with them
         self.states: States = {}
         self.prompt_states: States = {}  # as the prompt left them: what is there again when later tokens are taken back
@@ -89,8 +89,8 @@ class SaccadeLayer(CacheLayerMixin):
         if tokens_to_remove and self.engine is not None:
             self.engine.refuse_taking_back()
         if tokens_to_remove:
-            self.seen += tokens_to_remove
             self.store.crop(-tokens_to_remove)
+            self.seen += tokens_to_remove
             dated = {m.card.name for m in self.engine.parts.values() if m.dated} if self.engine else set()
             as_prompt = {name: list(states) for name, states in self.prompt_states.items()}
             self.states = as_prompt | {name: states for name, states in self.states.items() if name in dated}

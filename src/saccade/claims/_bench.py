@@ -136,18 +136,18 @@ def machinery(method: Method, budget: float = 0.5) -> Evidence:
     model = models.tiny("llama").double()
     method = dataclasses.replace(method, artefact=method.artefact and _stamped(method, model))
     ids = torch.randint(3, models.families.VOCAB, (1, 96), generator=rng.generator("smoke"))
-    dense = _logits(model, ids)
+    dense = logits(model, ids)
     with attach(model, method, budget=1.0):
-        same = float((_logits(model, ids) - dense).abs().max())
+        same = float((logits(model, ids) - dense).abs().max())
     with attach(model, method, budget=budget) as run:
-        other = float((_logits(model, ids) - dense).abs().max())
+        other = float((logits(model, ids) - dense).abs().max())
         used = run.record.density("prefill" if "prefill" in method.parts else "decode")
         if "evict" in method.parts:
-            _logits(model, ids[:, :PROMPT])
+            logits(model, ids[:, :PROMPT])
             used = run.record.kept_fraction
     with attach(model, parse(f"random:part={method.parts[-1]}").methods[0], budget=budget):
-        chance = float((_logits(model, ids) - dense).abs().max())
-    rounding = float((_logits(model.float(), ids).double() - dense).abs().max())
+        chance = float((logits(model, ids) - dense).abs().max())
+    rounding = float((logits(model.float(), ids).double() - dense).abs().max())
     checks = [
         Check("full budget: largest difference from dense", same, same, same, rounding, same <= rounding),
         Check(f"budget {budget}: share used", used, used, used, budget, used <= budget),
@@ -162,7 +162,7 @@ def _stamped(method: Method, model: Any) -> Any:
 
 
 @torch.no_grad()
-def _logits(model: Any, ids: Tensor) -> Tensor:
+def logits(model: Any, ids: Tensor) -> Tensor:
     """A prompt, and what follows it on the same cache."""
     first = model(ids[:, :PROMPT], use_cache=True)
     if ids.shape[1] == PROMPT:

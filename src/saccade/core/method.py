@@ -95,8 +95,9 @@ def _read(method: Method, name: str, text: str, hint: Any) -> Any:
     kinds = typing.get_args(hint) if typing.get_origin(hint) not in (None, Literal) else (hint,)
     for kind in kinds:
         if typing.get_origin(kind) is Literal:
-            if text in typing.get_args(kind):
-                return text
+            known = {str(value): value for value in typing.get_args(kind)}
+            if text in known:
+                return known[text]
         elif kind is type(None):
             if text.lower() == "none":
                 return None
@@ -230,6 +231,21 @@ class Cache(Method):
         """
         return None
 
+    def packed_tokens(self, tokens: int) -> int:
+        """Of a method that owns "pack": how many first ones of so many stored tokens lie packed, in whole units.
+
+        It never falls as tokens come. From the end of the prompt on it is so after every token.
+        """
+        raise NotImplementedError
+
+    def pack(self, k: Float[Tensor, "r n d"], v: Float[Tensor, "r n d"]) -> dict[str, Tensor]:
+        """Keys and values of some whole units, as columns [r u ...]; those of later units are put behind them."""
+        raise NotImplementedError
+
+    def unpack(self, packed: Mapping[str, Tensor]) -> tuple[Float[Tensor, "r n d"], Float[Tensor, "r n d"]]:
+        """Keys and values that some units stand for."""
+        raise NotImplementedError
+
     def select(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Selection | None:
         """For a method that also owns "prefill": the pairs its prefill computes. None: dense."""
         return None
@@ -348,8 +364,8 @@ def compose(methods: Iterable[Method]) -> dict[str, Method]:
     """part -> its owner, in the order of the data flow.
 
     Raises:
-        DoesNotCompose: two methods need the same part, or one counts on keys that another drops or merges; both are
-            named.
+        DoesNotCompose: two methods need the same part, or one counts on keys that another drops, merges or packs; both
+            are named.
     """
     owners: dict[str, Method] = {}
     for method in methods:
@@ -361,6 +377,7 @@ def compose(methods: Iterable[Method]) -> dict[str, Method]:
                 )
             owners[part] = method
     _check_reader(owners.get("decode"), owners.get("evict"))
+    _check_packer(owners.get("pack"), owners.get("decode"), owners.get("evict"))
     return {part: owners[part] for part in PARTS if part in owners}
 
 
@@ -374,4 +391,19 @@ def _check_reader(reader: Method | None, evictor: Method | None) -> None:
         raise DoesNotCompose(f"attach [{a}, {b}] together", found, "Leave one of them out.")
     if isinstance(evictor, Cache) and evictor.merges:
         found = f"{b!r} stores keys that stand for several tokens, and {a!r} would read each as one"
+        raise DoesNotCompose(f"attach [{b}, {a}] together", found, "Leave one of them out.")
+
+
+def _check_packer(packer: Method | None, reader: Method | None, evictor: Method | None) -> None:
+    """What is packed is read as a whole, and stays."""
+    if packer is None:
+        return
+    a = packer.card.name
+    if reader is not None:
+        b = reader.card.name
+        found = f"{b!r} chooses among the keys as they are, and {a!r} packs them"
+        raise DoesNotCompose(f"attach [{b}, {a}] together", found, "Leave one of them out.")
+    if isinstance(evictor, Cache) and (evictor.rolling or evictor.merges):
+        b = evictor.card.name
+        found = f"{b!r} goes on dropping or merging single tokens, and {a!r} packs many together"
         raise DoesNotCompose(f"attach [{b}, {a}] together", found, "Leave one of them out.")

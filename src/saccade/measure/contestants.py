@@ -22,7 +22,7 @@ from saccade.core.method import Method, compose, configure, options
 from saccade.measure.cells import FULL
 
 ATTACHED = ("sparse", "cache", "decode")  # families that work in a loaded model
-PART_TITLES = {"prefill": "prefill", "evict": "cache", "decode": "decode"}
+PART_TITLES = {"prefill": "prefill", "evict": "cache", "pack": "packing", "decode": "decode"}
 Spec = str | Method | Sequence[Method]
 
 
