@@ -79,6 +79,14 @@ class Subject:
                 self.model(input_ids=ids.to(self.model.device), use_cache=False)
             yield from held
 
+    def rows(self, samples: Sequence[Tensor]) -> list[Int[Tensor, "1 n"]]:
+        """The samples, once they are found to be rows of token ids.
+
+        Raises:
+            BadInput: no samples, or a sample that is not [1 n].
+        """
+        return checked(samples)
+
     def words(self, samples: Sequence[Tensor]) -> Int[Tensor, " m"]:
         """Ids of the tokens that occur in the samples, ascending: what random texts are drawn from. Made of these, they
         hold no special and no unused token.

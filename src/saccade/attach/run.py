@@ -107,7 +107,8 @@ class Run:
         layers = cache.layers or compat.new_cache(self.model).layers
         if any(isinstance(layer, SaccadeLayer) or getattr(layer, "run", None) is self for layer in layers):
             return cache
-        if any((compat.is_plain_layer(layer) or isinstance(layer, WatchedLayer)) and layer.get_seq_length() for layer in layers):
+        filled = [layer for layer in layers if compat.is_plain_layer(layer) or isinstance(layer, WatchedLayer)]
+        if any(layer.get_seq_length() for layer in filled):
             raise CannotRun(
                 f"continue this cache under {self.title}",
                 "it was filled before attaching",

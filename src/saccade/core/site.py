@@ -74,8 +74,9 @@ class Site:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a method may look at when it scores at the end of a prompt: exactly what its card asked for. A probe is shown
-    one after every forward, with all queries of it.
+    """What a method may look at when it scores at the end of a prompt: exactly what its card asked for.
+
+    A probe is shown one after every forward, with all queries of it.
 
     positions: true positions of the stored keys, ascending
     queries: the last `observe_tokens` queries (fewer in a shorter prompt), after RoPE; None unless asked for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,10 +30,10 @@ NEEDLES = (
     ),
     (
         "words",
-        " The secret words of the old library are",
+        " The secret word of the old library is",
         " amber lantern river copper meadow.",
-        "What are the secret words of the old library?",
-        " The secret words of the old library are",
+        "What is the secret word of the old library?",
+        " The secret word of the old library is",
     ),
     (
         "sentence",
@@ -43,10 +44,10 @@ NEEDLES = (
     ),
     (
         "words",
-        " The words that open the iron gate are",
+        " The password of the iron gate is",
         " velvet thunder garden pencil harbour.",
-        "Which words open the iron gate?",
-        " The words that open the iron gate are",
+        "What is the password of the iron gate?",
+        " The password of the iron gate is",
     ),
 )
 ASK, ANSWER = "\n\nBased on the content of the book, Question: ", "\nAnswer:"
@@ -153,9 +154,7 @@ class RetrievalHead(Probe):
     def best(self, heads: int) -> list[tuple[int, int]]:
         """(layer, head) of the highest scores, best first."""
         assert self.artefact is not None, "scores come from an artefact"
-        score = self.artefact.tensors["score"]
-        order = score.flatten().argsort(descending=True, stable=True)[:heads].tolist()
-        return [divmod(i, score.shape[1]) for i in order]
+        return best_heads(self.artefact.tensors["score"], heads)
 
     # --- needle runs ------------------------------------------------------------------------------------------------
 
@@ -169,30 +168,40 @@ class RetrievalHead(Probe):
             raise CannotRun(f"calibrate retrieval-head on {model.name}", found, "A model that retrieves is needed.")
         runs = torch.stack(right)
         score, active = runs.mean(0), (runs > 0).float().mean(0)
-        heads = int((score >= self.least_score).sum())
-        best = [f"{i}.{j}: {score[i, j]:.3f}" for i, j in _best(score, 10)]
-        figures = {"right answers": f"{len(right)} of {len(trials)}", "heads that copied at all": int((score > 0).sum()),
-                   "retrieval heads": f"{heads} of {score.numel()}", "best, layer.head": best}  # fmt: skip
+        figures = {
+            "right answers": f"{len(right)} of {len(trials)}",
+            "heads that copied at all": int((score > 0).sum()),
+            "retrieval heads": f"{int((score >= self.least_score).sum())} of {score.numel()}",
+            "best, layer.head": [f"{i}.{j}: {score[i, j]:.3f}" for i, j in best_heads(score, 10)],
+        }
         return model.artefact(self, {"score": score, "active": active}, samples, figures)
 
     def trials(self, model: Any, samples: Sequence[Tensor], progress: Any = None) -> Iterator[Trial]:
         """One run for each sample and depth, needles in turn."""
-        line = _ids(model.tokenizer, "\n")[-1:]
-        for done, (i, place) in enumerate(((i, p) for i in range(len(samples)) for p in range(self.depths)), 1):
+        rows = model.rows(samples)
+        line, runs = _ids(model.tokenizer, "\n")[-1:], itertools.product(range(len(rows)), range(self.depths))
+        for done, (i, place) in enumerate(runs, 1):
             depth, needle = place / (self.depths - 1), NEEDLES[(i + place) % len(NEEDLES)]
-            prompt, start, end = hide(model.tokenizer, samples[i], needle[1:], depth)
+            prompt, start, end = hide(model.tokenizer, rows[i], needle[1:], depth)
             notes = model.answer(self, prompt, self.answer_tokens, line)
             hidden, said = prompt[0, start:end], notes.tokens[prompt.shape[1] :]
             recall = float(torch.isin(hidden, said).float().mean())
             yield Trial(needle[0], depth, recall, self._score(notes, prompt.shape[1] - 1, start, end))
             if progress is not None:
-                progress(done, len(samples) * self.depths, "needle runs")
+                progress(done, len(rows) * self.depths, "needle runs")
 
     def _score(self, notes: Notes, first: int, start: int, end: int) -> Float[Tensor, "layers h"]:
         copied, said = copies(notes, first, start, end), notes.tokens[first + 1 :]
         if self.count == "every":
             return copied.float().sum(-1) / (end - start)
-        return torch.stack([(copied & (said == token)).any(-1) for token in notes.tokens[start:end].unique()]).float().mean(0)
+        hidden = notes.tokens[start:end].unique()
+        return torch.stack([(copied & (said == token)).any(-1) for token in hidden]).float().mean(0)
+
+
+def best_heads(score: Float[Tensor, "layers h"], count: int) -> list[tuple[int, int]]:
+    """(layer, head) of the highest scores, best first."""
+    order = score.flatten().argsort(descending=True, stable=True)[:count].tolist()
+    return [divmod(i, score.shape[1]) for i in order]
 
 
 def looked_at(q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"]) -> Int[Tensor, "b h q"]:
@@ -205,7 +214,7 @@ def looked_at(q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"]) -> Int[T
 
 
 def copies(notes: Notes, first: int, start: int, end: int) -> Bool[Tensor, "layers h t"]:
-    """Whether what came after each token from `first` on is what the head looked at most, among tokens start to end - 1."""
+    """Whether the head looked most, from each token from `first` on, at one in [start, end) that then came."""
     after = notes.tokens[first + 1 :]
     most = torch.stack([layer["most"] for layer in notes.layers])[..., first : first + len(after)].long()
     return (notes.tokens[most] == after) & (most >= start) & (most < end)
