@@ -164,13 +164,6 @@ def reachable(cache) -> int:
     return sum(found.values())
 
 
-def keys_and_values(layer):
-    """All of them, wherever a cache layer has them."""
-    if isinstance(layer, WatchedLayer):
-        return [layer.keys, layer.values]
-    return [b.columns[name] for b in layer.store.buckets for name in ("keys", "values")]
-
-
 @pytest.mark.claims("bytes")
 @given(data=st.data())
 @FEW

@@ -53,7 +53,7 @@ NEEDLES = (
 ASK, ANSWER = "\n\nBased on the content of the book, Question: ", "\nAnswer:"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trial:
     """One needle run. recall: share of the answer's tokens that the model said; score of every head."""
 
