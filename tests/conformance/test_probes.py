@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saccade import models
-from saccade.attach import attach
+from saccade.attach import attach, explain
 from saccade.attach.compat import CACHE
 from saccade.core.errors import CannotRun
 from saccade.methods.cache.streaming import Streaming
@@ -49,6 +49,7 @@ def test_01_under_a_probe_every_bit_is_the_models_own(probe, family, own):
     with kernel(model, own):
         before = everything()
         with attach(model, probe.method()):
+            explain(model, probe.method())  # another look at the model meanwhile changes nothing either
             under = everything()
         after = everything()
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(before, under, after, strict=True))

@@ -70,10 +70,13 @@ def switch(model: PreTrainedModel) -> Callable[[], None]:
     key = next((k for k in model.config.sub_configs if getattr(model.config, k, None) is text), None)
     before = text._attn_implementation
     model.set_attn_implementation({key: NAME} if key else NAME)
-    setattr(text, BEFORE, before)
+    outermost = before != NAME
+    if outermost:
+        setattr(text, BEFORE, before)
 
     def restore() -> None:
-        delattr(text, BEFORE)
+        if outermost:
+            delattr(text, BEFORE)
         model.set_attn_implementation({key: before} if key else before)
 
     return restore
