@@ -39,7 +39,7 @@ def attention(
         mask = attention_mask.dense() if isinstance(attention_mask, LazyMask) else attention_mask
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
         out, weights = compat.own_attention(module, query, key, value, mask, **options)
-        if onlooker is not None:
+        if onlooker is not None and probed is None:
             _refuse(onlooker, attention_mask, dropout, kwargs)
             real = attention_mask.real_keys(key.shape[2]) if isinstance(attention_mask, LazyMask) else None
             out = onlooker.after(layer, query, key, value, real, out)
