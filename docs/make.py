@@ -59,6 +59,7 @@ ACHIEVED = {
     "sparse": 'run.record.density("prefill")',
     "cache": "run.record.kept_fraction, run.record.bytes_held",
     "decode": 'run.record.density("decode")',
+    "probes": "run.result()",
 }
 assert set(PROPERTIES) <= set(WORDS), "a new property needs its words"
 
@@ -119,7 +120,8 @@ def _options(name: str) -> str:
 
 
 def _use(card: Card) -> str:
-    code = f'with saccade.attach(model, "{card.name}", budget=0.25) as run:\n    out = model.generate(**inputs)\n'
+    budget = "" if card.family == "probes" else ", budget=0.25"
+    code = f'with saccade.attach(model, "{card.name}"{budget}) as run:\n    out = model.generate(**inputs)\n'
     text = f"## Use\n\n```python\n{code}print({ACHIEVED.get(card.family, 'run.record.bytes_held')})\n```"
     text += f"\n\nA budget means: {card.budget}." if card.budget else ""
     text += f"\n\nIts score is given the model's {' and '.join(card.needs)}." if card.needs else ""
@@ -132,6 +134,8 @@ def _claim(name: str, card: Card) -> str:
     found = measured(name)
     again = f"Measure it: `saccade claim {name} --tier cpu`."
     compare = f"Compare it: `saccade compare --methods {name}`."
+    if card.family == "probes":
+        compare = f"See it: `saccade calibrate {name}` prints a path, and `saccade report PATH` draws its heads."
     if found is None:
         return f"## Claim\n\nNot attempted yet. {again}\n\n{compare}"
     rows = [[c["name"], _range(c), *map(_short, (c["bar"], c["n"], c["smallest_effect"])), ("no", "yes")[c["holds"]]]
