@@ -165,6 +165,8 @@ def _short(value: float | None) -> str:
 def _properties(card: Card) -> str:
     held = [WORDS[p] for p in PROPERTIES if p not in card.lacks and (p != "forms" or card.family == "mixers")]
     text = "## What is tested\n\nThe conformance suite tests that " + "; ".join(held) + "."
+    if card.family == "probes":
+        text += " Under a probe every bit is the model's own, and what it saw of a text depends on that text alone."
     lacks = [f"{WORDS[what]} (`{what}`): {why}" for what, why in card.lacks.items()]
     return text + (f"\n\nIt does not have:\n\n{_bullets(lacks)}" if lacks else "")
 

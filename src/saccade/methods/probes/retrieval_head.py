@@ -95,7 +95,7 @@ class RetrievalHead(Probe):
         official="nightdessert/Retrieval_Head",
         summary="Scores each head by how much of a hidden answer it looks at while the model copies it out.",
         equation="score = |{y_t : argmax_j a_tj in needle, token_j = y_t} and needle| / |needle|",
-        budget="nothing: a probe only looks on",
+        budget="nothing, since a probe only looks on",
         calibrated=True,
         departures=(
             "Needles and questions are ours, and the answer's first words are given: small models then answer at all.",
