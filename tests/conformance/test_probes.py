@@ -69,6 +69,8 @@ def test_13_tokens_and_an_empty_cache_are_needed(probe):
     filled = model(ids, use_cache=True)[CACHE]
     with attach(model, probe.method()) as run:
         assert run.result() == []
+        model(ids, use_cache=False)
+        assert [one.prompt for one in run.notes()] == [9] and run.record.kept_fraction == 1.0
         with pytest.raises(CannotRun, match="it was given no input_ids to tell tokens by"):
             model(inputs_embeds=model.get_input_embeddings()(ids))
         with pytest.raises(CannotRun, match="it was filled before attaching"):

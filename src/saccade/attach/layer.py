@@ -162,6 +162,11 @@ class WatchedLayer(DynamicLayer):
         tagged._saccade_layer = self
         return tagged, values
 
+    def bytes_held(self) -> int:
+        """Of all storages, each counted once; none of keys and values where there was no cache."""
+        tensors = [x for x in (self.keys, self.values, *self.notes.values()) if x is not None]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
     def note(self, new: Mapping[str, Tensor], more_prompt: bool) -> None:
         """What was noted of the tokens just read [b q ...]; 0 where it was not."""
         first = self.notes or {name: x[:, :0] for name, x in new.items()}

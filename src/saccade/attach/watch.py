@@ -64,14 +64,11 @@ class Watch(Run):
     @property
     def record(self) -> Record:
         """All that was read is there: tokens, and bytes held with the notes among them."""
-        out = Record()
+        out, heads = Record(), {watcher.place.layer: watcher.place.kv_heads for watcher in self._engines.values()}
         for index, layer in self._layers.items():
-            real = layer.notes["real"]
-            seen = real.sum(-1).tolist()
-            kept = [[torch.arange(n) for _ in range(layer.keys.shape[1])] for n in seen]
-            held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-                    for x in (layer.keys, layer.values, *layer.notes.values())}  # fmt: skip
-            out.layers[index] = LayerRecord(index, bytes_held=sum(held.values()), seen=seen, kept=kept)
+            seen = layer.notes["real"].sum(-1).tolist()
+            kept = [[torch.arange(n) for _ in range(heads[index])] for n in seen]
+            out.layers[index] = LayerRecord(index, bytes_held=layer.bytes_held(), seen=seen, kept=kept)
         return out
 
 
