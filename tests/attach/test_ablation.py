@@ -129,3 +129,7 @@ def test_what_is_not_there_cannot_be_taken_out():
     busy = pytest.raises(CannotRun, match=r"streaming is attached; detach it first")
     with attach(model(), Streaming(), budget=0.5), busy:
         without_heads(model(), []).__enter__()
+    nested = pytest.raises(CannotRun, match=r"without_heads is attached")
+    with without_heads(model(), []), nested:
+        attach(model(), Streaming(), budget=0.5)
+    attach(model(), Streaming(), budget=0.5).detach()

@@ -156,3 +156,17 @@ def test_08_notes_follow_their_sequences(probe, data):
         cache.batch_select_indices(torch.tensor([1, 2, 4]))
         trial.model(rows[order][:, n:], **{CACHE: cache})
     assert notes(run) == seen(trial, rows[order], [n])[1]
+
+
+def test_08_a_copy_of_a_cache_has_its_notes_and_not_the_model(probe):
+    model, ids = tiny(4, 2, 16), tokens(20)
+    with attach(model, probe.method()) as run, torch.no_grad():
+        cache = model(ids[:, :12], use_cache=True)[CACHE]
+        twin = copy.deepcopy(cache)
+        assert all(layer.run is run for layer in twin.layers)
+        model(ids[:, 12:], **{CACHE: cache})
+        first = notes(run)
+        assert {layer.notes["real"].shape[1] for layer in twin.layers} == {12}
+        again = model(ids[:, 12:], **{CACHE: twin})[CACHE]
+    assert all(torch.equal(a.notes[n], b.notes[n]) for a, b in zip(again.layers, cache.layers) for n in a.notes)
+    assert len(first[0][0]) == 20

@@ -44,7 +44,11 @@ def without_heads(model: Any, heads: Sequence[tuple[int, int]], mode: Mode = "un
             raise BadOption(f"head {head} of layer {layer}", f"there are {layers} layers of {width}", "Count from 0.")
     gone = {layer: sorted({h for at, h in heads if at == layer}) for layer, _ in heads}
     with looking_on(model, found, lambda spot: _Ablator(spot, gone.get(spot.place.layer, []), mode)):
-        yield
+        model._saccade_run = _Ablator.run  # nothing else is attached meanwhile
+        try:
+            yield
+        finally:
+            del model._saccade_run
 
 
 class _Ablator:

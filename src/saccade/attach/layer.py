@@ -3,6 +3,7 @@ attention function does the rest (it is the only place that has the queries)."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +150,12 @@ class WatchedLayer(DynamicLayer):
         super().__init__()
         self.run = run
         self._clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WatchedLayer:
+        """The run, and the model with it, is no part of a cache: both copies belong to it."""
+        new = copy.copy(self)
+        new.__dict__ = copy.deepcopy(self.__dict__, memo | {id(self.run): self.run})
+        return new
 
     def _clear(self) -> None:
         self.notes: dict[str, Tensor] = {}  # each [b n ...], padding included

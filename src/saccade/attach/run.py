@@ -107,8 +107,8 @@ class Run:
         layers = cache.layers or compat.new_cache(self.model).layers
         if any(isinstance(layer, SaccadeLayer) or getattr(layer, "run", None) is self for layer in layers):
             return cache
-        filled = [layer for layer in layers if compat.is_plain_layer(layer) or isinstance(layer, WatchedLayer)]
-        if any(layer.get_seq_length() for layer in filled):
+        filled = [layer for layer in layers if compat.is_plain_layer(layer) and layer.get_seq_length()]
+        if filled or any(isinstance(layer, WatchedLayer) for layer in layers):
             raise CannotRun(
                 f"continue this cache under {self.title}",
                 "it was filled before attaching",

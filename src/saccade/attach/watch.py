@@ -34,7 +34,7 @@ class Watch(Run):
         return probe
 
     def notes(self) -> list[Notes]:
-        """What was noted of each of the last sequences."""
+        """What was noted of each of the last sequences; after a beam search, of its beams."""
         layers = [layer.notes for _, layer in sorted(self._layers.items())]
         slots = max((layer.prompt_slots for layer in self._layers.values()), default=0)
         return [_of_row(layers, row, slots) for row in range(len(layers[0]["tokens"]) if layers else 0)]
