@@ -127,6 +127,12 @@ def test_what_was_not_looked_at_is_not_copied():
     assert not copies(notes, 0, 0, 3).any()
 
 
+def test_without_a_prompt_nothing_is_copied_from_it():
+    notes = Notes(torch.tensor([5, 5, 5]), 0, [{"most": torch.zeros(1, 3, dtype=torch.int)}])
+    (row,) = RetrievalHead().result([notes])
+    assert (row["tokens"], row["copied"]) == (2, 0)
+
+
 def test_the_best_heads_come_first():
     assert RetrievalHead(artefact=made([[0.1, 0.9], [0.5, 0.1]])).best(3) == [(0, 1), (1, 0), (0, 0)]
     assert RetrievalHead().result([]) == []

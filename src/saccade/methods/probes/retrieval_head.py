@@ -139,7 +139,7 @@ class RetrievalHead(Probe):
 
     def result(self, notes: Sequence[Notes]) -> Table:
         """Of each head: tokens after the prompt, how many of them it copied from the prompt, and its score if known."""
-        found = [copies(one, one.prompt - 1, 0, one.prompt) for one in notes]
+        found = [copies(one, max(0, one.prompt - 1), 0, one.prompt) for one in notes]
         if not found:
             return []
         said, copied = sum(x.shape[-1] for x in found), sum(x.sum(-1) for x in found)
