@@ -22,6 +22,8 @@ CACHES = ("past_key_values", "cache")  # what forwards, `generate` and outputs h
 CACHE = CACHES[Version(transformers.__version__) >= Version("5.24.dev0")]  # and call it now
 
 STEADY_ROPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the text's length
+BEFORE = "_saccade_before"  # of a config: the implementation that was there before us
+OWN = ("sdpa", "eager")  # implementations that `own_attention` is bit for bit
 
 _warned = False
 
@@ -58,14 +60,24 @@ def can_switch(model: PreTrainedModel) -> list[str]:
     return [f"{name} computes attention in its own code, not through transformers' interface" for name in sorted(stiff)]
 
 
+def implementation(model: PreTrainedModel) -> str:
+    """What computes the text part's attention."""
+    return model.config.get_text_config(decoder=True)._attn_implementation
+
+
 def switch(model: PreTrainedModel) -> Callable[[], None]:
     """Route the text part's attention to us; the returned function puts everything back."""
     text = model.config.get_text_config(decoder=True)
     key = next((k for k in model.config.sub_configs if getattr(model.config, k, None) is text), None)
     before = text._attn_implementation
     model.set_attn_implementation({key: NAME} if key else NAME)
+    outermost = before != NAME
+    if outermost:
+        setattr(text, BEFORE, before)
 
     def restore() -> None:
+        if outermost:
+            delattr(text, BEFORE)
         model.set_attn_implementation({key: before} if key else before)
 
     return restore
@@ -123,8 +135,11 @@ def own_attention(
     mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the module would have computed without us: SDPA, or its own eager code where SDPA cannot do it."""
-    if options.get("softcap") is None and options.get("s_aux") is None:
+    """What the module would have computed without us: SDPA, or its own eager code where it went by that or SDPA cannot
+    do it.
+    """
+    eager = getattr(module.config, BEFORE, "sdpa") == "eager"
+    if not eager and options.get("softcap") is None and options.get("s_aux") is None:
         return sdpa_attention_forward(module, q, k, v, mask, **options)
     if mask is None:
         n, m = q.shape[2], k.shape[2]

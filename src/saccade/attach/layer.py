@@ -3,17 +3,20 @@ attention function does the rest (it is the only place that has the queries)."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from saccade.attach.store import Store
 from saccade.core.errors import CannotRun
 
 if TYPE_CHECKING:
     from saccade.attach.engine import Engine
+    from saccade.attach.watch import Watch
 
 States = dict[str, list[dict[str, Tensor]]]  # method -> per sequence
 
@@ -140,3 +143,83 @@ class SaccadeLayer(CacheLayerMixin):
     def offload(self) -> None:
         """Offloading swaps whole tensors; our rows are ragged."""
         raise CannotRun("offload this cache", "saccade's cache layers are ragged", "Use the default cache.")
+
+
+class WatchedLayer(DynamicLayer):
+    """The model's own growing layer, which carries along what a probe noted of each of its tokens."""
+
+    def __init__(self, run: Watch):
+        super().__init__()
+        self.run = run
+        self._clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WatchedLayer:
+        """The run, and the model with it, is no part of a cache: both copies belong to it."""
+        new = copy.copy(self)
+        new.__dict__ = copy.deepcopy(self.__dict__, memo | {id(self.run): self.run})
+        return new
+
+    def _clear(self) -> None:
+        self.notes: dict[str, Tensor] = {}  # each [b n ...], padding included
+        self.prompt_slots = 0
+        self.prompt_done = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values, the keys tagged with this layer."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        tagged = keys.view_as(keys)
+        tagged._saccade_layer = self
+        return tagged, values
+
+    def bytes_held(self) -> int:
+        """Of all storages, each counted once; none of keys and values where there was no cache."""
+        tensors = [x for x in (self.keys, self.values, *self.notes.values()) if x is not None]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    def note(self, new: Mapping[str, Tensor], more_prompt: bool) -> None:
+        """What was noted of the tokens just read [b q ...]; 0 where it was not."""
+        first = self.notes or {name: x[:, :0] for name, x in new.items()}
+        before, now = (next(iter(kind.values())).shape[1] for kind in (first, new))
+        old = first | {name: _blank(x, before) for name, x in new.items() if name not in first}
+        new = {name: _blank(x, now) for name, x in old.items() if name not in new} | dict(new)
+        self.notes = {name: torch.cat([x, new[name]], 1) for name, x in old.items()}
+        if not self.prompt_done:
+            self.prompt_slots, self.prompt_done = before + now, not more_prompt
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._clear()
+
+    def activate_past_recording(self) -> None:
+        """Called before assisted decoding."""
+        if not self.prompt_done:
+            asked = f"assisted decoding with {self.run.title}"
+            found = "guessed tokens are read together with the prompt, whose end is not to be told then"
+            raise CannotRun(asked, found, "Use ordinary decoding.")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens (zero or a negative number)."""
+        super().crop(tokens_to_remove)
+        left = self.get_seq_length()
+        self.notes = {name: x[:, :left] for name, x in self.notes.items()}
+        self.prompt_slots = min(self.prompt_slots, left)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search."""
+        super().reorder_cache(beam_idx)
+        self.notes = {name: x.index_select(0, beam_idx.to(x.device)) for name, x in self.notes.items()}
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        super().batch_repeat_interleave(repeats)
+        self.notes = {name: x.repeat_interleave(repeats, dim=0) for name, x in self.notes.items()}
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some sequences."""
+        super().batch_select_indices(indices)
+        self.notes = {name: x[indices.to(x.device)] for name, x in self.notes.items()}
+
+
+def _blank(like: Tensor, slots: int) -> Tensor:
+    return like.new_zeros(like.shape[0], slots, *like.shape[2:])

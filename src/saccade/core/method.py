@@ -17,6 +17,7 @@ from saccade.core.artefact import Artefact
 from saccade.core.budget import Budget
 from saccade.core.card import Card
 from saccade.core.errors import BadOption, CannotRun, DoesNotCompose
+from saccade.core.record import Notes, Table
 from saccade.core.selection import Selection
 from saccade.core.site import Seen, Site
 
@@ -337,12 +338,28 @@ class Neurons(_Planned):
 
 
 @dataclass(frozen=True)
-class Probe(_Planned):
-    """Reads only: where heads look."""
+class Probe(Method):
+    """Reads only: where heads look. The model computes what it computes without it, bit for bit.
+
+    What `see` notes of a token is kept beside the model's own cache: it follows beams, and goes when the token is taken
+    back. `result` makes a table of it; what many runs come to is an artefact, which `calibrate` makes.
+    """
 
     @property
     def parts(self) -> tuple[str, ...]:
         return ("observe",)
+
+    def see(self, seen: Seen, site: Site) -> dict[str, Tensor]:
+        """Notes [b h q ...] on the tokens just read in one layer, under the same names in every forward.
+
+        `seen` holds the queries of these tokens and all keys and values there are. Notes are numbers, small ones: they
+        are kept for every token.
+        """
+        raise NotImplementedError
+
+    def result(self, notes: Sequence[Notes]) -> Table:
+        """What the notes on some sequences come to: one line per layer and head."""
+        raise NotImplementedError
 
 
 class Mixer(torch.nn.Module):

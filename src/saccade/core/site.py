@@ -80,6 +80,8 @@ class Site:
 class Seen:
     """What a method may look at when it scores, at the end of a prompt or after a token: exactly what it asked for.
 
+    A probe is shown one after every forward, with all queries of it.
+
     positions: true positions of the stored keys, ascending
     queries: the last `observe_tokens` queries (fewer in a shorter prompt; after it one), after RoPE; None unless asked
         for
