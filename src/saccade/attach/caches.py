@@ -92,7 +92,7 @@ def keep_rows(cache: Any, rows: Sequence[int], padding: int) -> None:
 
 
 def beginning(cache: Any, tokens: int) -> Any:
-    """A copy of the first tokens of a prompt, to go on with; what is the same shares its memory, and nobody writes there.
+    """A copy of the first tokens of a prompt, to go on with; memory is shared, and nobody writes there.
 
     The prompt is one sequence, and methods have not met its end: under `Run.prompt()`.
     """

@@ -42,7 +42,8 @@ class Prefixes:
 
     def keep(self, ids: list[int], cache: Any, most_bytes: int) -> None:
         """Remember a prompt that was read, whose end methods have not met; others leave until it fits."""
-        wanted, size = torch.tensor(ids), cache_bytes(cache)
+        wanted, mine = torch.tensor(ids), caches.beginning(cache, len(ids))
+        size = cache_bytes(mine)
         for key, (kept, _, _) in list(self._kept.items()):
             if _alike(wanted, kept) == len(kept):  # all of it is in the new one
                 del self._kept[key]
@@ -50,7 +51,7 @@ class Prefixes:
             return
         self.shrink(most_bytes - size, self.most - 1)
         self._count += 1
-        self._kept[self._count] = wanted, caches.beginning(cache, len(ids)), size
+        self._kept[self._count] = wanted, mine, size
 
     def shrink(self, most_bytes: int, most: int | None = None) -> None:
         """Let the oldest go until the rest fits."""

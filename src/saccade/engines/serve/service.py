@@ -91,13 +91,17 @@ class Service:
     def _look(self) -> None:
         """What one token costs while a prompt is read, and what the cache allows."""
         self.positions = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        tokens = min(TRIAL_TOKENS, self.positions or TRIAL_TOKENS)
-        cache = self._new_cache()
-        with self._run.prompt() if self._run else contextlib.nullcontext():
-            self._read([0] * tokens, cache)
-            self.bytes_per_token = -(-cache_bytes(cache) // tokens)
-            self.not_joined = caches.why_not_joined(self._run, cache)
-            self.not_continued = caches.why_not_continued(self._run, cache)
+        few = max(1, min(TRIAL_TOKENS, (self.positions or 2 * TRIAL_TOKENS) // 2))
+        held = {}
+        for tokens in (few, 2 * few):
+            cache = self._new_cache()
+            with self._run.prompt() if self._run else contextlib.nullcontext():
+                self._read([0] * tokens, cache)
+                held[tokens] = cache_bytes(cache)
+        self.bytes_per_token = -(-(held[2 * few] - held[few]) // few)
+        self.bytes_per_request = max(0, held[few] - few * self.bytes_per_token)
+        self.not_joined = caches.why_not_joined(self._run, cache)
+        self.not_continued = caches.why_not_continued(self._run, cache)
         caches.forget(cache)
         most = 0 if self.not_continued else self.limits.prefixes
         self._prefixes = Prefixes(most, caches.observed_tokens(self._run))
@@ -105,8 +109,8 @@ class Service:
     @property
     def request_tokens(self) -> int:
         """Prompt and new tokens that one request may have: by option, by the model's positions, by memory."""
-        bounds = (self.limits.request_tokens, self.positions, self.limits.cache_bytes // self.bytes_per_token)
-        return min(x for x in bounds if x is not None)
+        room = max(0, self.limits.cache_bytes - self.bytes_per_request) // self.bytes_per_token
+        return min(x for x in (self.limits.request_tokens, self.positions, room) if x is not None)
 
     # --- from other threads -----------------------------------------------------------------------------------------
 
@@ -139,7 +143,7 @@ class Service:
                 "Send a shorter prompt or ask for fewer new tokens.",
                 code="context_length_exceeded",
             )
-        job.bytes_reserved = (prompt + job.new_tokens) * self.bytes_per_token
+        job.bytes_reserved = (prompt + job.new_tokens) * self.bytes_per_token + self.bytes_per_request
 
     def _bound(self) -> str:
         """Why a request is too long."""
@@ -148,12 +152,22 @@ class Service:
             return f"this model has {limit:,} positions"
         if limit == self.limits.request_tokens:
             return f"this server takes {limit:,} tokens a request"
-        size, each = self.limits.cache_bytes, self.bytes_per_token
-        return f"the {size:,} bytes for caches hold {limit:,} tokens of {each:,} bytes"
+        size, each, once = self.limits.cache_bytes, self.bytes_per_token, self.bytes_per_request
+        return f"the {size:,} bytes for caches hold {limit:,} tokens of {each:,} bytes, beside {once:,} for a request"
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for it any longer."""
         job.cancelled = True
+
+    def notes(self) -> list[str]:
+        """What does not work here as elsewhere, in words."""
+        notes = [f"Each request is decoded by itself: {'; '.join(self.not_joined)}."] if self.not_joined else []
+        if self.not_continued and self.limits.prefixes:
+            notes.append(f"No prompt is reused: {'; '.join(self.not_continued)}.")
+        ignored = _unserved(self.model)
+        if ignored:
+            notes.append(f"The model's own generation settings {', '.join(ignored)} are not applied.")
+        return notes
 
     def health(self) -> dict[str, Any]:
         """Where it stands."""
@@ -171,6 +185,7 @@ class Service:
                     "bytes_prefixes": prefixes.bytes_held,
                     "bytes_most": self.limits.cache_bytes,
                     "bytes_per_token": self.bytes_per_token,
+                    "bytes_per_request": self.bytes_per_request,
                     "request_tokens": self.request_tokens,
                 },
                 "prefixes": {
@@ -269,7 +284,7 @@ class Service:
         return self._run.new_cache() if self._run else compat.new_cache(self.model)
 
     def _read(self, ids: list[int], cache: Any, known: int = 0) -> torch.Tensor:
-        """Logits [1 n v] after the tokens that the cache does not hold yet; of the last one if the model can do that."""
+        """Logits [1 n v] of the tokens that the cache does not hold yet; of the last alone if the model can do that."""
         device = self.model.device
         places = torch.arange(known, len(ids), device=device)[None]
         mask = torch.ones(1, len(ids), dtype=torch.long, device=device)
@@ -342,6 +357,14 @@ def _said(error: Exception) -> Refused:
         return Refused("serve a request", "the device is out of memory", "Ask again, or for fewer tokens.", status=503)
     found = f"the model failed with a {type(error).__name__}"
     return Refused("serve a request", found, "The server's log says more.", status=500)
+
+
+def _unserved(model: Any) -> list[str]:
+    """Settings in the model's folder by which `generate` would choose other tokens, and we do not."""
+    neutral = {"repetition_penalty": 1, "no_repeat_ngram_size": 0, "bad_words_ids": None, "suppress_tokens": None,
+               "begin_suppress_tokens": None, "sequence_bias": None, "min_new_tokens": 0, "min_length": 0}  # fmt: skip
+    said = {name: getattr(model.generation_config, name, None) for name in neutral}
+    return [f"{name}={value}" for name, value in said.items() if value not in (None, neutral[name])]
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
