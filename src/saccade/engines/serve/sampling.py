@@ -23,7 +23,7 @@ def choose(logits: Float[Tensor, "b v"], wishes: Sequence[Wish], draws: Sequence
         torch.tensor(x, dtype=torch.float32, device=logits.device)[:, None]
         for x in ([w.temperature or 1.0 for w in wishes], [w.top_p for w in wishes], draws)
     )
-    ordered, index = (logits.float() / temperature).sort(-1, descending=True, stable=True)
+    ordered, index = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)
     p = ordered.softmax(-1)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
     passed = p.cumsum(-1)

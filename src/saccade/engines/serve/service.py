@@ -16,7 +16,7 @@ import torch
 from saccade.attach import caches, compat
 from saccade.attach.compat import CACHE
 from saccade.core.budget import Budget
-from saccade.core.errors import BadOption, SaccadeError
+from saccade.core.errors import BadOption, CannotRun, SaccadeError
 from saccade.engines.serve.batch import Batch, Row, next_tokens
 from saccade.engines.serve.jobs import Event, Job, Refused
 from saccade.engines.serve.prefixes import Prefixes
@@ -103,6 +103,8 @@ class Service:
         self.not_joined = caches.why_not_joined(self._run, cache)
         self.not_continued = caches.why_not_continued(self._run, cache)
         caches.forget(cache)
+        if self.request_tokens < 2:
+            raise CannotRun("serve requests of a token and an answer", self._bound(), "Allow more.")
         most = 0 if self.not_continued else self.limits.prefixes
         self._prefixes = Prefixes(most, caches.observed_tokens(self._run))
 
@@ -259,11 +261,11 @@ class Service:
         """Read a prompt and write its first token; None if that was all, or it failed."""
         try:
             cache, logits = self._prefill(job)
+            batch = Batch(self.model, cache, Row(job, self.tokenizer))
+            return batch if self._hand_out(batch, next_tokens(logits, batch.rows)) else None
         except Exception as error:  # of a method, the model or the device: it concerns this request, not the server
             self._fail([job], error)
             return None
-        batch = Batch(self.model, cache, Row(job, self.tokenizer))
-        return batch if self._hand_out(batch, next_tokens(logits, batch.rows)) else None
 
     def _prefill(self, job: Job) -> tuple[Any, torch.Tensor]:
         if not self._prefixes.most:
@@ -308,12 +310,10 @@ class Service:
 
     def _step(self, batch: Batch) -> None:
         try:
-            tokens = batch.step()
+            self._hand_out(batch, batch.step())
         except Exception as error:
             self._fail([row.job for row in batch.rows], error)
             self._set(batch, [])
-            return
-        self._hand_out(batch, tokens)
 
     def _hand_out(self, batch: Batch, tokens: torch.Tensor) -> bool:
         """Give every row its new token, and its client the text; whether some rows go on."""
