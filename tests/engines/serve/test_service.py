@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from saccade import models
 from saccade.core.errors import BadOption, CannotRun
 from saccade.engines.serve.jobs import Refused, Wish
 from saccade.engines.serve.service import Limits
-from tests.engines.serve.helpers import PATIENCE_SECONDS, Client, alone, ids, service
+from tests.engines.serve.helpers import PATIENCE_SECONDS, Client, alone, ids, service, until
 from tests.measure import small
 
 GREEDY = Wish(temperature=0.0)
@@ -29,14 +28,6 @@ METHODS = ["full", "knorm", "snapkv", "streaming", "hip", "minference+snapkv", "
 
 def greedy(count: int) -> Wish:
     return Wish(count, temperature=0.0)
-
-
-def until(true) -> None:
-    """Wait for it."""
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not true():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -206,6 +197,7 @@ def test_who_leaves_is_dropped_and_the_others_go_on():
         stays = Client(s, ids(50, 3), greedy(30))
         assert stays.tokens() == alone("full", [ids(50, 3)], [30])[0]
         until(lambda: s.health()["running"] == 0)
+        assert s.health()["ended"] == {"finished": 1, "cancelled": 1, "failed": 0}
         assert len(leaves.job.tokens) < 4000 and s.health()["memory"]["bytes_reserved"] == 0
 
 
@@ -218,6 +210,7 @@ def test_who_leaves_while_waiting_is_never_read():
         s.cancel(second.job)
         go.set()
         assert third.tokens() and not second.job.tokens and first.tokens()
+        assert s.health()["ended"] == {"finished": 2, "cancelled": 1, "failed": 0}
 
 
 @pytest.mark.parametrize(
@@ -244,6 +237,7 @@ def test_a_failure_ends_its_requests_and_no_others(error, status, said, monkeypa
             told = Client(s, ids(40), greedy(5)).all()[-1].error
             assert told.status == status and str(told).startswith(said) and "secret" not in str(told)
         assert Client(s, ids(40), greedy(5)).tokens() == wanted
+        assert s.health()["ended"] == {"finished": 2, "cancelled": 0, "failed": 2}
         assert s.health()["memory"]["bytes_reserved"] == 0
 
 

@@ -53,15 +53,18 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
     """A bound socket, and the address of the API behind it. Port 0 takes a free one.
 
     Raises:
+        BadOption: that is no port.
         CannotRun: it cannot be had.
     """
+    if not 0 <= port < 2**16:
+        raise BadOption(f"port {port}", "ports are numbers below 65,536", "Give one; 0 takes a free one.")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except (OSError, OverflowError) as error:
-        found = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
+        found = error.strerror or str(error)
         raise CannotRun(f"listen on {host}:{port}", found, "Give another --port; 0 takes a free one.") from error
     shown = f"[{host}]" if family == socket.AF_INET6 else host
     return bound, f"http://{shown}:{bound.getsockname()[1]}/v1"

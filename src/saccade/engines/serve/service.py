@@ -62,6 +62,7 @@ class Service:
         self._waiting: deque[Job] = deque()
         self._batches: list[Batch] = []
         self._reserved = 0
+        self._ended = {"finished": 0, "cancelled": 0, "failed": 0}
         self._stopping = False
         self._news = threading.Condition()
         self._stack = contextlib.ExitStack()
@@ -181,6 +182,7 @@ class Service:
                 "budget": str(self.budget) if self.who.methods else "1",
                 "running": sum(len(b.rows) for b in self._batches),
                 "waiting": len(self._waiting),
+                "ended": dict(self._ended),
                 "batching": {"most": self.limits.batch, "together": not self.not_joined, "why_not": self.not_joined},
                 "memory": {
                     "bytes_reserved": self._reserved,
@@ -229,9 +231,11 @@ class Service:
 
     def _drop_cancelled(self) -> None:
         with self._news:
-            self._waiting = deque(job for job in self._waiting if not job.cancelled)
+            left = deque(job for job in self._waiting if not job.cancelled)
+            self._ended["cancelled"] += len(self._waiting) - len(left)
+            self._waiting = left
         for batch in list(self._batches):
-            self._keep(batch, [row for row in batch.rows if not row.job.cancelled])
+            self._keep(batch, [row for row in batch.rows if not row.job.cancelled], "cancelled")
 
     def _admit(self) -> list[Batch]:
         """Read the prompts of those that waited longest, as far as rows and memory go; each is a batch of its own."""
@@ -318,34 +322,34 @@ class Service:
     def _hand_out(self, batch: Batch, tokens: torch.Tensor) -> bool:
         """Give every row its new token, and its client the text; whether some rows go on."""
         told = [(row, row.take(token, self._ends)) for row, token in zip(batch.rows, tokens.tolist())]
-        self._keep(batch, [row for row, event in told if not event.last])
+        self._keep(batch, [row for row, event in told if not event.last], "finished")
         for row, event in told:  # last of all, so that who is told the end finds the memory free
             if event.text or event.last:
                 row.job.deliver(event)
         return bool(batch.rows)
 
-    def _keep(self, batch: Batch, rows: Sequence[Row]) -> None:
-        """Of a batch only these go on."""
+    def _keep(self, batch: Batch, rows: Sequence[Row], why: str) -> None:
+        """Of a batch only these go on; why the others do not."""
         left = [row.job for row in batch.rows if row not in rows]
         batch.keep(rows)
         if not rows:
             self._set(batch, [])
-        for job in left:
-            self._release(job)
+        self._release(left, why)
 
     def _set(self, old: Batch | None, new: list[Batch]) -> None:
         """In the place of one batch, or of all, these."""
         with self._news:
             self._batches = new if old is None else [*(b for b in self._batches if b is not old), *new]
 
-    def _release(self, job: Job) -> None:
+    def _release(self, jobs: Sequence[Job], why: str) -> None:
         with self._news:
-            self._reserved -= job.bytes_reserved
+            self._reserved -= sum(job.bytes_reserved for job in jobs)
+            self._ended[why] += len(jobs)
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
         log.error("serving failed", exc_info=error)
+        self._release(jobs, "failed")
         for job in jobs:
-            self._release(job)
             job.deliver(Event(error=_said(error)))
 
 
