@@ -48,6 +48,11 @@ def _is_plain(layer: Any) -> bool:
     return compat.is_plain_layer(layer)
 
 
+def pads(cache: Any) -> bool:
+    """Whether shorter rows of a joined cache take as much memory as the longest."""
+    return not all(isinstance(layer, SaccadeLayer) for layer in cache.layers)
+
+
 def observed_tokens(run: Run | None) -> int:
     """How many of the last prompt tokens must be read anew, since a method looks at their queries: one at least."""
     return max([1, *(getattr(m, "observe_tokens", 0) for m in (run.parts.values() if run else ()))])

@@ -25,7 +25,8 @@ def ids(length: int, start: int = 0) -> list[int]:
 
 
 def service(method: str = "full", model=None, **limits) -> Service:
-    return Service(model or small.model(), small.tokenizer(), parse(method), saccade.Budget.of(BUDGET), Limits(**limits))
+    budget = saccade.Budget.of(BUDGET)
+    return Service(model or small.model(), small.tokenizer(), parse(method), budget, Limits(**limits))
 
 
 def alone(method: str, prompts: Sequence[list[int]], counts: Sequence[int], model=None) -> list[list[int]]:
@@ -35,9 +36,8 @@ def alone(method: str, prompts: Sequence[list[int]], counts: Sequence[int], mode
     with parse(method).working(model, saccade.Budget.of(BUDGET), 0):
         for prompt, count in zip(prompts, counts):
             given = torch.tensor([prompt])
-            made = model.generate(
-                given, attention_mask=torch.ones_like(given), max_new_tokens=count, do_sample=False
-            )
+            mask = torch.ones_like(given)
+            made = model.generate(given, attention_mask=mask, max_new_tokens=count, do_sample=False)
             out.append(made[0, len(prompt) :].tolist())
     return out
 

@@ -14,7 +14,8 @@ from saccade.engines.serve.protocol import Answer, Asked
 
 HELLO = [{"role": "user", "content": "hello"}]
 NAMES = [*protocol.NEUTRAL, *protocol.LABELS, *protocol.SHARED, *protocol.OWN["chat"], *protocol.OWN["text"], "other"]
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["user", "text"])
+words = st.text(max_size=5) | st.sampled_from(["user", "text"])
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | words
 KEYS = st.sampled_from(["role", "content", "type", "text", "include_usage", "x"])
 anything = st.recursive(scalars, lambda x: st.lists(x, max_size=3) | st.dictionaries(KEYS, x, max_size=3), max_leaves=8)
 
@@ -72,8 +73,8 @@ def text(**changes):
         (chat, {"messages": []}, "read the messages: there are none. Give [", "messages"),
         (chat, {"messages": [{"content": "x"}]}, "read messages[0]: it has no role. Give one of system", "messages[0]"),
         (chat, {"messages": [*HELLO, {"role": "user"}]}, "read messages[1]: its content is not text.", "messages[1]"),
-        (chat, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "its content is not", "messages[0]"),
-        (chat, {"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, '"tool_calls" is', "messages[0]"),
+        (chat, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "its content is", "messages[0]"),
+        (chat, {"messages": [{"role": "tool", "content": "", "tool_calls": [1]}]}, '"tool_calls" is', "messages[0]"),
         (chat, {"prompt": "x"}, 'read "prompt": it is no field of this request, or one that', "prompt"),
         (chat, {"n": 2}, "n=2: this server does not do that. Leave it away.", "n"),
         (chat, {"logprobs": True}, "logprobs=true: this server does not do that.", "logprobs"),
@@ -81,7 +82,7 @@ def text(**changes):
         (chat, {"tools": [{}]}, "tools=[{}]: this server does not do that.", "tools"),
         (chat, {"max_tokens": 0}, "max_tokens=0: it is a whole number from 1. Give one.", "max_tokens"),
         (chat, {"max_tokens": True}, "max_tokens=true: it is a whole number from 1.", "max_tokens"),
-        (chat, {"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens and max_completion_tokens differ", "max_tokens"),
+        (chat, {"max_tokens": 1, "max_completion_tokens": 2}, "and max_completion_tokens differ", "max_tokens"),
         (chat, {"temperature": 3}, "temperature=3: it is a number from 0 to 2. Give one.", "temperature"),
         (chat, {"temperature": float("nan")}, "temperature=NaN: it is a number from 0 to 2.", "temperature"),
         (chat, {"top_p": "1"}, 'top_p="1": it is a number from 0 to 1. Give one.', "top_p"),
@@ -89,7 +90,7 @@ def text(**changes):
         (chat, {"stop": ["a"] * 5}, "it is a text or up to 4 of them. Give that.", "stop"),
         (chat, {"stop": ""}, 'stop="": it is a text or up to 4', "stop"),
         (chat, {"stream": 1}, "stream=1: it is true or false. Give one of these.", "stream"),
-        (chat, {"stream_options": {"include_usage": True}}, "of a request that streams. Leave it away.", "stream_options"),
+        (chat, {"stream_options": {"include_usage": True}}, "of a request that streams. Leave it", "stream_options"),
         (text, {"prompt": ["a", "b"]}, "it is not one text, nor the token ids of one. Send one request", "prompt"),
         (text, {"prompt": [-1]}, "prompt=[-1]: it is not one text", "prompt"),
     ],
@@ -101,8 +102,8 @@ def test_what_is_wrong_is_said(made, changes, said, param):
 
 
 def test_what_is_right_is_understood():
-    given = {"max_tokens": 7, "temperature": 0, "top_p": 0.5, "seed": -1, "stop": "x", "n": 1, "user": "me", "tools": None}
-    asked = chat(**given, stream=True, stream_options={"include_usage": True})
+    given = {"max_tokens": 7, "temperature": 0, "top_p": 0.5, "seed": -1, "stop": "x"}
+    asked = chat(**given, n=1, user="me", tools=None, stream=True, stream_options={"include_usage": True})
     assert asked == Asked("chat", "m", HELLO, Wish(7, 0.0, 0.5, -1, ("x",)), True, True)
     assert chat().wish == Wish() and text().wish == Wish(16)
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
@@ -121,5 +122,5 @@ def test_answers_have_openai_s_own_types():
         made = whole.model_validate(answer.whole("hi", "stop", job))
         assert made.usage.total_tokens == 3 and made.usage.prompt_tokens_details.cached_tokens == 1
         for one in (answer.piece("", first=True), answer.piece("x"), answer.piece("", "length"), answer.end(job)):
-            if asked.kind == "chat" or one["choices"] and one["choices"][0]["finish_reason"]:
+            if asked.kind == "chat" or (one["choices"] and one["choices"][0]["finish_reason"]):
                 piece.model_validate(one)

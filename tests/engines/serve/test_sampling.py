@@ -20,7 +20,8 @@ def warped(logits, wish):
     return (scores if wish.top_p == 1 else TopPLogitsWarper(wish.top_p)(None, scores)).softmax(-1)[0]
 
 
-wishes = st.builds(Wish, temperature=st.integers(1, 16).map(lambda n: n / 8), top_p=st.integers(1, 8).map(lambda n: n / 8))
+eighths = st.integers(1, 8).map(lambda n: n / 8)
+wishes = st.builds(Wish, temperature=eighths.map(lambda x: 2 * x), top_p=eighths)
 
 
 @given(st.lists(logit, min_size=1, max_size=12, unique=True), wishes)

@@ -61,7 +61,7 @@ class Service:
         self._forward = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         self._waiting: deque[Job] = deque()
         self._batches: list[Batch] = []
-        self._reserved = 0
+        self._taken: list[Job] = []  # whose prompts are read, or will be at once
         self._ended = {"finished": 0, "cancelled": 0, "failed": 0}
         self._stopping = False
         self._news = threading.Condition()
@@ -102,6 +102,7 @@ class Service:
         self.bytes_per_token = -(-(held[2 * few] - held[few]) // few)
         self.bytes_per_request = max(0, held[few] - few * self.bytes_per_token)
         self.not_joined = caches.why_not_joined(self._run, cache)
+        self._padded = caches.pads(cache) and not self.not_joined
         self.not_continued = caches.why_not_continued(self._run, cache)
         caches.forget(cache)
         if self.request_tokens < 2:
@@ -180,12 +181,12 @@ class Service:
                 "status": "closing" if self._stopping else "ok",
                 "method": self.who.label,
                 "budget": str(self.budget) if self.who.methods else "1",
-                "running": sum(len(b.rows) for b in self._batches),
+                "running": len(self._taken),
                 "waiting": len(self._waiting),
                 "ended": dict(self._ended),
                 "batching": {"most": self.limits.batch, "together": not self.not_joined, "why_not": self.not_joined},
                 "memory": {
-                    "bytes_reserved": self._reserved,
+                    "bytes_reserved": self._reserved(self._taken),
                     "bytes_prefixes": prefixes.bytes_held,
                     "bytes_most": self.limits.cache_bytes,
                     "bytes_per_token": self.bytes_per_token,
@@ -223,8 +224,9 @@ class Service:
     def _close(self) -> None:
         error = Refused("serve a request", "the server is closing", "Ask another one.", status=503)
         with self._news:
-            jobs = [*self._waiting, *(row.job for b in self._batches for row in b.rows)]
+            jobs = [*self._waiting, *self._taken]
             self._waiting.clear()
+            self._taken.clear()
         for job in jobs:
             job.deliver(Event(error=error))
         self._set(None, [])
@@ -240,8 +242,7 @@ class Service:
     def _admit(self) -> list[Batch]:
         """Read the prompts of those that waited longest, as far as rows and memory go; each is a batch of its own."""
         fresh, read = [], 0
-        running = sum(len(b.rows) for b in self._batches)
-        while running + len(fresh) < self.limits.batch and read < TURN_TOKENS:
+        while len(self._taken) < self.limits.batch and read < TURN_TOKENS:
             job = self._next()
             if job is None:
                 break
@@ -254,12 +255,19 @@ class Service:
     def _next(self) -> Job | None:
         with self._news:
             job = self._waiting[0] if self._waiting else None
-            if job is None or self._reserved + job.bytes_reserved > self.limits.cache_bytes:
+            if job is None or self._room([*self._taken, job]) < 0:
                 return None
-            self._waiting.popleft()
-            self._reserved += job.bytes_reserved
-            self._prefixes.shrink(self.limits.cache_bytes - self._reserved)
+            self._taken.append(self._waiting.popleft())
+            self._prefixes.shrink(self._room(self._taken))
             return job
+
+    def _reserved(self, jobs: Sequence[Job]) -> int:
+        """Bytes that some jobs may come to take together."""
+        sizes = [job.bytes_reserved for job in jobs]
+        return len(sizes) * max(sizes, default=0) if self._padded else sum(sizes)
+
+    def _room(self, jobs: Sequence[Job]) -> int:
+        return self.limits.cache_bytes - self._reserved(jobs)
 
     def _begin(self, job: Job) -> Batch | None:
         """Read a prompt and write its first token; None if that was all, or it failed."""
@@ -283,7 +291,7 @@ class Service:
         with self._run.prompt() if self._run else contextlib.nullcontext():
             logits = self._read(job.ids, cache, job.reused_tokens)
             with self._news:
-                self._prefixes.keep(job.ids, cache, self.limits.cache_bytes - self._reserved)
+                self._prefixes.keep(job.ids, cache, self._room(self._taken))
         return cache, logits
 
     def _new_cache(self) -> Any:
@@ -343,7 +351,7 @@ class Service:
 
     def _release(self, jobs: Sequence[Job], why: str) -> None:
         with self._news:
-            self._reserved -= sum(job.bytes_reserved for job in jobs)
+            self._taken = [job for job in self._taken if job not in jobs]
             self._ended[why] += len(jobs)
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
