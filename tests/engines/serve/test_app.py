@@ -153,7 +153,7 @@ def test_without_a_key_only_this_machine_s_own_names_are_answered():
             assert "was asked as 'a.page.example'. Start it with a key." in said(reply)["message"]
         with TestClient(app.make_app(s, "tiny", any_host=True), "http://a.page.example") as c:
             assert c.post(CHAT, json=HELLO).status_code == 200
-        for here in ("http://127.0.0.1:8000", "http://[::1]:8000"):
+        for here in ("http://127.0.0.1:8000", "http://[::1]:8000", "http://[::1]", "http://LOCALHOST", "http://127.0.0.9"):
             with TestClient(app.make_app(s, "tiny"), here) as c:
                 assert c.post(CHAT, json=HELLO).status_code == 200
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from saccade import models
 from saccade.engines.serve.text import HALF, Text
 
 
@@ -71,3 +75,20 @@ def test_special_tokens_say_nothing():
 def test_what_may_begin_a_stop_waits():
     assert grown(b"abx", ["bc"])[0] == ["a", "", "bx", ""]
     assert grown(b"ab", ["bc"])[0] == ["a", "", "b"]
+
+
+@pytest.mark.slow
+@given(st.text(max_size=30))
+def test_with_a_real_tokenizer_it_is_the_text_that_decode_gives(text):
+    if not models.is_cached("smollm2"):
+        pytest.skip("the default model has not been fetched")
+    tokenizer = real()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    made = Text(tokenizer)
+    grown = "".join([*map(made.add, ids), made.end()])
+    assert grown == tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).rstrip(HALF)
+
+
+@functools.cache
+def real():
+    return models.load("smollm2")[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
+import re
 import socket
 
 from saccade.core.errors import BadOption, CannotRun
@@ -47,6 +48,15 @@ def is_local(host: str) -> bool:
         found, do = str(error.strerror or error), "Give an address such as 127.0.0.1."
         raise CannotRun(f"listen on {host!r}", found, do) from error
     return bool(host) and all(ipaddress.ip_address(str(x[4][0]).split("%")[0]).is_loopback for x in found)
+
+
+def is_own_name(host: str) -> bool:
+    """Whether the Host header of a request is a name that only this machine has for itself, with a port or without."""
+    name = re.sub(r":\d+$", "", host).lower()
+    try:
+        return name == "localhost" or ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def listen(host: str, port: int) -> tuple[socket.socket, str]:

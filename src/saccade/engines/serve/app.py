@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from saccade.engines.serve import protocol
+from saccade.engines.serve.address import is_own_name
 from saccade.engines.serve.jobs import Event, Job, Refused
 from saccade.engines.serve.protocol import Answer, Asked, Kind
 from saccade.engines.serve.reader import Reader, chat_note
@@ -28,7 +29,6 @@ BODY_SECONDS = 30.0
 RETRY_SECONDS = 1
 CLIENT_LEFT = 499  # nobody reads it; the name that logs know
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
-LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
 def make_app(service: Service, name: str, *, key: str | None = None, any_host: bool = False) -> Starlette:
@@ -62,9 +62,9 @@ class _Endpoint:
             if self.key is not None and not hmac.compare_digest(given.encode(), f"Bearer {self.key}".encode()):
                 found, do = "the API key is missing or wrong", "Send the header Authorization: Bearer KEY."
                 raise Refused("use this server", found, do, status=401, code="invalid_api_key")
-            host = request.headers.get("host", "").rsplit(":", 1)[0] if self.key is None else ""
-            if self.key is None and not self.any_host and host not in LOCAL:
-                found = f"it answers to {', '.join(LOCAL)}, and was asked as {host[:64]!r}"
+            host = request.headers.get("host", "")
+            if self.key is None and not self.any_host and not is_own_name(host):
+                found = f"it answers to localhost and addresses such as 127.0.0.1, and was asked as {host[:64]!r}"
                 raise Refused("use this server without a key", found, "Start it with a key.", status=403)
             return await answer(request)
 
