@@ -11,7 +11,7 @@ import torch
 import saccade
 from saccade.engines.serve.jobs import Event, Job, Wish
 from saccade.engines.serve.service import Limits, Service
-from saccade.measure.contestants import parse
+from saccade.measure.contestants import Spec, parse
 from tests.measure import small
 
 TEXT = "The whale swam past the ship, and nobody on the ship saw the whale at all. " * 5
@@ -24,16 +24,23 @@ def ids(length: int, start: int = 0) -> list[int]:
     return [ord(c) for c in TEXT[start : start + length]]
 
 
-def service(method: str = "full", model=None, **limits) -> Service:
-    budget = saccade.Budget.of(BUDGET)
+def greedy(count: int) -> Wish:
+    """So many tokens, the likeliest each."""
+    return Wish(count, temperature=0.0)
+
+
+def service(method: Spec = "full", model=None, budget: float | str = BUDGET, **limits) -> Service:
+    budget = saccade.Budget.of(budget)
     return Service(model or small.model(), small.tokenizer(), parse(method), budget, Limits(**limits))
 
 
-def alone(method: str, prompts: Sequence[list[int]], counts: Sequence[int], model=None) -> list[list[int]]:
+def alone(
+    method: Spec, prompts: Sequence[list[int]], counts: Sequence[int], model=None, budget: float | str = BUDGET
+) -> list[list[int]]:
     """What `generate` writes, one prompt at a time."""
     model = model or small.model()
     out = []
-    with parse(method).working(model, saccade.Budget.of(BUDGET), 0):
+    with parse(method).working(model, saccade.Budget.of(budget), 0):
         for prompt, count in zip(prompts, counts):
             given = torch.tensor([prompt])
             mask = torch.ones_like(given)

@@ -14,7 +14,7 @@ from saccade.core.errors import BadOption, CannotRun
 from saccade.engines.serve.jobs import Refused, Wish
 from saccade.engines.serve.service import Limits
 from saccade.measure.bytes import cache_bytes
-from tests.engines.serve.helpers import PATIENCE_SECONDS, Client, alone, ids, service, until
+from tests.engines.serve.helpers import PATIENCE_SECONDS, Client, alone, greedy, ids, service, until
 from tests.measure import small
 
 GREEDY = Wish(temperature=0.0)
@@ -26,10 +26,6 @@ HANDING_ON = "tidaldecode:dense_layers=1,reselect_layer=none"  # needs some laye
 READING_AGAIN = f"{HANDING_ON},correct_tokens=4"
 METHODS = ["full", "knorm", "snapkv", "streaming", "hip", "minference+snapkv", "oracle-topk", "recycled-attention",
            "random", "random:part=decode", HANDING_ON, READING_AGAIN]  # fmt: skip
-
-
-def greedy(count: int) -> Wish:
-    return Wish(count, temperature=0.0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -190,7 +186,7 @@ def test_what_does_not_fit_beside_others_waits():
     assert 0 < most <= 80 * 1024
 
 
-@pytest.mark.parametrize("method", ["full", "snapkv"])
+@pytest.mark.parametrize("method", ["full", "snapkv", "streaming", "recycled-attention"])
 @settings(max_examples=5)
 @given(st.lists(st.tuples(st.integers(1, 150), st.integers(1, 6)), min_size=2, max_size=8))
 def test_caches_never_take_more_than_they_may(method, requests):

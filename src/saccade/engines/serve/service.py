@@ -20,7 +20,7 @@ from saccade.core.errors import BadOption, CannotRun, SaccadeError
 from saccade.engines.serve.batch import Batch, Row, next_tokens
 from saccade.engines.serve.jobs import Event, Job, Refused
 from saccade.engines.serve.prefixes import Prefixes
-from saccade.measure.bytes import cache_bytes
+from saccade.measure.bytes import cache_bytes, full_cache_bytes
 from saccade.measure.contestants import Contestant
 
 log = logging.getLogger("saccade")
@@ -71,8 +71,11 @@ class Service:
 
     def __enter__(self) -> Service:
         with self._stack:
+            self.positions = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+            few = max(1, min(TRIAL_TOKENS, (self.positions or 2 * TRIAL_TOKENS) // 2))
+            dense = full_cache_bytes(self.model, 2 * few) - full_cache_bytes(self.model, few)
             self._run = self._stack.enter_context(self.who.working(self.model, self.budget, self.seed))
-            self._look()
+            self._look(few, dense)
             self._thread = threading.Thread(target=self._work, name="saccade-serve", daemon=True)
             self._thread.start()
             self._stack.callback(self._stop)
@@ -89,17 +92,16 @@ class Service:
         self._thread.join()
 
     @torch.no_grad()
-    def _look(self) -> None:
-        """What one token costs while a prompt is read, and what the cache allows."""
-        self.positions = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        few = max(1, min(TRIAL_TOKENS, (self.positions or 2 * TRIAL_TOKENS) // 2))
+    def _look(self, few: int, dense: int) -> None:
+        """What one token costs while a prompt is read, and what the cache allows. `dense`: bytes of a few tokens in the
+        model's own cache, the least that is reckoned with: some methods evict while they read."""
         held = {}
         for tokens in (few, 2 * few):
             cache = self._new_cache()
             with self._run.prompt() if self._run else contextlib.nullcontext():
                 self._read([0] * tokens, cache)
                 held[tokens] = cache_bytes(cache)
-        self.bytes_per_token = -(-(held[2 * few] - held[few]) // few)
+        self.bytes_per_token = -(-max(dense, held[2 * few] - held[few]) // few)
         self.bytes_per_request = max(0, held[few] - few * self.bytes_per_token)
         self.not_joined = caches.why_not_joined(self._run, cache)
         self._padded = caches.pads(cache) and not self.not_joined
