@@ -26,7 +26,7 @@ def why_not_joined(run: Run | None, cache: Any) -> list[str]:
     reasons = [
         f"layer {i} keeps its tokens in a {type(layer).__name__}"
         for i, layer in enumerate(cache.layers)
-        if not (isinstance(layer, SaccadeLayer) or compat.is_plain_layer(layer) or compat.is_sliding_layer(layer))
+        if not (_ours(layer) or compat.is_plain_layer(layer) or compat.is_sliding_layer(layer))
     ]
     reader = run and run.parts.get("decode")
     if isinstance(reader, Decode) and reader.reread_tokens:
@@ -36,7 +36,7 @@ def why_not_joined(run: Run | None, cache: Any) -> list[str]:
 
 def why_not_continued(run: Run | None, cache: Any) -> list[str]:
     """Why the beginning of one prompt cannot serve another; [] means that it can."""
-    odd = sorted({type(x).__name__ for x in cache.layers if not isinstance(x, SaccadeLayer) and not _is_plain(x)})
+    odd = sorted({type(x).__name__ for x in cache.layers if not (_ours(x) or compat.is_plain_layer(x))})
     reasons = [f"the tokens in a {name} cannot be taken back" for name in odd]
     for part, method in run.parts.items() if run else ():
         if part in ("prefill", "decode") and "chunks" in method.card.lacks:
@@ -44,13 +44,13 @@ def why_not_continued(run: Run | None, cache: Any) -> list[str]:
     return list(dict.fromkeys(reasons))
 
 
-def _is_plain(layer: Any) -> bool:
-    return compat.is_plain_layer(layer)
+def _ours(layer: Any) -> bool:
+    return isinstance(layer, SaccadeLayer)
 
 
 def pads(cache: Any) -> bool:
     """Whether shorter rows of a joined cache take as much memory as the longest."""
-    return not all(isinstance(layer, SaccadeLayer) for layer in cache.layers)
+    return not all(map(_ours, cache.layers))
 
 
 def observed_tokens(run: Run | None) -> int:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saccade import models
+from saccade.attach import caches
 from saccade.core.errors import BadOption, CannotRun
 from saccade.engines.serve.jobs import Refused, Wish
 from saccade.engines.serve.service import Limits
@@ -251,6 +252,17 @@ def test_a_failure_ends_its_requests_and_no_others(error, status, said, monkeypa
         assert Client(s, ids(40), greedy(5)).tokens() == wanted
         assert s.health()["ended"] == {"finished": 2, "cancelled": 0, "failed": 2}
         assert s.health()["memory"]["bytes_reserved"] == 0
+
+
+@pytest.mark.parametrize("what", ["take_in", "keep_rows"])
+def test_a_failure_while_rows_join_or_leave_ends_those_that_are_there(what, monkeypatch):
+    with service() as s:
+        monkeypatch.setattr(caches, what, lambda *_: 1 / 0)
+        first, second = (Client(s, ids(40), greedy(count)) for count in (30, 5))
+        assert any(told.error for told in [c.all()[-1] for c in (first, second)])
+        monkeypatch.undo()
+        until(lambda: s.health()["running"] == 0)
+        assert Client(s, ids(40), greedy(5)).tokens()
 
 
 def test_closing_tells_those_that_are_there_and_leaves_the_model_as_it_was():

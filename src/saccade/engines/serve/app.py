@@ -112,16 +112,16 @@ class _Endpoint:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         asked, job = await self._take(kind, request, deliver)
+        streams = False
         try:
             told = await _listen(request, events, whole=not asked.stream)
             if told and told[-1].error:
                 raise told[-1].error
             if told and asked.stream:
-                response = _Stream(_pieces(Answer(asked), asked, job, told[0], events), self.service, job)
-                job = None  # the stream sees to it
-                return response
+                streams = True  # which sees to the end of the job
+                return _Stream(_pieces(Answer(asked), asked, job, told[0], events), self.service, job)
         finally:
-            if job is not None:
+            if not streams:
                 self.service.cancel(job)
         if not told:
             return Response(status_code=CLIENT_LEFT)

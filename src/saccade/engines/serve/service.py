@@ -209,13 +209,21 @@ class Service:
     @torch.no_grad()
     def _work(self) -> None:
         while self._something_to_do():
-            self._drop_cancelled()
-            fresh = self._admit()
-            if fresh:
-                self._join(fresh)
-            for batch in list(self._batches):
-                self._step(batch)
+            try:
+                self._turn()
+            except Exception as error:  # while rows joined or left: it concerns all that are there, not the server
+                self._fail(list(self._taken), error)
+                self._set(None, [])
         self._close()
+
+    def _turn(self) -> None:
+        """Everybody's next token."""
+        self._drop_cancelled()
+        fresh = self._admit()
+        if fresh:
+            self._join(fresh)
+        for batch in list(self._batches):
+            self._step(batch)
 
     def _something_to_do(self) -> bool:
         with self._news:
@@ -314,19 +322,15 @@ class Service:
             self._set(None, [*self._batches, *fresh])
             return
         first, *others = [*self._batches, *fresh]
-        try:
-            first.take_in(others)
-        except Exception as error:
-            self._fail([row.job for b in (first, *others) for row in b.rows], error)
-            self._set(None, [])
-            return
+        first.take_in(others)
         self._set(None, [first])
 
     def _step(self, batch: Batch) -> None:
+        jobs = [row.job for row in batch.rows]
         try:
             self._hand_out(batch, batch.step())
         except Exception as error:
-            self._fail([row.job for row in batch.rows], error)
+            self._fail(jobs, error)
             self._set(batch, [])
 
     def _hand_out(self, batch: Batch, tokens: torch.Tensor) -> bool:
