@@ -11,7 +11,7 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -86,6 +86,11 @@ def switch(model: PreTrainedModel) -> Callable[[], None]:
 def is_plain_layer(layer: object) -> bool:
     """True for the growing layer of full attention, the only kind of cache layer that we replace."""
     return type(layer) is DynamicLayer
+
+
+def is_sliding_layer(layer: object) -> bool:
+    """True for the layer that keeps the last tokens of a window."""
+    return type(layer) is DynamicSlidingWindowLayer
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:

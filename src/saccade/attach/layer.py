@@ -4,7 +4,7 @@ attention function does the rest (it is the only place that has the queries)."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,6 +127,32 @@ class SaccadeLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some sequences."""
         self._select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def take_in(self, others: Sequence[SaccadeLayer]) -> None:
+        """The sequences of other layers, whose prompts are read, join behind those that are here; shorter ones have
+        padding before them, which is not stored."""
+        assert self.store is not None and all(x.store is not None and x.prompt_done and not x.since for x in others)
+        counts = [x.store.sequences for x in (self, *others)]
+        for kind in ("states", "prompt_states"):
+            mine = [getattr(x, kind) for x in (self, *others)]
+            names = {name: None for states in mine for name in states}
+            joined = {n: [s for c, states in zip(counts, mine) for s in states.get(n, [{}] * c)] for n in names}
+            setattr(self, kind, joined)
+        self.store.take_in(x.store for x in others)
+        self.seen = max(x.seen for x in (self, *others))
+
+    def beginning(self, tokens: int) -> SaccadeLayer:
+        """A copy of the first tokens of a prompt of one sequence that is not over yet, to go on with; memory is shared.
+
+        Nothing was dropped so far, and what methods remember of the rest is left out.
+        """
+        assert self.store is not None and not self.store.dropped and not self.prompt_done
+        made = SaccadeLayer(self.index, self.engine)
+        made.dtype, made.device, made.is_initialized = self.dtype, self.device, True
+        made.seen, made.store = tokens, copy.copy(self.store)
+        if tokens < self.seen:
+            made.store.crop(self.seen - tokens)
+        return made
 
     def bytes_held(self) -> int:
         """Of all storages, each counted once: tokens and what lies beside them, and what methods remember."""

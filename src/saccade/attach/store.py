@@ -212,6 +212,17 @@ class Store:
         self.sequences = len(index)
         self.seen = [self.seen[i] for i in index.tolist()]
 
+    def take_in(self, others: Iterable[Store]) -> None:
+        """The sequences of other stores join behind those that are here."""
+        buckets = list(self.buckets)
+        for other in others:
+            first = self.sequences * self.kv_heads
+            buckets += [Bucket(b.rows + first, b.positions, b.columns) for b in other.buckets]
+            self.sequences += other.sequences
+            self.seen = self.seen + other.seen
+            self.dropped = self.dropped or other.dropped
+        self.buckets = regroup(buckets)
+
     def tensors(self) -> list[Tensor]:
         """All that is held."""
         return [t for bucket in self.buckets for t in bucket.tensors()]
