@@ -82,3 +82,9 @@ def test_identity_depends_on_options_and_source(monkeypatch, tmp_path):
     before = plain.identity()
     monkeypatch.setattr("saccade.measure.contestants.inspect.getfile", lambda cls: str(edited))
     assert plain.identity() != before
+
+
+def test_what_only_looks_on_is_not_compared():
+    said = r"compare 'retrieval-head': it only looks on, so that nothing could differ from full\. Attach it, or see"
+    with pytest.raises(BadOption, match=said):
+        with_baselines([parse("retrieval-head")], ["random"])

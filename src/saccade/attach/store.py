@@ -2,53 +2,68 @@
 
 Rows of equal length lie together in a bucket, so that nothing is padded and equal rows still make one tensor. Bytes are
 those of the tensors' storages. Beside keys and values, a bucket may hold further columns per token (labels of an
-index); they follow every operation.
+index); they follow every operation. The first tokens of a row may lie packed, some to a unit: then columns hold the
+tokens behind them.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from saccade.core.errors import CannotRun
 
 Columns = dict[str, Tensor]  # each [r n ...]
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Rows of one length. `rows` are ascending row numbers, sequence * kv_heads + head; positions are true ones."""
+    """Rows of one length. `rows` are ascending row numbers, sequence * kv_heads + head; positions are true ones.
+
+    packed: [r u ...] each, units of the first tokens
+    """
 
     rows: Int[Tensor, " r"]
     positions: Int[Tensor, "r n"]
     columns: Columns
+    packed: Columns = field(default_factory=dict)
 
     @property
     def length(self) -> int:
         """Tokens stored in each of these rows."""
         return self.positions.shape[1]
 
+    @property
+    def front(self) -> int:
+        """How many first tokens of each of these rows lie packed."""
+        return self.length - self.columns["keys"].shape[1]
+
     def tensors(self) -> list[Tensor]:
         """All that is held."""
-        return [self.rows, self.positions, *self.columns.values()]
+        return [self.rows, self.positions, *self.columns.values(), *self.packed.values()]
 
     def pick(self, entries: Int[Tensor, " m"]) -> Bucket:
         """Some of the rows, by their place in the bucket; may repeat."""
-        chosen = {name: c.index_select(0, entries) for name, c in self.columns.items()}
-        return Bucket(self.rows[entries], self.positions.index_select(0, entries), chosen)
+        chosen, packed = (
+            {name: c.index_select(0, entries) for name, c in columns.items()} for columns in (self.columns, self.packed)
+        )
+        return Bucket(self.rows[entries], self.positions.index_select(0, entries), chosen, packed)
 
     def take(self, index: Int[Tensor, "r m"]) -> Bucket:
-        """Some of the tokens of every row."""
+        """Some of the tokens of every row, before any is packed."""
+        assert not self.packed, "what is packed stays"
         chosen = {name: _tokens(c, index) for name, c in self.columns.items()}
         return Bucket(self.rows, _tokens(self.positions, index), chosen)
 
     def append(self, positions: Int[Tensor, "r n"], columns: Columns) -> Bucket:
         """More tokens at the end of every row."""
         joined = {name: torch.cat([c, columns[name]], 1) for name, c in self.columns.items()}
-        return Bucket(self.rows, torch.cat([self.positions, positions], 1), joined)
+        return Bucket(self.rows, torch.cat([self.positions, positions], 1), joined, self.packed)
 
 
 def _tokens(column: Tensor, index: Int[Tensor, "r m"]) -> Tensor:
@@ -58,11 +73,11 @@ def _tokens(column: Tensor, index: Int[Tensor, "r m"]) -> Tensor:
 
 
 def regroup(buckets: Iterable[Bucket]) -> list[Bucket]:
-    """Join buckets of equal length and sort their rows."""
-    by_length: dict[int, list[Bucket]] = {}
+    """Join buckets of equal length, packed as far, and sort their rows."""
+    by_length: dict[tuple[int, int], list[Bucket]] = {}
     for bucket in buckets:
         if len(bucket.rows):
-            by_length.setdefault(bucket.length, []).append(bucket)
+            by_length.setdefault((bucket.length, bucket.front), []).append(bucket)
     return [_join(some) for _, some in sorted(by_length.items(), reverse=True)]
 
 
@@ -70,9 +85,11 @@ def _join(buckets: list[Bucket]) -> Bucket:
     if len(buckets) == 1:
         return buckets[0]
     rows, order = torch.cat([b.rows for b in buckets]).sort()
-    names = buckets[0].columns
-    columns = {n: torch.cat([b.columns[n] for b in buckets]).index_select(0, order) for n in names}
-    return Bucket(rows, torch.cat([b.positions for b in buckets]).index_select(0, order), columns)
+    columns, packed = (
+        {name: torch.cat([x[name] for x in parts]).index_select(0, order) for name in parts[0]}
+        for parts in ([b.columns for b in buckets], [b.packed for b in buckets])
+    )
+    return Bucket(rows, torch.cat([b.positions for b in buckets]).index_select(0, order), columns, packed)
 
 
 class Store:
@@ -153,14 +170,31 @@ class Store:
             out.append(bucket.pick(part).take(index))
         return out
 
+    def add(self, name: str, rows: Int[Tensor, " r"], x: Tensor) -> None:
+        """Add to a column of some rows, which lie in one bucket."""
+        for bucket in self.buckets:
+            place = torch.searchsorted(bucket.rows, rows)
+            if len(bucket.rows) > int(place.max()) and torch.equal(bucket.rows[place], rows):
+                bucket.columns[name].index_add_(0, place, x)
+                return
+        raise AssertionError("these rows are in no bucket")
+
     def crop(self, tokens: int) -> None:
-        """Take the last tokens of every row back. Eviction waits while that may happen, so they are all there."""
+        """Take the last tokens of every row back. Eviction and packing wait while that may happen, where they can.
+
+        Raises:
+            CannotRun: some of them are packed.
+        """
+        loose = min(b.length - b.front for b in self.buckets)
+        if any(b.packed for b in self.buckets) and tokens > loose:
+            do = "Take back fewer, or call activate_past_recording() on the cache's layers before they are read."
+            raise CannotRun(f"take back {tokens} tokens", f"all but the last {loose} are packed in some row", do)
         self.seen = [s - tokens for s in self.seen]
         cut = []
         for b in self.buckets:
             assert b.length >= tokens, "tokens were evicted before they could be taken back"
-            kept = {name: c[:, : b.length - tokens].clone() for name, c in b.columns.items()}
-            cut.append(Bucket(b.rows, b.positions[:, : b.length - tokens].clone(), kept))
+            kept = {name: c[:, : c.shape[1] - tokens].clone() for name, c in b.columns.items()}
+            cut.append(Bucket(b.rows, b.positions[:, : b.length - tokens].clone(), kept, b.packed))
         self.buckets = cut
 
     def select_sequences(self, index: Int[Tensor, " m"]) -> None:
@@ -173,11 +207,21 @@ class Store:
             place[b.rows] = torch.arange(len(b.rows), device=index.device)
             entries = place[source]
             rows = (entries >= 0).nonzero()[:, 0]
-            picked = b.pick(entries[rows])
-            out.append(Bucket(rows, picked.positions, picked.columns))
+            out.append(replace(b.pick(entries[rows]), rows=rows))
         self.buckets = [b for b in out if len(b.rows)]
         self.sequences = len(index)
         self.seen = [self.seen[i] for i in index.tolist()]
+
+    def take_in(self, others: Iterable[Store]) -> None:
+        """The sequences of other stores join behind those that are here."""
+        buckets = list(self.buckets)
+        for other in others:
+            first = self.sequences * self.kv_heads
+            buckets += [Bucket(b.rows + first, b.positions, b.columns) for b in other.buckets]
+            self.sequences += other.sequences
+            self.seen = self.seen + other.seen
+            self.dropped = self.dropped or other.dropped
+        self.buckets = regroup(buckets)
 
     def tensors(self) -> list[Tensor]:
         """All that is held."""
