@@ -458,7 +458,7 @@ def _keep(method: Cache, store: Store, rows: Bucket, stays: Bool[Tensor, "r n"])
     """The rows with what stays, which takes over from what goes where the method merges."""
     if method.merges and not bool(stays.all()):
         keys, values = method.merge(rows.columns["keys"], rows.columns["values"], rows.positions, stays)
-        rows = replace(rows, columns={**rows.columns, "keys": keys, "values": values})
+        rows = replace(rows, columns={**rows.columns, "keys": keys, "values": values}, space=None)
     return store.keep(rows, stays)
 
 

@@ -34,7 +34,8 @@ def _packed(rows: Bucket, method: Cache) -> Bucket:
     new = method.pack(*(rows.columns[name][:, :more] for name in ("keys", "values")))
     packed = {name: torch.cat([rows.packed[name], x], 1) if rows.packed else x for name, x in new.items()}
     # a copy: a view would hold on to what is packed now
-    return replace(rows, columns={name: c[:, more:].clone() for name, c in rows.columns.items()}, packed=packed)
+    left = {name: c[:, more:].clone() for name, c in rows.columns.items()}
+    return replace(rows, columns=left, packed=packed, space=None)
 
 
 def attend(

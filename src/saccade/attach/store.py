@@ -19,6 +19,16 @@ from torch import Tensor
 from saccade.core.errors import CannotRun
 
 Columns = dict[str, Tensor]  # each [r n ...]
+SPARE = 16  # a row that grows by itself gets room for one more token in so many: else each token copies all before it
+
+
+@dataclass
+class Space:
+    """Memory behind the rows of a bucket, and up to where somebody has written. Buckets that grew out of one another
+    share it; one that is not the last of them copies before it grows again."""
+
+    used: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,7 @@ class Bucket:
     positions: Int[Tensor, "r n"]
     columns: Columns
     packed: Columns = field(default_factory=dict)
+    space: Space | None = None
 
     @property
     def length(self) -> int:
@@ -62,8 +73,38 @@ class Bucket:
 
     def append(self, positions: Int[Tensor, "r n"], columns: Columns) -> Bucket:
         """More tokens at the end of every row."""
-        joined = {name: torch.cat([c, columns[name]], 1) for name, c in self.columns.items()}
-        return Bucket(self.rows, torch.cat([self.positions, positions], 1), joined, self.packed)
+        old, new = {"": self.positions, **self.columns}, {"": positions, **columns}
+        more, space = positions.shape[1], self.space
+        if any(x.requires_grad for x in (*old.values(), *new.values())):
+            space, joined = None, {name: torch.cat([x, new[name]], 1) for name, x in old.items()}
+        elif space is not None and space.used == self.length and self.length + more <= space.tokens:
+            space.used += more
+            joined = {name: _written(_longer(x, more), new[name]) for name, x in old.items()}
+        else:
+            room = self.length // SPARE
+            space = Space(self.length + more, self.length + more + room) if room else None
+            joined = {name: _written(_moved(x, more, room), new[name]) for name, x in old.items()}
+        return Bucket(self.rows, joined.pop(""), joined, self.packed, space)
+
+
+def _longer(column: Tensor, more: int) -> Tensor:
+    """With the memory behind it."""
+    r, n = column.shape[:2]
+    assert not r or column.stride(0) >= (n + more) * column.stride(1), "memory that is not there"
+    return column.as_strided((r, n + more, *column.shape[2:]), column.stride())
+
+
+def _moved(column: Tensor, more: int, room: int) -> Tensor:
+    """A copy with `more` tokens behind it that nobody has written yet, and memory for `room` others."""
+    (r, n), rest = column.shape[:2], column.shape[2:]
+    made = column.new_empty(r, n + more + room, *rest)
+    made[:, :n] = column
+    return made[:, : n + more]
+
+
+def _written(column: Tensor, new: Tensor) -> Tensor:
+    column[:, column.shape[1] - new.shape[1] :] = new
+    return column
 
 
 def _tokens(column: Tensor, index: Int[Tensor, "r m"]) -> Tensor:
