@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from saccade.attach import attach, packing
 from saccade.attach.compat import CACHE
+from saccade.attach.store import SPARE
 from saccade.core.card import Card
 from saccade.core.errors import CannotRun
 from saccade.core.method import Cache
@@ -135,7 +136,8 @@ def test_nothing_is_held_twice(methods):
         for i in range(PROMPT, PROMPT + 30):
             model(ids[:, i : i + 1], **{CACHE: cache})
             every = [rows for layer in cache.layers for rows in layer.store.buckets]
-            assert run.record.bytes_held == sum(t.nbytes for rows in every for t in rows.tensors())
+            used = sum(t.nbytes for rows in every for t in rows.tensors())
+            assert used <= run.record.bytes_held <= used * (1 + 1 / SPARE)
             for rows in every:
                 assert rows.front == PACKER.packed_tokens(rows.length) > 0
                 exact = {rows.length - rows.front}

@@ -203,5 +203,5 @@ class _Pairs:
         free = torch.nn.functional.pad((self.entry >= s[..., None]).float().cumsum(-1), (1, 0))  # of coordinates to x
         # the rows that ask see column j from x = n - j down to offset - j
         rows = free.gather(-1, self.keys - self.columns) - free.gather(-1, (self.offset - self.columns).clamp(min=0))
-        taken = torch.nn.functional.pad(rows.double().cumsum(-1), (1, 0)).gather(-1, v[..., None])[..., 0]
-        return covered + taken
+        first = torch.arange(self.keys, device=rows.device) < v[..., None]
+        return covered + (rows * first).sum(-1, dtype=torch.float64)

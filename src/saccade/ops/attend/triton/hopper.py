@@ -226,6 +226,7 @@ def lined(x: Tensor | None) -> list[int]:
 
 
 def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """What Triton asks for where a kernel makes descriptors."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
@@ -255,6 +256,7 @@ def right(device: torch.device, dtype: torch.dtype, size: int, found: Form) -> b
 
 
 def small(device: torch.device, found: Form) -> Lists:
+    """The case that a form is tried on."""
     n = 900 if found.pack == 1 else 960
     shape = {"causal": True, "queries": n, "keys": n, "q_block": TILE // found.pack, "pack": found.pack}
     if found.spans:
