@@ -156,9 +156,10 @@ def usual() -> list[Contestant]:
 def with_baselines(chosen: Sequence[Contestant], baselines: Sequence[str]) -> list[Contestant]:
     """`full` first, the chosen, then baselines; of several with one label the first stays.
 
-    `random` joins once for every part that the chosen take over, alone in that part, so that each has its own chance.
+    `random` joins once for every part that the chosen take over, alone in that part, so that each has its own chance;
+    that of packing, which saves memory too, is eviction.
     """
-    parts = dict.fromkeys(p for c in chosen if not c.baseline for p in c.parts)
+    parts = dict.fromkeys("evict" if p == "pack" else p for c in chosen if not c.baseline for p in c.parts)
     more = []
     for name in baselines:
         more += [parse(f"random:part={p}") for p in parts] if name == "random" else [parse(name)]
