@@ -58,6 +58,8 @@ def test_random_joins_once_for_each_part_in_use():
     field = with_baselines([parse("snapkv"), parse("minference")], ("random", "streaming"))
     assert [c.label for c in field] == ["full", "snapkv", "minference", "random", "random:part=prefill", "streaming"]
     assert with_baselines([parse("streaming")], ("random", "streaming"))[1:] == [parse("streaming")]
+    packed = with_baselines([parse("snapkv+kivi"), parse("kivi")], ("random",))
+    assert [c.label for c in packed] == ["full", "snapkv+kivi", "kivi", "random"]
 
 
 def test_every_attachable_method_takes_part_by_default_and_no_baseline():
