@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable
@@ -115,14 +116,17 @@ def dense_mask(**arguments: Any) -> torch.Tensor | None:
 
 def rotation(model: PreTrainedModel, module: torch.nn.Module, head_size: int) -> Callable | None:
     """(x [b h n d], positions [n]) -> x rotated as the model rotates queries there; None where that is not known: no
-    rotary embedding or several, one that changes with the length of the text, or a part of each head.
+    rotary embedding or several, one that changes with the length of the text or takes other positions, or of a part of
+    each head.
     """
     apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     found = [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
-    if apply is None or len(found) != 1:
+    if apply is None or list(inspect.signature(apply).parameters)[:4] != ["q", "k", "cos", "sin"] or len(found) != 1:
         return None
     rotary = found[0]
-    if getattr(rotary, "rope_type", None) not in STEADY_ROPES or 2 * rotary.inv_freq.numel() != head_size:
+    plain = list(inspect.signature(rotary.forward).parameters) == ["x", "position_ids"]
+    plain = plain and getattr(rotary, "rope_type", None) in STEADY_ROPES and not hasattr(rotary, "mrope_section")
+    if not plain or 2 * rotary.inv_freq.numel() != head_size:
         return None
 
     def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

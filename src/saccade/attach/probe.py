@@ -64,7 +64,8 @@ def _forward(model: Any) -> list[dict[str, Any]]:
             SaccadeLayer(i, None) if compat.is_plain_layer(layer) else layer for i, layer in enumerate(cache.layers)
         ]
         with torch.no_grad():
-            ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+            table = model.get_input_embeddings().weight
+            ids = torch.full((1, 2), table.shape[0] // 2, device=table.device)  # an ordinary word: specials may be zero
             model(input_ids=ids, **{CACHE: cache}, use_cache=True)
     finally:
         model.train(training)
