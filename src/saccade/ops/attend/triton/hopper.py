@@ -169,13 +169,19 @@ def form(part: Lists, group: int) -> Form | None:
         return None
     if part.sinks is not None:
         return Form(TILE, 1, True) if part.causal else None
-    if part.width % (TILE // 2):
+    if part.width % (TILE // 2) or (part.index is not None and not _mostly_runs(part)):
         return None
     step, table = TILE if part.width % TILE == 0 else TILE // 2, part.count is not None
     if part.q_block % TILE == 0:
         return Form(step, 1, False, table)
     together = part.q_block == TILE // 2 and part.pack == 2 and group % 2 == 0 and part.queries % (TILE // 2) == 0
     return Form(step, 2, False, table) if together else None
+
+
+def _mostly_runs(part: Lists) -> bool:
+    """Whether single keys, which take a pass of their own, are so few that two passes are faster (seen on an H200)."""
+    assert part.index is not None and part.col is not None
+    return part.col.shape[-1] * part.width > 2 * part.index.shape[-1]
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor, part: Lists, scale: float, cap: float | None) -> bool:
@@ -219,8 +225,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Lis
         *lined(begins), *lined(part.col), part.col.stride(2) if part.col is not None else 0,
         0 if part.sinks is None or len(part.sinks) == 1 else 1,
         D=d, BM=TILE, BN=found.step, ROWS=rows, PACK=found.pack, SUB=max(1, part.q_block // rows),
-        UNIT=part.step, WIDTH=max(found.step, part.width), TABLE=found.table, SPANS=found.spans, CAUSAL=part.causal, SPECIAL=True,
-        num_warps=4, num_stages=2,
+        UNIT=part.step, WIDTH=max(found.step, part.width), TABLE=found.table, SPANS=found.spans, CAUSAL=part.causal,
+        SPECIAL=True, num_warps=4, num_stages=2,
     )
 
 
