@@ -72,7 +72,7 @@ TILE_64 = (
 )
 # a case of the table, or how it begins -> what bounds it. Only what is known: a row that is missing here says so.
 REASONS = {
-    "gather 512 of 64-query blocks": TILE_64,
+    "gather 512 of 64-query blocks per head": TILE_64,
     "window 80 x 80 of 256 x 256": (
         "Tiles of 128 cells touch a third more pairs than the windows hold, so that no kernel over such tiles passes"
         " about 0.73."
@@ -255,19 +255,19 @@ def shared(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"row": row | ({"share": row["tflops"] / GRID_REFERENCE} if "tflops" in row else {})}
 
 
-def decode_line(entry: Entry) -> Line | None:
+def decode_line(entry: Entry) -> Line:
     """Microseconds, or shares of the copy bandwidth where the goal is one; PyTorch's best beside."""
     rows = {row["by"]: row for row in entry.row}
     peers = [row for name, row in rows.items() if name.startswith("torch") and row["microseconds"]]
     best = min(peers, key=lambda row: row["microseconds"], default=None)
     ours = rows.get(OURS)
     if ours is None:
-        return None
+        return Line(entry.row[0]["row"], reached="no kernel", other=f"{best['by']} {told_time(best)}" if best else "")
     goal, by_bytes = ours["goal"], ours["goal"].startswith("rb")
     out = Line(ours["row"], goal.replace("us", "µs"), told_time(ours, by_bytes), met=met_by(ours, best))
     out.other = "" if best is None else f"{best['by']} {told_time(best, by_bytes)}"
-    clean = ours | {"microseconds": ours["clean"], "rb": ours["rb_clean"]}
-    if met_by(clean, None):
+    clean, clean_best = (r and r | {"microseconds": r["clean"], "rb": r["rb_clean"]} for r in (ours, best))
+    if met_by(clean, clean_best):
         out.note = f"It is met where the second-level cache holds only what was read: {told_time(clean, by_bytes)}."
     return out
 
@@ -284,7 +284,7 @@ def met_by(ours: dict[str, Any], best: dict[str, Any] | None) -> bool | None:
     return best is None or took <= (1 + float(goal.split()[1]) / 100) * best["microseconds"]
 
 
-def told_time(row: dict[str, Any], by_bytes: bool) -> str:
+def told_time(row: dict[str, Any], by_bytes: bool = False) -> str:
     """Of one implementation."""
     if not row["microseconds"]:
         return row["note"] or "not run"
@@ -348,10 +348,8 @@ def table(files: Sequence[File]) -> list[Line]:
     out = []
     for kind, make in (("attend", attend_line), ("decode", decode_line)):
         for entry in entries(files, kind):
-            line = make(entry)
-            if line is not None:
-                line.device = entry.file.device
-                out.append(line)
+            out.append(make(entry))
+            out[-1].device = entry.file.device
         out += grid_lines(entries(files, "grid")) if kind == "attend" else []
     for entry in sorted(entries(files, "model"), key=lambda e: (-len(e.row["part"]), e.row["tokens"], e.row["batch"])):
         for line in model_lines(entry):
@@ -404,6 +402,35 @@ def remarks(files: Sequence[File]) -> str:
 # --- for the page ---------------------------------------------------------------------------------------------------
 
 
+# name in docs/img -> the benchmark, a part of its rows, and what is to be seen
+PICTURES = {
+    "attend.svg": (
+        "attend", None, "Attention over blocks of 128: share of the fastest dense kernel, per pair computed, against"
+        " density. Short strokes are goals.",
+    ),
+    "decode.svg": (
+        "decode", None, "Attention of one decoding step: microseconds against context. Hollow: PyTorch on the same"
+        " data.",
+    ),
+    "prefill.svg": (
+        "model", "prefill", "A whole model, prefill: time over the number of layers, since fewer are run where the"
+        " prompt is long. Right: the part of attention, and dense kernels alone.",
+    ),
+    "step.svg": (
+        "model", "decode", "A whole model, decoding: a step of 32 layers against context; scaled to them where fewer"
+        " are run.",
+    ),
+}  # fmt: skip
+
+
+def pictures_part(files: Sequence[File]) -> str:
+    """Those that benchmarks/plots.py draws from these files."""
+    known = {(entry.file.kind, entry.row["part"]) for entry in entries(files, "model")}
+    known |= {(file.kind, None) for file in files}
+    shown = [(name, told) for name, (kind, part, told) in PICTURES.items() if (kind, part) in known]
+    return "\n\n".join(f"{told}\n\n![{told.partition(':')[0]}](img/{name})" for name, told in shown)
+
+
 def goals_part(files: Sequence[File]) -> str:
     """The rows that have goals, in Markdown, and where they come from."""
     found = [line for line in table(files) if line.goal or line.goal_best]
@@ -439,8 +466,8 @@ def reason(line: Line) -> str:
 
 
 def filled(page: str, files: Sequence[File]) -> str:
-    """The page with what stands between `<!-- goals -->` and `<!-- /goals -->`, and `misses`, made anew."""
-    for name, make in (("goals", goals_part), ("misses", misses_part)):
+    """The page with what stands between `<!-- goals -->` and `<!-- /goals -->`, and the like, made anew."""
+    for name, make in (("pictures", pictures_part), ("goals", goals_part), ("misses", misses_part)):
         between = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         if not re.search(between, page, flags=re.DOTALL):
             raise SystemExit(f"The page has no place for {name}: <!-- {name} --> ... <!-- /{name} -->.")
