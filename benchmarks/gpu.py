@@ -20,7 +20,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -482,22 +481,20 @@ def filled(page: str, files: Sequence[File]) -> str:
 def run(name: str, quick: bool, folder: Path) -> tuple[int, Path | None]:
     """Exit code of a benchmark, and the file that it left (also where it failed later), named as the others are."""
     script, source = SCRIPTS[name], os.pathsep.join(filter(None, (str(HERE.parent / "src"), os.getenv("PYTHONPATH"))))
-    with tempfile.TemporaryDirectory() as place:
-        left = Path(place) / "found.json"
-        options = (*script.usual, *(script.quick if quick else ()))
-        call = [sys.executable, str(HERE / f"gpu_{name}.py"), *options, script.json, str(left)]
-        print(f"== gpu_{name}.py {' '.join(options)}", flush=True)
-        code = subprocess.run(call, env=os.environ | {"PYTHONPATH": source}, check=False).returncode
-        try:
-            (file,) = read([left])
-        except (OSError, json.JSONDecodeError) as error:
-            print(f"gpu_{name}.py left no file: {error}", file=sys.stderr)
-            return code or 1, None
-        end = "-quick" if quick else ""
-        kept = folder / f"gpu_{name}-{slug(file.device)}-{datetime.date.today()}{end}.json"
-        folder.mkdir(parents=True, exist_ok=True)
-        kept.write_bytes(left.read_bytes())
-    return code, kept
+    folder.mkdir(parents=True, exist_ok=True)
+    left = folder / f".gpu_{name}.json"  # gpu_model.py writes as it goes: what is killed with this process leaves that
+    left.unlink(missing_ok=True)
+    options = (*script.usual, *(script.quick if quick else ()))
+    print(f"== gpu_{name}.py {' '.join(options)}", flush=True)
+    call = [sys.executable, str(HERE / f"gpu_{name}.py"), *options, script.json, str(left.resolve())]
+    code = subprocess.run(call, env=os.environ | {"PYTHONPATH": source}, check=False).returncode
+    try:
+        (file,) = read([left])
+    except (OSError, json.JSONDecodeError) as error:
+        print(f"gpu_{name}.py left no file: {error}", file=sys.stderr)
+        return code or 1, None
+    end = "-quick" if quick else ""
+    return code, left.replace(folder / f"gpu_{name}-{slug(file.device)}-{datetime.date.today()}{end}.json")
 
 
 def slug(device: str) -> str:
