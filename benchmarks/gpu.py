@@ -132,7 +132,9 @@ def read(paths: Sequence[Path]) -> list[File]:
     found = []
     for path in paths:
         inside = [p for p in sorted(path.glob("gpu_*.json")) if not p.stem.endswith("-quick")]
-        for file in inside if path.is_dir() else [path]:
+        if path.is_dir() and not inside:
+            raise SystemExit(f"There is no gpu_*.json in {path}: name the files, or another folder.")
+        for file in inside or [path]:
             data = json.loads(file.read_text(encoding="utf-8"))
             kind = next((kind for mark, kind in MARKS.items() if mark in data), None)
             if kind is None:
@@ -205,13 +207,13 @@ def attend_line(entry: Entry) -> Line:
     row = entry.row
     shares = {name: row[name]["share"] for name in BACK_ENDS if "share" in row.get(name, {})}
     out = Line(f"{row['case']}, {short(row['tokens'])}", f"{row['goal']:.2f}")
-    out.reached, out.met = told_share(row, OURS), shares.get(OURS, 0) >= row["goal"]
+    out.reached, out.met = told_share(row.get(OURS, {})), shares.get(OURS, 0) >= row["goal"]
     if OURS in shares:
         out.reached = f"{out.reached[:-1]}, {row['dense']} {row['dense_tflops']:.0f})"
     others = {name: share for name, share in shares.items() if name != OURS}
     if others:
         name = max(others, key=others.__getitem__)
-        out.other = f"{name} {told_share(row, name)}"
+        out.other = f"{name} {told_share(row[name])}"
     if row.get("goal_best") and shares:
         name = max(shares, key=shares.__getitem__)
         out.goal_best, out.met_best = f"{row['goal_best']:.2f}", shares[name] >= row["goal_best"]
@@ -223,35 +225,30 @@ def attend_line(entry: Entry) -> Line:
     return out
 
 
-def told_share(row: dict[str, Any], name: str) -> str:
+def told_share(one: dict[str, Any]) -> str:
     """Of one kernel."""
-    one = row.get(name, {})
     if "share" in one:
         return f"{one['share']:.3f} ({one['tflops']:.0f} TFLOP/s)"
     return "WRONG" if "wrong" in one else "failed" if "failed" in one else "not run"
 
 
 def grid_lines(found: Sequence[Entry]) -> Iterator[Line]:
-    """Ours; FlexAttention's order of tokens is not counted."""
-    rows = {(e.file.device, e.row["name"]): e.row for e in found}
-    for entry in found:
-        name = entry.row["name"]
-        if name.startswith("triton") or name in GRID_GOALS:
-            goal = GRID_GOALS.get(name)
-            out = Line(f"window 80 x 80 of 256 x 256, {name}", "" if goal is None else f"{goal:.2f}")
-            out.reached, out.met = told_share(shared(entry.row), "row"), None
-            if goal is not None:
-                out.met = shared(entry.row)["row"].get("share", 0) >= goal
-            peer = rows.get((entry.file.device, "flex, order apart"))
-            if peer and "backward" not in name:
-                out.other = f"flex, order apart {told_share(shared(peer), 'row')}"
-            out.device = entry.file.device
-            yield out
+    """Of ours; FlexAttention beside, for which the order of tokens is not counted."""
+    rows = {(e.file.device, e.row["name"]): with_share(e.row) for e in found}
+    for (device, name), row in rows.items():
+        if not name.startswith(OURS) and name not in GRID_GOALS:
+            continue
+        out = Line(f"window 80 x 80 of 256 x 256, {name}", reached=told_share(row), device=device)
+        if name in GRID_GOALS:
+            out.goal, out.met = f"{GRID_GOALS[name]:.2f}", row.get("share", 0) >= GRID_GOALS[name]
+        if (peer := rows.get((device, "flex, order apart"))) and "backward" not in name:
+            out.other = f"flex, order apart {told_share(peer)}"
+        yield out
 
 
-def shared(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """A row of gpu_grid.py with its share."""
-    return {"row": row | ({"share": row["tflops"] / GRID_REFERENCE} if "tflops" in row else {})}
+def with_share(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of gpu_grid.py, of the reference."""
+    return row | ({"share": row["tflops"] / GRID_REFERENCE} if "tflops" in row else {})
 
 
 def decode_line(entry: Entry) -> Line:
@@ -387,9 +384,8 @@ def count(found: Sequence[Line]) -> str:
 
 def remarks(files: Sequence[File]) -> str:
     """What must be known to read the shares."""
-    rows = [entry.row for entry in entries(files, "attend")]
-    without = [f"{r['case']}, {short(r['tokens'])}" for r in rows if not {"fa3"} & {*r["dense_kernels"]}]
-    without = [name for name in without if "backward" not in name]
+    rows = [e.row for e in entries(files, "attend") if "fa3" not in e.row["dense_kernels"]]
+    without = [f"{row['case']}, {short(row['tokens'])}" for row in rows if "backward" not in row["case"]]
     if not without:
         return ""
     return (
@@ -417,7 +413,7 @@ PICTURES = {
     ),
     "step.svg": (
         "model", "decode", "A whole model, decoding: a step of 32 layers against context; scaled to them where fewer"
-        " are run.",
+        " are run, which needs the step's graph.",
     ),
 }  # fmt: skip
 

@@ -47,6 +47,7 @@ PLAIN = {
     "full:attached": Look(MUTED, "", dash="6 3"),
     "fa3": Look(INK, "", dash="2 3"),
     "cudnn": Look(MUTED, "", dash="2 3"),
+    "sdpa": Look(MUTED, "", dash="2 3"),
 }
 
 

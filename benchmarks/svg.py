@@ -10,7 +10,7 @@ from dataclasses import dataclass
 INK, MUTED, GRID = "#222222", "#666666", "#e4e4e4"
 WIDE, HIGH = 300, 230  # of what is within the axes
 LEFT, RIGHT, TOP, BOTTOM = 62, 18, 34, 50  # around it
-LETTER = 6.4  # width of one in the legend, about
+LETTER = 7  # width of one in the legend, about
 FORMS = {
     "circle": "M{l} {y}A{r} {r} 0 1 1 {m} {y}A{r} {r} 0 1 1 {l} {y}Z",
     "square": "M{l} {t}H{m}V{b}H{l}Z",

@@ -148,6 +148,8 @@ def test_files_of_others_are_refused(gpu, tmp_path):
     (tmp_path / "gpu_x.json").write_text("{}")
     with pytest.raises(SystemExit, match="is not of gpu_attend"):
         gpu.read([tmp_path])
+    with pytest.raises(SystemExit, match="There is no gpu_"):
+        gpu.read([ROOT / "docs"])
     with pytest.raises(SystemExit, match="no place for pictures"):
         gpu.filled("# A page\n", [])
 
