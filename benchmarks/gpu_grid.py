@@ -4,8 +4,8 @@
     PYTHONPATH=src python benchmarks/gpu_grid.py --tune             # boxes, steps and warps of the kernels
 
 The case that NATTEN publishes: a grid of 256 x 256 tokens, windows of 80 x 80 shifted inwards at the border, 24 heads
-of 128, bfloat16. share = TFLOP/s over the pairs of the windows (4 D flop each, 2.5 times that backward), over REFERENCE
-(680, FlashAttention-3's); cuDNN's dense attention over half the tokens is in the same run. The whole call is timed.
+of 128, bfloat16. share = TFLOP/s over the pairs of the windows (4 D flop each, 2.5 times that backward), over 680, that
+of FlashAttention-3; cuDNN's dense attention over half the tokens is in the same run. The whole call is timed.
 Nothing but the queries is brought into another order, by the call itself, so that is counted; "copy apart" is the same
 less the time of that copy alone. FlexAttention gets tokens in the order of its blocks (8 x 16 cells) and its mask made
 before.
@@ -25,6 +25,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from gpu import GRID_GOALS, GRID_REFERENCE
 from gpu_attend import WRONG, Run, milliseconds, relative, speed
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -38,8 +39,6 @@ from saccade.ops.attend import flex
 from saccade.ops.attend.triton import grid as boxes
 
 SIDE, WINDOW, HEADS, SIZE = 256, 80, 24, 128
-REFERENCE = 680.0  # TFLOP/s of FlashAttention-3 on this device
-GOALS = {"copy apart": 0.50, "triton": 0.45}
 TOKENS = SIDE * SIDE
 PAIRS = float(HEADS * TOKENS * WINDOW * WINDOW)
 CELLS = (8, 16)  # of FlexAttention's blocks
@@ -163,7 +162,7 @@ def flex_mask() -> BlockMask:
 def told(name: str, found: dict[str, Any], goal: float | None = None) -> str:
     """For people."""
     text = f"{name:34} {found['ms']:8.3f} ms {found['tflops']:4.0f} ({found['least']:.0f} - {found['largest']:.0f})"
-    text += f"  share {found['tflops'] / REFERENCE:.3f}"
+    text += f"  share {found['tflops'] / GRID_REFERENCE:.3f}"
     return text if goal is None else text + f"  goal {goal:.2f}"
 
 
@@ -298,7 +297,7 @@ def main() -> int:
             rows |= mine
             if not args.tune:
                 for name, row in mine.items():
-                    print(told(name, row, GOALS.get(name)) if "tflops" in row else f"{name:34} {row}", flush=True)
+                    print(told(name, row, GRID_GOALS.get(name)) if "tflops" in row else f"{name:34} {row}", flush=True)
         except Exception:
             bad += 1
             print(traceback.format_exc(limit=-4), flush=True)
