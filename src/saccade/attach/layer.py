@@ -3,14 +3,17 @@ attention function does the rest (it is the only place that has the queries)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from saccade.attach import far
 from saccade.attach.store import Store
 from saccade.core.errors import CannotRun
+from saccade.core.site import Far
 
 if TYPE_CHECKING:
     from saccade.attach.engine import Engine
@@ -33,6 +36,7 @@ class SaccadeLayer(CacheLayerMixin):
         self.store: Store | None = None
         self.prompt_done = False
         self.recording = False  # tokens may be taken back: eviction waits for crop()
+        self.far: list[Far | None] = []  # per sequence what lies in host memory
         self.queries: list[Tensor] = []  # per sequence the last queries [h w d], for methods that score with them
         self.states: States = {}
         self.prompt_states: States = {}  # as the prompt left them: what is there again when later tokens are taken back
@@ -87,6 +91,7 @@ class SaccadeLayer(CacheLayerMixin):
         if self.store is None:
             return
         if tokens_to_remove:
+            self._check_far(-tokens_to_remove)
             self.seen += tokens_to_remove
             self.store.crop(-tokens_to_remove)
             dated = {m.card.name for m in self.engine.parts.values() if m.dated} if self.engine else set()
@@ -96,6 +101,35 @@ class SaccadeLayer(CacheLayerMixin):
             self.since = {name: self.since[name][:, :count].clone() for name, count in left.items()}
         if self.engine is not None:
             self.engine.evict(self)
+
+    def _check_far(self, tokens: int) -> None:
+        """Whether so many of the last tokens lie on the device.
+
+        Raises:
+            CannotRun: some do not.
+        """
+        near = [n - f.first - f.count for n, f in zip(self.store.seen if self.store else [], self.far) if f]
+        if near and tokens > min(near):
+            raise CannotRun(
+                f"take {tokens} tokens back",
+                f"only the last {min(near)} are on the device; those before lie in host memory, under an index that was"
+                " built once",
+                "Take back fewer, or read the prompt again.",
+            )
+
+    def far_of(self, sequences: Sequence[int]) -> tuple[Far, ...]:
+        """What of these sequences, which are alike, lies in host memory."""
+        return tuple(f for f in (self.far[i] for i in sequences if self.far) if f)
+
+    def kept(self) -> list[list[Tensor]]:
+        """True positions stored, per sequence and head, wherever."""
+        if self.store is None:
+            return []
+        near = self.store.kept()
+        for i, f in enumerate(self.far):
+            if f:
+                near[i] = [torch.cat([p[: f.first], q.cpu(), p[f.first :]]) for p, q in zip(near[i], f.positions)]
+        return near
 
     def _select(self, index: Tensor) -> None:
         if self.store is None:
@@ -108,6 +142,7 @@ class SaccadeLayer(CacheLayerMixin):
             for kind in (self.states, self.prompt_states)
         )
         self.queries = [self.queries[i] for i in order] if self.queries else []
+        self.far = [self.far[i] for i in order] if self.far else []
         self.since = {name: x[index.to(x.device)] for name, x in self.since.items()}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -133,8 +168,17 @@ class SaccadeLayer(CacheLayerMixin):
             for tensor in state.values()
         ]
         tensors = [*(self.store.tensors() if self.store else []), *self.queries, *remembered, *self.since.values()]
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        return _storages(tensors) + self.bytes_host()
+
+    def bytes_host(self) -> int:
+        """Of what was moved to host memory."""
+        return _storages([tensor for f in self.far if f for tensor in far.tensors(f)])
 
     def offload(self) -> None:
         """Offloading swaps whole tensors; our rows are ragged."""
         raise CannotRun("offload this cache", "saccade's cache layers are ragged", "Use the default cache.")
+
+
+def _storages(tensors: Sequence[Tensor]) -> int:
+    """Bytes, each storage counted once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -146,6 +146,13 @@ class Store:
             out.append(bucket.pick(part).take(index))
         return out
 
+    def move(self, device: torch.device) -> None:
+        """All of it to a device."""
+        self.buckets = [
+            Bucket(b.rows.to(device), b.positions.to(device), {n: c.to(device) for n, c in b.columns.items()})
+            for b in self.buckets
+        ]
+
     def crop(self, tokens: int) -> None:
         """Take the last tokens of every row back. Eviction waits while that may happen, so they are all there."""
         self.seen = [s - tokens for s in self.seen]
