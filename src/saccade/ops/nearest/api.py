@@ -17,9 +17,10 @@ LIBRARY = ("hnsw", "ivf")  # by faiss, which is found, never required
 
 
 class Found(NamedTuple):
-    """index: places of keys, best first, -1 where fewer were found; visited: keys looked at, over all queries."""
+    """Best first; -1 and -inf where fewer were found. visited: keys looked at, summed over all queries."""
 
     index: Int[Tensor, "g s k"]
+    score: Float[Tensor, "g s k"]
     visited: int
 
 
@@ -33,6 +34,10 @@ class Nearest(Protocol):
 
     def search(self, q: Float[Tensor, "g s d"], count: int) -> Found:
         """The `count` keys of the largest q.k, as far as the index finds them; all keys, where there are no more."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
         ...
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Nearest:

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saccade.ops.nearest.api import Found
-from saccade.ops.nearest.reference import everything, wide
+from saccade.ops.nearest.reference import every, wide
 
 LISTED = 100  # best keys of a query
 BESIDE = 4  # how far apart in a list neighbours stand
@@ -39,12 +39,16 @@ class Graph:
         """Best first: follow the best keys that were not followed yet, until none of the beam is left."""
         g, n, _ = self.keys.shape
         if count >= n:
-            return everything(self.keys, q.shape[1])
+            return every(self.keys, q, count)
         head = torch.arange(g, device=q.device).repeat_interleave(q.shape[1])
         rows = zip(wide(q).flatten(0, 1).split(ROWS), head.split(ROWS))
         found = [_search(self, x, heads, max(self.beam, count)) for x, heads in rows]
-        index = torch.cat([f.index[:, :count] for f in found])
-        return Found(index.unflatten(0, (g, -1)), sum(f.visited for f in found))
+        index, score = (torch.cat([f[i][:, :count] for f in found]).unflatten(0, (g, -1)) for i in (0, 1))
+        return Found(index, score, sum(f.visited for f in found))
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return [self.keys, self.edges, self.entries]
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Graph:
         """With all of it elsewhere."""
@@ -77,7 +81,7 @@ def _search(graph: Graph, q: Float[Tensor, "r d"], head: Int[Tensor, " r"], widt
         open_score, order = beam.score.masked_fill(beam.followed, -torch.inf).topk(min(WIDTH, beam.key.shape[1]), -1)
         live = open_score > -torch.inf
         if not bool(live.any()):
-            return Found(torch.where(beam.score > -torch.inf, beam.key, -1).int(), visited)
+            return Found(torch.where(beam.score > -torch.inf, beam.key, -1).int(), beam.score, visited)
         near = graph.edges[head[:, None], beam.key.gather(1, order).clamp(max=n - 1)].long()
         near = torch.where(live[..., None] & (near >= 0), near, n).flatten(1)
         near = _fresh(near, met, n, step)

@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from saccade.ops.nearest.api import Found
-from saccade.ops.nearest.reference import everything, wide
+from saccade.ops.nearest.reference import every, wide
 
 ROUNDS = 10  # of k-means
 
@@ -34,11 +34,12 @@ class Library:
         """As faiss finds them, in float32."""
         n = self.keys.shape[1]
         if count >= n:
-            return everything(self.keys, q.shape[1])
+            return every(self.keys, q, count)
         done = [self._one(index, x, count) for index, x in zip(self._read, q.float().cpu())]
-        return Found(torch.stack([found for found, _ in done]).to(q.device), sum(visited for _, visited in done))
+        index, score = (torch.stack([x[i] for x in done]).to(q.device) for i in (0, 1))
+        return Found(index, score.to(wide(q).dtype), sum(visited for *_, visited in done))
 
-    def _one(self, index: Any, q: Float[Tensor, "s d"], count: int) -> tuple[Tensor, int]:
+    def _one(self, index: Any, q: Float[Tensor, "s d"], count: int) -> tuple[Tensor, Tensor, int]:
         graph = isinstance(index, faiss.IndexHNSW)
         stats = faiss.cvar.hnsw_stats if graph else faiss.cvar.indexIVF_stats
         stats.reset()
@@ -46,9 +47,14 @@ class Library:
             options = faiss.SearchParametersHNSW(efSearch=max(self.effort, count))
         else:
             options = faiss.SearchParametersIVF(nprobe=min(self.effort, index.nlist))
-        _, found = index.search(q.contiguous().numpy(), count, params=options)
+        score, found = index.search(q.contiguous().numpy(), count, params=options)
         centres = 0 if graph else index.nlist * len(q)
-        return torch.from_numpy(found).int(), int(stats.ndis) + centres
+        score = torch.from_numpy(score).masked_fill(torch.from_numpy(found) < 0, -torch.inf)
+        return torch.from_numpy(found).int(), score, int(stats.ndis) + centres
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return [self.keys, *self.stored]
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Library:
         """With its keys elsewhere; faiss's own memory is the host's already."""

@@ -20,19 +20,22 @@ class Flat:
 
     def search(self, q: Float[Tensor, "g s d"], count: int) -> Found:
         """The keys of the largest products."""
-        score = wide(q) @ wide(self.keys).mT
-        found = score.topk(min(count, self.keys.shape[1]), -1).indices
-        return Found(found.int(), score.numel())
+        return every(self.keys, q, count)
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return [self.keys]
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Flat:
         """With its keys elsewhere."""
         return Flat(move(self.keys))
 
 
-def everything(keys: Float[Tensor, "g n d"], queries: int) -> Found:
-    """All keys, for a search that wants as many as there are."""
-    g, n, _ = keys.shape
-    return Found(torch.arange(n, dtype=torch.int32, device=keys.device).expand(g, queries, n), g * queries * n)
+def every(keys: Float[Tensor, "g n d"], q: Float[Tensor, "g s d"], count: int) -> Found:
+    """The best of all keys."""
+    product = wide(q) @ wide(keys).mT
+    score, index = product.topk(min(count, keys.shape[1]), -1)
+    return Found(index.int(), score, product.numel())
 
 
 def wide(x: Tensor) -> Tensor:
