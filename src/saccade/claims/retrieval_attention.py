@@ -28,8 +28,8 @@ CLAIM = Claim(
     setting="Llama-3-8B-262K and others, 128k tokens, 640 keys on the device and 100 or 2,000 retrieved; RTX 4090",
     how="SmolLM2-135M. On one text of 4,096 tokens, every third layer, all heads: the keys between the first 128 and"
     " last 512 are indexed with the 1,024 last queries before the last 64 tokens, whose queries then search for their"
-    " best 32 keys: share of keys visited at which a graph from queries, HNSW and IVF over keys first find 90 % of them, on"
-    " average over queries; centroids are not counted. Mahalanobis distance to the keys, of queries over that of keys."
+    " best 32 keys: share of keys visited at which a graph from queries, HNSW and IVF over keys first find 90 % of them,"
+    " on average over queries; centroids are not counted. Mahalanobis distance to the keys, of queries over that of keys."
     " Pass keys in 1,024 tokens, and loss of 128 tokens after 1,536, reading 112 keys (16 first, 56 newest, 40"
     " searched for), against full attention, sinks and window, random keys and an exact search, as many reads each."
     " Thirty times fewer keys than the paper's, of which a search must look at more: scaled down.",
