@@ -33,7 +33,7 @@ KINDS = ("graph", "hnsw", "ivf")
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--layers", type=int, nargs="+", default=list(range(1, 30, 4)))
+    parser.add_argument("--layers", type=int, nargs="+", default=list(range(2, 30, 5)))
     parser.add_argument("--count", type=int, default=100, help="best keys that are searched for")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)

@@ -17,7 +17,9 @@ LIBRARY = ("hnsw", "ivf")  # by faiss, which is found, never required
 
 
 class Found(NamedTuple):
-    """Best first; -1 and -inf where fewer were found. visited: keys looked at, summed over all queries."""
+    """Best first; -1 and -inf where fewer were found. visited: products of a query and a key (of "ivf" those with the
+    clusters' centres are not counted), over all queries.
+    """
 
     index: Int[Tensor, "g s k"]
     score: Float[Tensor, "g s k"]

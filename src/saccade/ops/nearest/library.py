@@ -48,9 +48,8 @@ class Library:
         else:
             options = faiss.SearchParametersIVF(nprobe=min(self.effort, index.nlist))
         score, found = index.search(q.contiguous().numpy(), count, params=options)
-        centres = 0 if graph else index.nlist * len(q)
         score = torch.from_numpy(score).masked_fill(torch.from_numpy(found) < 0, -torch.inf)
-        return torch.from_numpy(found).int(), score, int(stats.ndis) + centres
+        return torch.from_numpy(found).int(), score, int(stats.ndis)
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
