@@ -18,7 +18,6 @@ from saccade.core.errors import BadOption
 from saccade.core.method import Decode
 from saccade.core.selection import Gather, Selection, dense
 from saccade.core.site import Seen, Site
-from saccade.ops.nearest.api import missing
 
 
 class Share(NamedTuple):
@@ -104,7 +103,7 @@ class RetrievalAttention(Decode):
         return self.query_tokens
 
     def check(self, site: Site) -> list[str]:
-        return [] if site.budget == FULL else missing(self.search)
+        return [] if site.budget == FULL else ops.index_reasons(self.search)
 
     def shelve(self, seen: Seen, site: Site) -> tuple[int, Sequence[Any]] | None:
         first, last = self.sink_tokens, site.keys - self.window_tokens

@@ -86,14 +86,14 @@ def index_keys(
         from saccade.ops.nearest import graph
 
         return graph.build(keys, queries, beam, degree)
-    if reasons := missing(kind):
+    if reasons := index_reasons(kind):
         raise CannotRun(f"index keys with kind={kind!r}", reasons, "Or take 'graph' or 'flat'.")
     from saccade.ops.nearest import library
 
     return library.build(keys, kind, beam, probes, degree)
 
 
-def missing(kind: str) -> list[str]:
+def index_reasons(kind: str) -> list[str]:
     """Why an index of this kind cannot be had here; [] if it can."""
     if kind not in LIBRARY or importlib.util.find_spec("faiss") is not None:
         return []
