@@ -183,6 +183,25 @@ def test_a_store_moves_all_it_holds():
     assert {t.device for t in store.tensors()} == {meta}
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_the_middle_lies_in_pinned_host_memory():
+    """And a prompt in parts, which moves there and back, gives what it gives at once."""
+    model, ids = tiny().cuda(), tokens(104).cuda()
+    with attach(model, reader(), budget=0.25) as run, torch.no_grad():
+        at_once = in_pieces(model, ids, [100])
+        cache = run.new_cache()
+        with run.prompt():
+            for part in ids[:, :100].split(40, dim=1):
+                model(part, **{CACHE: cache})
+                stored = cache.layers[0].store.tensors()
+                assert {t.device.type for t in stored} == {"cpu"}
+        for layer in cache.layers:
+            held = far.tensors(layer.far[0])
+            assert all(t.device.type == "cpu" and t.is_pinned() for t in held)
+            assert {t.device.type for t in layer.store.tensors()} == {"cuda"}
+        torch.testing.assert_close(model(ids[:, 100:], **{CACHE: cache}).logits, at_once[:, 100:])
+
+
 # --- tokens taken back ------------------------------------------------------------------------------------------------
 
 

@@ -270,7 +270,8 @@ class Engine:
             else:
                 method.begin(self._seen(layer, rows, ids, method), site)
             self._keep_state(layer, method, site, ids)
-        layer.store.buckets = regroup(left)
+        if method.shelves:
+            layer.store.buckets = regroup(left)
 
     def _shelve(self, method: Decode, layer: SaccadeLayer, rows: Bucket, ids: list[int], site: Site) -> Bucket:
         """What of these rows stays on the device; the layer keeps the rest in host memory."""

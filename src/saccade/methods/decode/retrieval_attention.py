@@ -48,8 +48,8 @@ class RetrievalAttention(Decode):
     Raises:
         BadOption: a number that is 0.
         CannotRun: "hnsw" or "ivf" without faiss; tokens taken back that lie in host memory.
-    Source: arXiv 2409.10516, version 3, section 3; the graph after RoarGraph, arXiv 2408.08933. microsoft/MInference,
-    retr_attn.py (a flat index), was read; the authors' graph is not public.
+    Source: arXiv 2409.10516, version 3, section 3; the graph after RoarGraph, arXiv 2408.08933. The authors' graph is
+    not public, and microsoft/MInference, retr_attn.py (a flat index), could not be had: not compared with.
     """
 
     shelves: ClassVar[bool] = True
