@@ -78,6 +78,8 @@ class RetrievalAttention(Decode):
             " candidates are ranked by how many queries they share: measured, it finds more for as many keys visited."
             " Keys that no query listed hang on at the nearest that one did.",
             "What was found is copied to the device and attended to there; the paper attends on the CPU, beside.",
+            "The graph is searched in plain PyTorch, step by step: it visits few keys, and among some thousands still"
+            " takes longer than one product with all of them (flat).",
             "All layers search, as in the paper; the authors' code leaves some first layers whole.",
         ),
         lacks={"backward": "it reads a cache, which training does not have"},

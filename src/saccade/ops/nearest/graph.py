@@ -24,6 +24,7 @@ BESIDE = 4  # how far apart in a list neighbours stand
 ENTRIES = 32  # keys that a search begins at: those that come first for most queries
 WIDTH = 4  # keys of the beam that are followed at once
 ROWS = 512  # queries that are searched for together, and keys that are compared
+NOTES = 2**25  # of keys that were met, held at once
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Graph:
         if count >= n:
             return every(self.keys, q, count)
         head = torch.arange(g, device=q.device).repeat_interleave(q.shape[1])
-        rows = zip(wide(q).flatten(0, 1).split(ROWS), head.split(ROWS))
+        some = max(1, min(ROWS, NOTES // n))
+        rows = zip(wide(q).flatten(0, 1).split(some), head.split(some))
         found = [_search(self, x, heads, max(self.beam, count)) for x, heads in rows]
         index, score = (torch.cat([f[i][:, :count] for f in found]).unflatten(0, (g, -1)) for i in (0, 1))
         return Found(index, score, sum(f.visited for f in found))
