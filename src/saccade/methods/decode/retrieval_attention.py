@@ -73,7 +73,7 @@ class RetrievalAttention(Decode):
             "What is decoded stays on the device and, once it leaves the window, competes so too: the index is built"
             " once. The paper inserts it; the authors' code has that as an option.",
             "The graph is built from the last query_tokens queries of the prompt, not from all: they lie where the next"
-            " will.",
+            " will, and of 8k tokens 256 of them led to as many of the best keys as 2,048 did.",
             "Keys that stand near each other in a query's list are neighbours too, not only with its first key, and"
             " candidates are ranked by how many queries they share: measured, it finds more for as many keys visited."
             " Keys that no query listed hang on at the nearest that one did.",
@@ -91,7 +91,7 @@ class RetrievalAttention(Decode):
     beam_keys: int = 128
     probes: int = 32
     neighbours: int = 35
-    query_tokens: int = 1024
+    query_tokens: int = 256
 
     def __post_init__(self):
         super().__post_init__()
