@@ -8,6 +8,10 @@ backward), over the same of the fastest dense causal kernel of that length in th
 FlexAttention's time is of its kernel alone, its BlockMask made before. One sequence, 32 query heads on 8 key/value
 heads of 128, bfloat16; lists are drawn for each key/value head where a case does not say "per head".
 
+Beside our kernels (triton): FlexAttention (flex), and flash-attn-4 through `impl="flash4"` (fa4) where it is installed
+and can compute the case; its lists are made in the time that is measured. "best" is the largest share of the three,
+held against a goal of its own.
+
 Each number comes after a check of sampled rows against float64 (backward: of one key/value head against float32), and
 is not printed if that fails. Median of the rounds, least and largest; the second-level cache is cleared before each.
 """
@@ -34,24 +38,28 @@ from saccade import ops
 from saccade.core import rng
 from saccade.core.selection import Blocks, Gather, Lines, Selection, Spans
 from saccade.measure.environment import environment
-from saccade.ops.attend import flex
+from saccade.ops.attend import flash4, flex
 
 HEADS, KV_HEADS, SIZE = 32, 8, 128
 GROUP = HEADS // KV_HEADS
 BACKWARD = 2.5  # times the work of forward
+AHEAD = 0  # cycles that the device is kept busy for before each timed call
 WRONG = 1.5e-2  # relative error in norm: bfloat16 gives 2e-3 forward and 4e-3 backward
+
+NAMES = ("triton", "fa4", "flex")
 
 Run = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the table. `goal`: the share to reach."""
+    """A row of the table. `goal`: the share for our kernels to reach; `best`: for the best back end installed."""
 
     name: str
     tokens: int
     make: Callable[[int], Selection]
     goal: float
+    best: float | None = None
     backward: bool = False
     flex: bool = True
 
@@ -59,15 +67,16 @@ class Case:
 def cases() -> list[Case]:
     """Those of the project's table of goals."""
     blocks = [
-        Case(f"blocks 128 {density:.2f}", n, functools.partial(random_blocks, density=density, block=128), goal)
-        for n, density, goal in (
-            (32768, 0.10, 0.75), (131072, 0.05, 0.74), (131072, 0.10, 0.78), (131072, 0.25, 0.82),
+        Case(f"blocks 128 {density:.2f}", n, functools.partial(random_blocks, density=density, block=128), goal, best)
+        for n, density, goal, best in (
+            (32768, 0.10, 0.75, 0.90), (131072, 0.05, 0.74, 0.84),
+            (131072, 0.10, 0.78, 0.90), (131072, 0.25, 0.82, 0.92),
         )
     ]
     back = [
         Case(f"blocks 128 {density:.2f} backward", 32768, functools.partial(random_blocks, density=density, block=128),
-             goal, backward=True)
-        for density, goal in ((0.10, 0.66), (0.25, 0.74))
+             goal, best, backward=True)
+        for density, goal, best in ((0.10, 0.66, 0.78), (0.25, 0.74, 0.94))
     ]
     small = functools.partial(random_blocks, density=0.10, block=64)
     apart = functools.partial(random_blocks, density=0.10, block=64, drawn=HEADS)
@@ -75,13 +84,13 @@ def cases() -> list[Case]:
     return [
         *blocks,
         *back,
-        Case("blocks 64 0.10", 131072, small, 0.65, flex=False),
-        Case("blocks 64 0.10 per head", 131072, apart, 0.65, flex=False),
+        Case("blocks 64 0.10", 131072, small, 0.65, 0.65, flex=False),
+        Case("blocks 64 0.10 per head", 131072, apart, 0.65, 0.65, flex=False),
         Case("lines 1024+1024 per head", 32768, functools.partial(random_lines, many=1024), 0.55, flex=False),
         Case("lines 4096+4096 per head", 131072, functools.partial(random_lines, many=4096), 0.60, flex=False),
         Case("gather 512 of 64-query blocks", 131072, pairs, 0.40, flex=False),
         Case("gather 512 of 64-query blocks per head", 131072, pairs_apart, 0.40, flex=False),
-        Case("sinks 4 + window 4096", 131072, sliding, 0.72),
+        Case("sinks 4 + window 4096", 131072, sliding, 0.72, 0.83),
     ]
 
 
@@ -233,6 +242,8 @@ def milliseconds(work: Run, rounds: int) -> list[float]:
     found = []
     for _ in range(rounds + 2):
         cache.zero_()
+        if AHEAD:  # the device is busy while the host gives it the call
+            torch.cuda._sleep(AHEAD)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         work()
@@ -253,14 +264,27 @@ def speed(pairs: float, times: list[float], backward: bool) -> dict[str, float]:
     }
 
 
-def dense_kernels(backward: bool) -> dict[str, Callable[..., Tensor]]:
-    """What is there to compare with."""
-
-    def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+def by_torch(back_end: SDPBackend) -> Callable[..., Tensor]:
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(back_end):
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    found: dict[str, Callable[..., Tensor]] = {"cudnn": cudnn}
+    return kernel
+
+
+def fa4_dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn.cute import flash_attn_func
+
+    return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)[0].transpose(1, 2)
+
+
+def dense_kernels(backward: bool, peers: bool) -> dict[str, Callable[..., Tensor]]:
+    """What is there to compare with; `peers`: also what is known not to be the fastest."""
+    found = {"cudnn": by_torch(SDPBackend.CUDNN_ATTENTION)}
+    if peers:
+        found["flash"] = by_torch(SDPBackend.FLASH_ATTENTION)
+        if flash4.installed() is not None:
+            found["fa4"] = fa4_dense
     if not backward and importlib.util.find_spec("fa3_fwd_interface") is not None:
         import fa3_fwd_interface
 
@@ -277,16 +301,28 @@ def whole(tokens: int) -> Spans:
     return Spans(sinks=torch.tensor([0]), window=torch.tensor([tokens]), queries=tokens, keys=tokens)
 
 
-def dense(tokens: int, backward: bool, rounds: int) -> tuple[str, dict[str, Any]]:
-    """The fastest dense kernel that is right."""
+def dense(tokens: int, backward: bool, rounds: int, peers: bool) -> tuple[str, dict[str, Any]]:
+    """The fastest dense kernel that is right, and what was found of each."""
     pairs, found = HEADS * tokens * (tokens + 1) / 2, {}
-    for name, kernel in dense_kernels(backward).items():
-        q, k, v = inputs(tokens, backward)
-        work, off = prepared(lambda kernel=kernel, q=q, k=k, v=v: kernel(q, k, v), q, k, v, whole(tokens), backward)
-        if off <= WRONG:
-            found[name] = speed(pairs, milliseconds(work, rounds), backward) | {"relative_error": off}
-    best = max(found, key=lambda n: found[n]["tflops"])
-    return best, found
+    q, k, v = inputs(tokens, backward)
+    for name, kernel in dense_kernels(backward, peers).items():
+        forward = functools.partial(kernel, q, k, v)
+        found[name] = timed(forward, q, k, v, whole(tokens), pairs, backward, rounds)
+    right = {name: row for name, row in found.items() if "tflops" in row}
+    return max(right, key=lambda n: right[n]["tflops"]), found
+
+
+def timed(
+    forward: Run, q: Tensor, k: Tensor, v: Tensor, selection: Selection, pairs: float, backward: bool, rounds: int
+) -> dict[str, Any]:
+    """Speed and error of a kernel, or {"wrong": error}, or {"failed": why}: the others are measured all the same."""
+    try:
+        work, off = prepared(forward, q, k, v, selection, backward)
+        if not off <= WRONG:
+            return {"wrong": off}
+        return speed(pairs, milliseconds(work, rounds), backward) | {"relative_error": off}
+    except Exception:
+        return {"failed": traceback.format_exc(limit=-3)}
 
 
 def prepared(forward: Run, q: Tensor, k: Tensor, v: Tensor, selection: Selection, backward: bool) -> tuple[Run, float]:
@@ -311,47 +347,57 @@ def by_flex(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Run:
     return lambda: flex._compiled()(q, k, v, block_mask=mask, enable_gqa=True)
 
 
-def measure(case: Case, references: dict, rounds: int, with_flex: bool) -> dict[str, Any]:
+def measure(case: Case, references: dict, args: argparse.Namespace) -> dict[str, Any]:
     """A row."""
     if (key := (case.tokens, case.backward)) not in references:
-        references[key] = dense(case.tokens, case.backward, rounds)
+        references[key] = dense(case.tokens, case.backward, args.rounds, args.peers)
     best, kernels = references[key]
     q, k, v = inputs(case.tokens, case.backward)
     selection = case.make(case.tokens)
     pairs = float(selection.count().expand(1, HEADS).sum())
     whole_pairs = HEADS * case.tokens * (case.tokens + 1) / 2
-    row = {"case": case.name, "tokens": case.tokens, "goal": case.goal, "density": pairs / whole_pairs}
-    row |= {"dense": best, "dense_tflops": kernels[best]["tflops"], "dense_kernels": kernels}
+    row = {"case": case.name, "tokens": case.tokens, "goal": case.goal, "goal_best": case.best}
+    row |= {"density": pairs / whole_pairs, "dense": best, "dense_tflops": kernels[best]["tflops"]}
+    row |= {"dense_kernels": kernels}
+    why = ops.explain(lambda: ops.attend(q, k, v, selection))["flash4"]
     runs = {"triton": lambda: ops.attend(q, k, v, selection, impl="triton")[0]}
-    if with_flex and case.flex:
+    if not why:
+        runs["fa4"] = lambda: ops.attend(q, k, v, selection, impl="flash4")[0]
+    if case.flex and not args.no_flex:
         runs["flex"] = by_flex(q, k, v, selection)
-    for name, forward in runs.items():
-        try:
-            work, off = prepared(forward, q, k, v, selection, case.backward)
-            if not off <= WRONG:
-                row[name] = {"wrong": off}
-                continue
-            found = speed(pairs, milliseconds(work, rounds), case.backward) | {"relative_error": off}
-        except Exception:  # of one kernel: the others of the row are measured
-            row[name] = {"failed": traceback.format_exc(limit=-3)}
-            continue
-        row[name] = found | {"share": found["tflops"] / kernels[best]["tflops"]}
-    return row
+    found = {n: timed(run, q, k, v, selection, pairs, case.backward, args.rounds) for n, run in runs.items()}
+    for name, one in found.items():
+        row[name] = one | ({"share": one["tflops"] / kernels[best]["tflops"]} if "tflops" in one else {})
+    return row | ({"fa4": {"cannot": why}} if why else {}) | {"best": best_share(row)}
+
+
+def best_share(row: dict[str, Any]) -> dict[str, Any]:
+    """The back end that comes nearest to dense, and how near."""
+    shares = {name: row[name]["share"] for name in NAMES if "share" in row.get(name, {})}
+    name = max(shares, key=lambda n: shares[n], default=None)
+    return {"back_end": name, "share": shares.get(name)}
 
 
 def line(row: dict[str, Any]) -> str:
     """For people."""
     text = f"{row['case']:40} {row['tokens']:>7} {row['density']:6.3f}  {row['dense']:5} {row['dense_tflops']:4.0f}"
-    for name in ("triton", "flex"):
-        found = row.get(name, {})
-        if "wrong" in found:
-            text += f"  {name} WRONG by {found['wrong']:.2g}"
-        elif "failed" in found:
-            text += f"  {name} FAILED: {found['failed'].strip().splitlines()[-1][:80]}"
-        elif found:
-            spread = f"({found['least']:.0f} - {found['largest']:.0f})"
-            text += f"  {name} {found['ms']:8.3f} ms {found['tflops']:4.0f} {spread} share {found['share']:.2f}"
-    return text + f"  goal {row['goal']:.2f}"
+    text += "".join(f"  {name} {said(row[name])}" for name in NAMES if name in row) + f"  goal {row['goal']:.2f}"
+    if row["best"]["back_end"] and row["goal_best"]:
+        text += f"  best {row['best']['back_end']} {row['best']['share']:.2f} goal {row['goal_best']:.2f}"
+    others = {n: said(one) for n, one in row["dense_kernels"].items() if n != row["dense"]}
+    return text + "".join(f"\n    dense {name} {what}" for name, what in others.items())
+
+
+def said(found: dict[str, Any]) -> str:
+    """Of one kernel."""
+    if "wrong" in found:
+        return f"WRONG by {found['wrong']:.2g}"
+    if "failed" in found:
+        return f"FAILED: {found['failed'].strip().splitlines()[-1][:80]}"
+    if "cannot" in found:
+        return f"cannot: {found['cannot'][0]}"
+    share = f" share {found['share']:.2f}" if "share" in found else ""
+    return f"{found['ms']:8.3f} ms {found['tflops']:4.0f} ({found['least']:.0f} - {found['largest']:.0f}){share}"
 
 
 def arguments() -> argparse.Namespace:
@@ -360,13 +406,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--tokens", type=int, help="cases of this length only")
     parser.add_argument("--no-flex", action="store_true")
+    parser.add_argument("--peers", action="store_true", help="dense flash-attn-4 and PyTorch's flash kernel too")
+    parser.add_argument("--ahead", type=int, default=0, metavar="CYCLES", help="keep the device busy for so long before"
+                        " each timed call, so that the time of the host does not count: 4000000 is 2 ms")
     parser.add_argument("--plain", action="store_true", help="forward without the warp-specialised form")
     parser.add_argument("--json", help="write the rows there too")
     return parser.parse_args()
 
 
 def main() -> int:
+    global AHEAD
     args = arguments()
+    AHEAD = args.ahead
     if not torch.cuda.is_available():
         print("This benchmark needs a CUDA device, and there is none.", file=sys.stderr)
         return 3
@@ -380,7 +431,7 @@ def main() -> int:
         if args.only not in case.name or args.tokens not in (None, case.tokens):
             continue
         try:
-            rows.append(measure(case, references, args.rounds, not args.no_flex))
+            rows.append(measure(case, references, args))
             print(line(rows[-1]), flush=True)
         except Exception:
             bad += 1
@@ -388,7 +439,8 @@ def main() -> int:
         torch.cuda.empty_cache()
     if args.json:
         with open(args.json, "w") as file:
-            what = {"rounds": args.rounds, "special": launch.SPECIAL, "environment": environment("cuda")}
+            what = {"rounds": args.rounds, "special": launch.SPECIAL, "ahead": AHEAD}
+            what |= {"flash-attn-4": flash4.installed(), "environment": environment("cuda")}
             json.dump(what | {"rows": rows}, file, indent=1)
     return int(bad > 0 or any("share" not in row["triton"] for row in rows))
 

@@ -59,6 +59,7 @@ ACHIEVED = {
     "sparse": 'run.record.density("prefill")',
     "cache": "run.record.kept_fraction, run.record.bytes_held",
     "decode": 'run.record.density("decode")',
+    "probes": "run.result()",
 }
 assert set(PROPERTIES) <= set(WORDS), "a new property needs its words"
 
@@ -119,7 +120,8 @@ def _options(name: str) -> str:
 
 
 def _use(card: Card) -> str:
-    code = f'with saccade.attach(model, "{card.name}", budget=0.25) as run:\n    out = model.generate(**inputs)\n'
+    budget = ", budget=0.25" if card.takes_budget and card.family != "probes" else ""
+    code = f'with saccade.attach(model, "{card.name}"{budget}) as run:\n    out = model.generate(**inputs)\n'
     text = f"## Use\n\n```python\n{code}print({ACHIEVED.get(card.family, 'run.record.bytes_held')})\n```"
     text += f"\n\nA budget means: {card.budget}." if card.budget else ""
     text += f"\n\nIts score is given the model's {' and '.join(card.needs)}." if card.needs else ""
@@ -131,7 +133,9 @@ def _use(card: Card) -> str:
 def _claim(name: str, card: Card) -> str:
     found = measured(name)
     again = f"Measure it: `saccade claim {name} --tier cpu`."
-    compare = f"Compare it: `saccade compare --methods {name}`."
+    compare = f"Compare it: `saccade compare --methods {name}{'' if card.takes_budget else ' --budgets 1'}`."
+    if card.family == "probes":
+        compare = f"See it: `saccade calibrate {name}` prints a path, and `saccade report PATH` draws its heads."
     if found is None:
         return f"## Claim\n\nNot attempted yet. {again}\n\n{compare}"
     rows = [[c["name"], _range(c), *map(_short, (c["bar"], c["n"], c["smallest_effect"])), ("no", "yes")[c["holds"]]]
@@ -161,6 +165,8 @@ def _short(value: float | None) -> str:
 def _properties(card: Card) -> str:
     held = [WORDS[p] for p in PROPERTIES if p not in card.lacks and (p != "forms" or card.family == "mixers")]
     text = "## What is tested\n\nThe conformance suite tests that " + "; ".join(held) + "."
+    if card.family == "probes":
+        text += " Under a probe every bit is the model's own, and what it saw of a text depends on that text alone."
     lacks = [f"{WORDS[what]} (`{what}`): {why}" for what, why in card.lacks.items()]
     return text + (f"\n\nIt does not have:\n\n{_bullets(lacks)}" if lacks else "")
 

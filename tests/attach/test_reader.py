@@ -9,6 +9,7 @@ import torch
 
 from saccade.attach import attach
 from saccade.attach.compat import CACHE
+from saccade.attach.store import SPARE
 from saccade.core.card import Card
 from saccade.core.errors import DoesNotCompose
 from saccade.core.method import Decode
@@ -126,7 +127,7 @@ def test_when_tokens_are_taken_back_a_dated_state_stays_and_another_is_that_of_t
     assert first_layer(listens.asked)[-1][1]["ramp"].shape[1] == (25 if dated else 20)
     tokens_held = 30 * (2 * 2 * 16 * 8 + 2 * 4)
     numbers = 8 * (30 if dated else 30 + 20)  # no copy of what the prompt left is kept for a dated one
-    assert 0 <= held - tokens_held - numbers <= 64
+    assert 0 <= held - tokens_held - numbers <= 64 + tokens_held / SPARE
 
 
 def test_nobody_is_shown_queries_who_did_not_ask():

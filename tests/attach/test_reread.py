@@ -92,15 +92,19 @@ def test_taken_back_tokens_are_not_read_again():
 
 
 def test_what_is_noted_is_counted():
-    model, ids, held = tiny(layers=3), tokens(END), {}
-    for every in (0, EVERY):
-        with attach(model, reader(every), budget=BUDGET) as run, torch.no_grad():
-            cache, held[every] = run.new_cache(), []
-            model(ids[:, :PROMPT], **{CACHE: cache})
-            for i in range(PROMPT, PROMPT + EVERY + 2):
-                model(ids[:, i : i + 1], **{CACHE: cache})
-                held[every].append(run.record.bytes_held)
-    noted = [more - less for less, more in zip(*held.values())]
+    model, ids, noted = tiny(layers=3), tokens(END), []
+    with attach(model, reader(EVERY), budget=BUDGET) as run, torch.no_grad():
+        cache = run.new_cache()
+        model(ids[:, :PROMPT], **{CACHE: cache})
+        for i in range(PROMPT, PROMPT + EVERY + 2):
+            model(ids[:, i : i + 1], **{CACHE: cache})
+            whole = run.record.bytes_held
+            kept = [(layer, layer.since) for layer in cache.layers]
+            for layer, _ in kept:
+                layer.since = {}
+            noted.append(whole - sum(layer.bytes_held() for layer in cache.layers))
+            for layer, since in kept:
+                layer.since = since
     assert noted == [2 * 8 * (i % EVERY + 1) for i in range(EVERY + 2)], "ids and positions of eight bytes"
 
 

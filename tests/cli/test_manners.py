@@ -27,7 +27,7 @@ def test_every_verb_has_a_line_in_the_overview_and_an_example_that_parses(verb):
 @pytest.mark.parametrize(
     ("given", "code", "said"),
     [
-        (["compair"], 2, "UnknownName: no verb 'compair': 13 are known. Did you mean 'compare' or"),
+        (["compair"], 2, "UnknownName: no verb 'compair': 14 are known. Did you mean 'compare' or"),
         (["show", "snapkw"], 2, "Did you mean 'snapkv'? See them with: saccade list"),
         (["list", "--family", "chache"], 2, "WrongUsage: saccade list: argument --family: invalid choice: 'chache'"),
         (["list", "--jsn"], 2, "unrecognized arguments: --jsn"),
@@ -50,6 +50,11 @@ def test_every_verb_has_a_line_in_the_overview_and_an_example_that_parses(verb):
         (["claim", "hop", "--tier", "smoke"], 2, "UnknownName: no method 'hop'"),
         (["new", "My_Method", "--family", "cache"], 2, "BadOption: new 'My_Method': that is no registry name. Write"),
         (["new", "hip", "--family", "cache"], 2, "BadOption: new 'hip': a method of that name exists. Choose another"),
+        (["serve", "--host", "0.0.0.0"], 3, "CannotRun: listen on 0.0.0.0: others can reach that address, and"),
+        (["serve", "--cache", "0.5"], 2, "BadOption: --cache 0.5: that is no number of bytes. Give one: 2GiB."),
+        (["serve", "--batch", "0"], 2, "BadOption: batch=0: it must be 1 or more. Give such a number."),
+        (["serve", "--api-key", ""], 2, "BadOption: an API key: it is empty, or holds what a header cannot carry."),
+        (["serve", "--method", "knorm", "--method", "snapkv"], 3, "DoesNotCompose: attach [knorm, snapkv] together"),
         (["check", "hop"], 2, "UnknownName: no method 'hop'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, type([])) else "",

@@ -26,7 +26,7 @@ from saccade.core.method import Method, options
 from saccade.core.registry import card, get, list_methods
 from tests.methods.handmade import tokens
 
-ATTACHED = ("sparse", "cache", "decode")  # the families that `attach` serves
+ATTACHED = ("sparse", "cache", "decode", "probes")  # the families that `attach` serves
 FRACTIONS = (0.05, 0.25, 0.5, 0.75, 0.9)
 TOKENS = ("1tok", "6tok", "20tok")
 LONG = st.integers(16, 88)
@@ -112,7 +112,8 @@ def _calibrated(name: str, heads: int, kv_heads: int, head_size: int) -> Artefac
     subject = Subject(tiny(heads, kv_heads, head_size, torch.float32))
     subject.tokenizer = Words()
     method = get(name)()
-    short = {option: 2 for option in options(method) if option == "train_steps"}
+    short = {"train_steps": 2, "least_recall": 0.0}  # a random model answers no question
+    short = {option: value for option, value in short.items() if option in options(method)}
     return dataclasses.replace(method, **short).calibrate(subject, [tokens(256, 1)])
 
 

@@ -1,5 +1,5 @@
-"""Tests of a `case` run for every registered method in all of its forms, those of a `plain` case for each as it comes;
-`--method NAME` leaves one method.
+"""Tests of a `case` run for every registered method in all of its forms, those of a `plain` case for each as it comes,
+those of a `probe` for each that reads only; `--method NAME` leaves one method.
 
 A test marked `claims("chunks")` is expected to fail, and must, for a method whose card gives a reason against "chunks":
 a limitation that is none turns the suite red. A card speaks of the method as it comes; other forms of it may be better.
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import pytest
 
+from saccade.core.errors import CannotRun
 from tests.conformance.cases import cases
 
-KINDS = {"case", "plain"}
+KINDS = {"case", "plain", "probe"}
 
 
 def pytest_addoption(parser):
@@ -30,15 +31,16 @@ def pytest_generate_tests(metafunc):
     some = [case for case in cases() if not only or case.name in only]
     if not some:
         raise pytest.UsageError(f"--method {' '.join(only)}: no such method is registered")
-    if taken == {"plain"}:
-        some = [case for case in some if not case.option]
+    if taken != {"case"}:
+        some = [case for case in some if not case.option and (taken == {"plain"} or "observe" in case.parts)]
     metafunc.parametrize(*taken, [_param(case, metafunc.definition) for case in some])
 
 
 def _param(case, test):
     claim = test.get_closest_marker("claims")
     reason = case.card.lacks.get(claim.args[0], "") if claim else ""
-    marks = [pytest.mark.xfail(reason=reason, strict=not case.option, raises=AssertionError)] if reason else []
+    lacking = (AssertionError, CannotRun)  # not had, or refused
+    marks = [pytest.mark.xfail(reason=reason, strict=not case.option, raises=lacking)] if reason else []
     return pytest.param(case, id=str(case), marks=marks)
 
 

@@ -67,16 +67,20 @@ class Watched:
 
 
 def watch(trial: Trial, ids: Tensor | None = None) -> Watched:
-    """Read prompt and rest, each in one forward, and note every answer of the method's `select` and `visible`."""
-    ids = trial.ids() if ids is None else ids
+    """Read prompt and rest, each in one forward, and note every answer of the method's `select` and `visible`. Where
+    every token decides what goes, the rest is read token by token, and what is held before each is noted.
+    """
+    ids, n = trial.ids() if ids is None else ids, trial.prompt
+    weighing = getattr(trial.method, "weighing", False)
     with trial.attach() as run, _listening(type(trial.method)) as heard, torch.no_grad():
-        first = trial.model(ids[:, : trial.prompt], use_cache=True)
-        held = [run.record.layers[layer].kept[0] for layer in range(LAYERS)]
-        heard_prompt = heard[:]
+        first = trial.model(ids[:, :n], use_cache=True)
+        logits, held, heard_prompt = [first.logits], [], heard[:]
         heard.clear()
-        second = trial.model(ids[:, trial.prompt :], **{CACHE: first[CACHE]}, use_cache=True)
-        masks = [_pairs(trial, layer, held[layer], heard_prompt, heard) for layer in range(LAYERS)]
-        return Watched(torch.cat([first.logits, second.logits], 1), masks, held, run.record)
+        for part in ids[:, n:].split(1 if weighing else ids.shape[1], 1):
+            held.append([run.record.layers[layer].kept[0] for layer in range(LAYERS)])
+            logits.append(trial.model(part, **{CACHE: first[CACHE]}, use_cache=True).logits)
+        masks = [_pairs(trial, layer, [h[layer] for h in held], heard_prompt, heard) for layer in range(LAYERS)]
+        return Watched(torch.cat(logits, 1), masks, held[0], run.record)
 
 
 @contextlib.contextmanager
@@ -101,17 +105,20 @@ def _listening(cls: type) -> Iterator[list[tuple[Any, Any]]]:
         yield heard
 
 
-def _pairs(trial: Trial, layer: int, held: list[Tensor], prompt: list, rest: list) -> Tensor:
-    """Causal, but for what the method said otherwise: in the prompt, by what it kept, and in what came after."""
+def _pairs(trial: Trial, layer: int, held: list[list[Tensor]], prompt: list, rest: list) -> Tensor:
+    """Causal, but for what the method said otherwise: in the prompt, by what it kept, and in what came after. `held` is
+    what each head held at the end of the prompt, or before each token after it."""
     n, end, heads = trial.prompt, trial.prompt + trial.rest, trial.heads[0]
     group = heads // trial.heads[1]
     out = causal_mask(end, end).repeat(1, heads, 1, 1)
     for selection in _selections(prompt, layer, "prefill"):
         out[..., :n, :n] = selection.mask()
     for head in range(heads):
-        stored = torch.cat([held[head // group].long(), torch.arange(n, end)])
-        forgotten = torch.ones(end, dtype=torch.bool).scatter(0, stored, False)
-        out[:, head, n:, forgotten] = False
+        starts = range(n, end) if len(held) > 1 else [n]
+        for start, heads_held in zip(starts, held):
+            stored = torch.cat([heads_held[head // group].long(), torch.arange(start, end)])
+            forgotten = torch.ones(end, dtype=torch.bool).scatter(0, stored, False)
+            out[:, head, start:, forgotten] = False
         for selection in _selections(rest, layer, "decode"):
             out[:, head, n:, stored] &= selection.mask().expand(1, heads, -1, -1)[:, head]
     for site, (at, positions, rows, answer) in _answers(rest, layer):

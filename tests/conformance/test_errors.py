@@ -162,6 +162,8 @@ def test_13_learning_and_what_was_learnt(plain, tmp_path, monkeypatch):
 @pytest.mark.claims("errors")
 def test_13_nan_in_a_query_stays_to_be_seen(case):
     """A row whose query is NaN gives NaN, as dense attention does; no choice turns it into a number."""
+    if "observe" in case.parts:
+        pytest.skip("the model itself computes under a probe")
     plain, model, cut = Engine.forward, tiny(*HEADS), 20
 
     def forward(self, layer, q, k, v, real):

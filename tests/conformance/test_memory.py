@@ -15,6 +15,9 @@ from torch import Tensor
 
 from saccade.attach.compat import CACHE
 from saccade.attach.engine import Engine
+from saccade.attach.layer import WatchedLayer
+from saccade.attach.run import Run
+from saccade.attach.watch import Watcher
 from tests.conformance.cases import FEW, tiny, trials
 from tests.conformance.runs import Padded, assert_same, read
 from tests.methods.handmade import in_pieces
@@ -81,16 +84,27 @@ def read_prompt(trial, rows):
 def test_12_strided_inputs_do(case, data):
     """Queries, keys and values as every second number of a wider tensor, with NaN between."""
     trial = data.draw(trials(case))
-    plain = Engine.forward
+    owner, name = (Watcher, "after") if "observe" in case.parts else (Engine, "forward")
+    plain = getattr(owner, name)
 
-    def forward(self, layer, q, k, v, real):
+    def forward(self, layer, q, k, v, *rest):
         q, k, v = (torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0] for x in (q, k, v))
         assert not q.is_contiguous()
-        return plain(self, layer, q, k, v, real)
+        return plain(self, layer, q, k, v, *rest)
 
-    expected = read(trial, trial.ids())
-    with mock.patch.object(Engine, "forward", forward):
+    expected, noted = read(trial, trial.ids()), noted_of(trial)
+    with mock.patch.object(owner, name, forward):
         assert_same(read(trial, trial.ids()), expected, trial)
+        assert noted_of(trial) == noted
+
+
+def noted_of(trial):
+    """What a probe's table says; nothing of other methods."""
+    if "observe" not in trial.method.parts:
+        return []
+    with trial.attach() as run:
+        in_pieces(trial.model, trial.ids(), [trial.prompt])
+    return run.result()
 
 
 @pytest.mark.claims("memory")
@@ -104,10 +118,16 @@ def test_12_the_dtype_stays(case, dtype, data):
     with trial.attach(), torch.no_grad():
         out = trial.model(trial.ids()[:, : trial.prompt], use_cache=True)
         logits = trial.model(trial.ids()[:, trial.prompt :], **{CACHE: out[CACHE]}).logits
-        stored = [b.columns[name] for layer in out[CACHE].layers for b in layer.store.buckets
-                  for name in ("keys", "values")]  # fmt: skip
+        stored = [x for layer in out[CACHE].layers for x in keys_and_values(layer)]
     assert {x.dtype for x in (out.logits, logits, *stored)} == {dtype}
     assert out.logits.isfinite().all() and logits.isfinite().all()
+
+
+def keys_and_values(layer):
+    """All of them, wherever a cache layer has them."""
+    if isinstance(layer, WatchedLayer):
+        return [layer.keys, layer.values]
+    return [b.columns[name] for b in layer.store.buckets for name in ("keys", "values")]
 
 
 @pytest.mark.claims("bytes")
@@ -126,11 +146,11 @@ def test_14_bytes_reported_are_bytes_held(case, data):
 
 
 def reachable(cache) -> int:
-    """Bytes of the storages of all tensors under the cache's layers; engines belong to the run, not to the cache."""
+    """Bytes of the storages of all tensors under the cache's layers; a run and its engines are not the cache's."""
     found, waiting, seen = {}, [cache.layers], set()
     while waiting:
         thing = waiting.pop()
-        if id(thing) in seen or isinstance(thing, Engine):
+        if id(thing) in seen or isinstance(thing, (Engine, Run)):
             continue
         seen.add(id(thing))
         if isinstance(thing, Tensor):
@@ -155,7 +175,8 @@ def test_14_what_was_dropped_is_given_back(case, data):
         if "evict" not in case.parts:
             assert run.record.kept_fraction == 1
             return
+        beside = 8 * getattr(trial.method, "tallies", False)
         for layer in run.record.layers.values():
             kept = sum(len(p) for p in layer.kept[0])
-            extra = layer.bytes_held - kept * (2 * trial.heads[2] * 8 + 4)
+            extra = layer.bytes_held - kept * (2 * trial.heads[2] * 8 + 4 + beside)
             assert 0 <= extra <= 64 * trial.heads[1]

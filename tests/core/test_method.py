@@ -29,6 +29,7 @@ class Made(Cache):
     window_tokens: int = 8
     share: float = 0.5
     how: Literal["max", "mean"] = "max"
+    bits: Literal[2, 4] = 2
     dense: bool = False
     cap_tokens: int | None = None
 
@@ -53,13 +54,14 @@ class Both(Cache):
 
 
 def test_options_are_the_fields_without_the_artefact():
-    assert list(options(Made)) == ["window_tokens", "share", "how", "dense", "cap_tokens"]
+    assert list(options(Made)) == ["window_tokens", "share", "how", "bits", "dense", "cap_tokens"]
     assert options(Made(window_tokens=3)) == {**options(Made), "window_tokens": 3}
 
 
-@given(st.integers(0, 999), st.floats(0, 1), st.sampled_from(["max", "mean"]), st.booleans(), st.integers(0, 9))
-def test_options_are_read_from_text_as_from_values(window, share, how, dense, cap):
-    values = {"window_tokens": window, "share": share, "how": how, "dense": dense, "cap_tokens": cap}
+@given(st.integers(0, 999), st.floats(0, 1), st.sampled_from(["max", "mean"]), st.sampled_from([2, 4]),
+       st.booleans(), st.integers(0, 9))  # fmt: skip
+def test_options_are_read_from_text_as_from_values(window, share, how, bits, dense, cap):
+    values = {"window_tokens": window, "share": share, "how": how, "bits": bits, "dense": dense, "cap_tokens": cap}
     made = configure(Made(), values)
     assert made == configure(Made(), {k: str(v) for k, v in values.items()}) == Made(**values)
     assert configure(made, {"cap_tokens": "none"}).cap_tokens is None
@@ -77,6 +79,7 @@ def test_configuring_leaves_the_artefact():
         ("window_tokens", "many", "it takes int"),
         ("share", "half", "it takes float"),
         ("how", "min", "it takes 'max' or 'mean'"),
+        ("bits", "3", "it takes 2 or 4"),
         ("dense", "yes", "it takes bool"),
         ("cap_tokens", "x", r"it takes int \| None"),
     ],
@@ -90,7 +93,7 @@ def test_an_unknown_option_says_the_nearest_and_all():
     said = r"option 'window' of made: there is none of that name\. Did you mean 'window_tokens'\? It has: window_tokens"
     with pytest.raises(BadOption, match=said):
         configure(Made(), {"window": 3})
-    with pytest.raises(BadOption, match=r"there is none of that name\. It has: window_tokens, share, how, dense, cap"):
+    with pytest.raises(BadOption, match=r"there is none of that name\. It has: window_tokens, share, how, bits, dense"):
         configure(Made(), {"zzz": 3})
 
 

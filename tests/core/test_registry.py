@@ -52,7 +52,7 @@ def test_every_file_is_listed():
 
 def test_patterns_and_families_filter():
     assert registry.list_methods("*kv") == [n for n in OURS if n.endswith("kv")]
-    families = {f: registry.list_methods(family=f) for f in ("sparse", "cache", "decode")}
+    families = {f: registry.list_methods(family=f) for f in ("sparse", "cache", "decode", "probes")}
     assert sorted(n for names in families.values() for n in names) == OURS
     assert "snapkv" in families["cache"] and registry.list_methods("nothing*") == []
 

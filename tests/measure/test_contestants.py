@@ -58,6 +58,8 @@ def test_random_joins_once_for_each_part_in_use():
     field = with_baselines([parse("snapkv"), parse("minference")], ("random", "streaming"))
     assert [c.label for c in field] == ["full", "snapkv", "minference", "random", "random:part=prefill", "streaming"]
     assert with_baselines([parse("streaming")], ("random", "streaming"))[1:] == [parse("streaming")]
+    packed = with_baselines([parse("snapkv+kivi"), parse("kivi")], ("random",))
+    assert [c.label for c in packed] == ["full", "snapkv+kivi", "kivi", "random"]
 
 
 def test_every_attachable_method_takes_part_by_default_and_no_baseline():
@@ -82,3 +84,9 @@ def test_identity_depends_on_options_and_source(monkeypatch, tmp_path):
     before = plain.identity()
     monkeypatch.setattr("saccade.measure.contestants.inspect.getfile", lambda cls: str(edited))
     assert plain.identity() != before
+
+
+def test_what_only_looks_on_is_not_compared():
+    said = r"compare 'retrieval-head': it only looks on, so that nothing could differ from full\. Attach it, or see"
+    with pytest.raises(BadOption, match=said):
+        with_baselines([parse("retrieval-head")], ["random"])

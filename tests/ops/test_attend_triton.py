@@ -57,7 +57,9 @@ def results(attention, inputs, mask, with_lse=True):
     return [x.detach() for x in found]
 
 
-def check(selection, inputs, *, softcap=None, scale=None, device="cpu", layout=lambda x: x, with_lse=True):
+def check(
+    selection, inputs, *, softcap=None, scale=None, device="cpu", layout=lambda x: x, with_lse=True, impl="triton"
+):
     """Values and gradients are at most twice as wrong as PyTorch's."""
     scale = inputs[0].shape[-1] ** -0.5 if scale is None else scale
     inputs = [x.to(device) for x in inputs]
@@ -65,12 +67,12 @@ def check(selection, inputs, *, softcap=None, scale=None, device="cpu", layout=l
     said = []
 
     def ours(q, k, v):
-        out, lse = ops.attend(q, k, v, there, softcap=softcap, scale=scale, impl="triton", report=said.append)
+        out, lse = ops.attend(q, k, v, there, softcap=softcap, scale=scale, impl=impl, report=said.append)
         assert bool((lse[~mask.any(-1).expand(lse.shape)] == -torch.inf).all()), "lse of rows that see nothing"
         return out, lse
 
     mine = results(ours, [layout(x) for x in inputs], mask, with_lse)
-    assert said == ["attend:triton"] and mine[0].dtype == inputs[0].dtype and mine[1].dtype == torch.float32
+    assert said == [f"attend:{impl}"] and mine[0].dtype == inputs[0].dtype and mine[1].dtype == torch.float32
     whole = [x.double() for x in inputs]
     exact = results(lambda *x: exact_attention(*x, mask, softcap=softcap, scale=scale), whole, mask, with_lse)
     free = torch.ones_like(mask)
@@ -115,13 +117,13 @@ def _within_the_tensors(monkeypatch):
     def watched(name, pointers, mask):
         real = getattr(own.InterpreterBuilder, name)
 
-        def wrapper(self, *args):
+        def wrapper(self, *args, **options):
             at, use = np.broadcast_arrays(args[pointers].data, args[mask].data.astype(bool))
             inside = np.zeros(at.shape, dtype=bool)
             for first, end in given:
                 inside |= (at >= first) & (at < end)
             assert (inside | ~use).all(), f"{name} beside the tensors"
-            return real(self, *args)
+            return real(self, *args, **options)
 
         monkeypatch.setattr(own.InterpreterBuilder, name, wrapper)
 

@@ -65,6 +65,17 @@ def test_decode_is_attention_under_its_mask(keys, queries, dtype, heads, page, n
 
 
 @interpreter
+@pytest.mark.parametrize(("queries", "keys"), [(40, 40), (33, 90)])
+def test_more_queries_than_a_tile_takes_read_every_key(queries, keys):
+    q, k, v = tensors(2, 4, 2, queries, keys, 32)
+    said = []
+    out, lse = ops.decode(q, k, v, softcap=5.0, impl="triton", report=said.append)
+    mask = causal_mask(queries, keys).expand(2, 4, -1, -1)
+    assert said == ["decode:triton"]
+    assert_close_as_torch(out, q, k, v, mask, softcap=5.0, lse=lse)
+
+
+@interpreter
 @pytest.mark.parametrize("size", HEAD_SIZES)
 def test_head_sizes_and_values_of_another_size(size):
     q, k, v = tensors(1, 4, 2, 2, 50, size)
@@ -142,7 +153,7 @@ def test_values_on_a_gpu(size, dtype):
         out, lse = ops.decode(
             *there[:4], page_tokens=page, visible=there[4], softcap=softcap, impl="auto", report=said.append
         )
-        assert said == ["decode:triton"]
+        assert said == ["decode:torch" if dtype == torch.float32 and size > 128 else "decode:triton"]
         mask = mask.expand(2, 8, -1, -1).cuda()
         assert_close_on_a_gpu(out, *there[:3], mask, softcap=softcap, lse=lse)
 

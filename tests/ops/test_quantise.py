@@ -36,6 +36,31 @@ def test_codes_are_the_nearest_there_are(bits, dtype, size, keys):
     assert not back[0, 0, 0].any()
 
 
+@given(st.sampled_from([2, 4]), st.sampled_from([*DTYPES, torch.float64]), st.integers(1, 40), st.integers(1, 9))
+def test_codes_of_groups_are_the_nearest_there_are(bits, dtype, size, groups):
+    x = tensors(1, 1, 1, 1, groups, size, torch.float64)[1][0, 0].to(dtype)
+    x[0] = 3.0
+    codes, span = ops.quantise_groups(x, bits)
+    assert codes.dtype == torch.uint8 and codes.shape == (groups, -(-size * bits // 8))
+    assert span.dtype == dtype and span.shape == (groups, 2)
+    back = ops.dequantise_groups(codes, span, bits, size)
+    assert back.dtype == dtype and torch.equal(back[0], x[0])
+    step = span[:, 1:].double()
+    # a step as stored may be a rounding too small for all steps of a group, and what they stand for is rounded again
+    most = 0.5 * step + (2**bits * step + x.double().abs().amax(-1, keepdim=True)) * torch.finfo(dtype).eps
+    assert ((back.double() - x.double()).abs() <= most).all()
+
+
+def test_groups_lie_where_they_are_said_to():
+    x = torch.tensor([[-1.0, 0.0, 1.0, 2.0, 2.0]])
+    codes, span = ops.quantise_groups(x, 2)
+    assert codes.tolist() == [[0 + 4 * 1 + 16 * 2 + 64 * 3, 3]] and span.tolist() == [[-1.0, 1.0]]
+    assert torch.equal(ops.dequantise_groups(codes, span, 2, 5), x)
+    assert ops.quantise_groups(torch.tensor([[15.0, 0.0, 1.0]]), 4)[0].tolist() == [[15, 1]]
+    with pytest.raises(BadOption, match=r"quantise groups to 8 bits: there are 2 and 4\. Give one of those"):
+        ops.quantise_groups(x, 8)
+
+
 def test_four_bits_lie_where_they_are_said_to():
     x = torch.tensor([[[[7.0, -7.0, 1.0, 0.0]]]])
     assert ops.quantise(x, 4).codes.flatten().tolist() == [15 + 16 * 9, 1 + 16 * 8]

@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from saccade.attach import compat
 from saccade.attach.fingerprint import fingerprint
 from saccade.attach.probe import Found, probe
 from saccade.attach.run import Run
+from saccade.attach.watch import Watch
 from saccade.core.artefact import Artefact
 from saccade.core.budget import FULL, Budget
 from saccade.core.errors import CannotRun, DoesNotCompose, SaccadeError
@@ -21,7 +23,7 @@ __all__ = ["Run", "attach", "calibrate", "explain", "fingerprint", "replace"]
 Methods = str | Method | Sequence[str | Method]
 
 # parts whose hooks this version attaches; a method that needs another is refused
-SERVED = ("prefill", "evict", "decode")
+SERVED = ("prefill", "evict", "pack", "decode", "observe")
 
 
 def attach(model: Any, methods: Methods, *, budget: float | str | Budget = FULL, seed: int = 0) -> Run:
@@ -43,7 +45,8 @@ def attach(model: Any, methods: Methods, *, budget: float | str | Budget = FULL,
     if reasons:
         title = " + ".join(m.card.name for m in chosen)
         raise CannotRun(f"attach {title!r} to {type(model).__name__}", reasons, "See also: saccade explain")
-    return Run(model, chosen, budget, seed, found)._enter()
+    run = Watch if "observe" in compose(chosen) else Run
+    return run(model, chosen, budget, seed, found)._enter()
 
 
 def explain(model: Any, methods: Methods, *, budget: float | str | Budget = FULL) -> list[str]:
@@ -105,13 +108,30 @@ def _equipped(model: Any, method: str | Method, found: Found) -> Method:
     return chosen
 
 
+def _not_to_watch(model: Any, probe: Method, methods: Sequence[Method]) -> list[str]:
+    """Why a probe cannot look on: it sees the model's own attention, and only such as is then computed bit for bit."""
+    reasons = []
+    others, own = [m.card.name for m in methods if m is not probe], compat.implementation(model)
+    if others:
+        reasons.append(f"{probe.card.name} looks on at the model's own attention, not at {' + '.join(others)}")
+    if own not in compat.OWN:
+        reasons.append(f"its attention is computed by {own!r}; a probe looks on at {' or '.join(compat.OWN)}")
+    return reasons
+
+
 def _reasons(model: Any, methods: Sequence[Method], budget: Budget, found: Found) -> list[str]:
     reasons = list(found.reasons)
     if getattr(model, "_saccade_run", None) is not None:
         reasons.append(f"{model._saccade_run.title} is attached already; detach it, or attach a list of both")
-    for part, method in compose(methods).items():
+    if budget != FULL and methods and not any(m.card.takes_budget for m in methods):
+        name = methods[0].card.name
+        reasons.append(f"{name} packs all tokens and drops none: attach it without a budget, or beside what takes one")
+    parts = compose(methods)
+    for part, method in parts.items():
         if part not in SERVED:
             reasons.append(f"{method.card.name} owns the part {part!r}, whose hooks this version does not have")
+    if "observe" in parts and found.sites:
+        reasons += _not_to_watch(model, parts["observe"], methods)
     for spot in found.sites:
         place = dataclasses.asdict(spot.place)
         length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 4096)

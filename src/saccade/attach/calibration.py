@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,14 +16,18 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from saccade import __version__, ops
+from saccade.attach.compat import CACHE
 from saccade.attach.engine import Place
 from saccade.attach.fingerprint import fingerprint
 from saccade.attach.gates import Gating, Progress
 from saccade.attach.listening import listening
 from saccade.attach.probe import Found, probe
+from saccade.attach.watch import Watch
 from saccade.core.artefact import Artefact
+from saccade.core.budget import FULL
 from saccade.core.errors import BadInput, CannotRun
-from saccade.core.method import Method, options
+from saccade.core.method import Method, Probe, options
+from saccade.core.record import Notes
 from saccade.core.selection import dense
 
 if TYPE_CHECKING:
@@ -74,6 +79,14 @@ class Subject:
                 self.model(input_ids=ids.to(self.model.device), use_cache=False)
             yield from held
 
+    def rows(self, samples: Sequence[Tensor]) -> list[Int[Tensor, "1 n"]]:
+        """The samples, once they are found to be rows of token ids.
+
+        Raises:
+            BadInput: no samples, or a sample that is not [1 n].
+        """
+        return checked(samples)
+
     def words(self, samples: Sequence[Tensor]) -> Int[Tensor, " m"]:
         """Ids of the tokens that occur in the samples, ascending: what random texts are drawn from. Made of these, they
         hold no special and no unused token.
@@ -97,6 +110,32 @@ class Subject:
             raise CannotRun(
                 f"calibrate on {name}", "no tokenizer lies beside it, and recall texts are made of words", "Load both."
             ) from e
+
+    @functools.cached_property
+    def ends(self) -> frozenset[int]:
+        """Ids after which the model has ended its text."""
+        said = getattr(self.model.generation_config, "eos_token_id", None)
+        return frozenset([] if said is None else [said] if isinstance(said, int) else said)
+
+    @torch.no_grad()
+    def answer(self, probe: Probe, prompt: Int[Tensor, "1 n"], most: int, stops: Collection[int]) -> Notes:
+        """What the model says after a prompt, greedily, at most so many tokens and none after a stop, and what the
+        probe noted meanwhile. The prompt's last token is read as the first step.
+
+        `tokens` has one more than was read: the last that was said.
+        """
+        stops, said = self.ends | set(stops), prompt[:, -1:].to(self.model.device)
+        with Watch(self.model, [probe], FULL, 0, self.found)._enter() as run:
+            cache = run.new_cache()
+            with run.prompt():
+                self.model(prompt[:, :-1].to(self.model.device), **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+            for _ in range(most):
+                logits = self.model(said, **{CACHE: cache}, use_cache=True).logits
+                said = logits[:, -1:].argmax(-1)
+                if int(said) in stops:
+                    break
+            (notes,) = run.notes()
+        return dataclasses.replace(notes, tokens=torch.cat([notes.tokens, said[0].cpu()]))
 
     def train_gates(
         self, recipe: DuoAttention, samples: Sequence[Tensor], progress: Progress | None = None

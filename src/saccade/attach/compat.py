@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -20,6 +21,10 @@ NAME = "saccade"  # a plain word: names with "flash", "sdpa" or a slash are trea
 
 CACHES = ("past_key_values", "cache")  # what forwards, `generate` and outputs have called the cache
 CACHE = CACHES[Version(transformers.__version__) >= Version("5.24.dev0")]  # and call it now
+
+STEADY_ROPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the text's length
+BEFORE = "_saccade_before"  # of a config: the implementation that was there before us
+OWN = ("sdpa", "eager")  # implementations that `own_attention` is bit for bit
 
 _warned = False
 
@@ -56,14 +61,24 @@ def can_switch(model: PreTrainedModel) -> list[str]:
     return [f"{name} computes attention in its own code, not through transformers' interface" for name in sorted(stiff)]
 
 
+def implementation(model: PreTrainedModel) -> str:
+    """What computes the text part's attention."""
+    return model.config.get_text_config(decoder=True)._attn_implementation
+
+
 def switch(model: PreTrainedModel) -> Callable[[], None]:
     """Route the text part's attention to us; the returned function puts everything back."""
     text = model.config.get_text_config(decoder=True)
     key = next((k for k in model.config.sub_configs if getattr(model.config, k, None) is text), None)
     before = text._attn_implementation
     model.set_attn_implementation({key: NAME} if key else NAME)
+    outermost = before != NAME
+    if outermost:
+        setattr(text, BEFORE, before)
 
     def restore() -> None:
+        if outermost:
+            delattr(text, BEFORE)
         model.set_attn_implementation({key: before} if key else before)
 
     return restore
@@ -72,6 +87,11 @@ def switch(model: PreTrainedModel) -> Callable[[], None]:
 def is_plain_layer(layer: object) -> bool:
     """True for the growing layer of full attention, the only kind of cache layer that we replace."""
     return type(layer) is DynamicLayer
+
+
+def is_sliding_layer(layer: object) -> bool:
+    """True for the layer that keeps the last tokens of a window."""
+    return type(layer) is DynamicSlidingWindowLayer
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
@@ -94,6 +114,28 @@ def dense_mask(**arguments: Any) -> torch.Tensor | None:
     return sdpa_mask(**arguments)
 
 
+def rotation(model: PreTrainedModel, module: torch.nn.Module, head_size: int) -> Callable | None:
+    """(x [b h n d], positions [n]) -> x rotated as the model rotates queries there; None where that is not known: no
+    rotary embedding or several, one that changes with the length of the text or takes other positions, or of a part of
+    each head.
+    """
+    apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    found = [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+    if apply is None or list(inspect.signature(apply).parameters)[:4] != ["q", "k", "cos", "sin"] or len(found) != 1:
+        return None
+    rotary = found[0]
+    plain = list(inspect.signature(rotary.forward).parameters) == ["x", "position_ids"]
+    plain = plain and getattr(rotary, "rope_type", None) in STEADY_ROPES and not hasattr(rotary, "mrope_section")
+    if not plain or 2 * rotary.inv_freq.numel() != head_size:
+        return None
+
+    def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        cos, sin = (t / rotary.attention_scaling for t in rotary(x, positions[None]))
+        return apply(x, x, cos, sin)[0]
+
+    return rotate
+
+
 def own_attention(
     module: torch.nn.Module,
     q: torch.Tensor,
@@ -102,8 +144,11 @@ def own_attention(
     mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the module would have computed without us: SDPA, or its own eager code where SDPA cannot do it."""
-    if options.get("softcap") is None and options.get("s_aux") is None:
+    """What the module would have computed without us: SDPA, or its own eager code where it went by that or SDPA cannot
+    do it.
+    """
+    eager = getattr(module.config, BEFORE, "sdpa") == "eager"
+    if not eager and options.get("softcap") is None and options.get("s_aux") is None:
         return sdpa_attention_forward(module, q, k, v, mask, **options)
     if mask is None:
         n, m = q.shape[2], k.shape[2]

@@ -14,13 +14,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saccade import ops
-from saccade.attach import far
+from saccade.attach import far, packing
 from saccade.attach.layer import SaccadeLayer
 from saccade.attach.store import Bucket, Store, regroup
 from saccade.core.errors import CannotRun, DoesNotCompose
 from saccade.core.method import Cache, Decode, Method
-from saccade.core.selection import Selection, causal_mask
-from saccade.core.site import Seen, Site, Stage, State
+from saccade.core.selection import Gather, Selection, causal_mask
+from saccade.core.site import Seen, Site, Stage, State, Turn
 
 if TYPE_CHECKING:
     from saccade.attach.run import Run
@@ -37,6 +37,7 @@ class Place:
     head_size: int
     scale: float
     softcap: float | None
+    turn: Turn | None = None  # how queries move along the text, where it is known
 
 
 class Engine:
@@ -46,6 +47,7 @@ class Engine:
         self.run, self.place = run, place
         self.parts: dict[str, Method] = run.parts
         self.pending: list[Selection] = []  # selections of the prefill, counted when somebody asks
+        self.decoded: Tensor | None = None  # pairs of later tokens, summed where they are until somebody asks
 
     # --- one forward ------------------------------------------------------------------------------------------------
 
@@ -58,6 +60,21 @@ class Engine:
         real: Bool[Tensor, "b q"] | None,
     ) -> Float[Tensor, "b h q d"]:
         """Attention of the new tokens over what is stored and themselves. Outputs at padding are zero."""
+        if layer is None or not layer.prompt_done or not self._weighing:
+            return self._forward(layer, q, k, v, real)
+        each = (t.split(1, 2) for t in (q, k, v))
+        masks = [None] * q.shape[2] if real is None else real.split(1, 1)
+        return torch.cat([self._forward(layer, *token, some) for *token, some in zip(*each, masks)], 2)
+
+    @property
+    def _weighing(self) -> bool:
+        """Whether every token after the prompt decides what goes before the next one looks."""
+        evictor = self.parts.get("evict")
+        return isinstance(evictor, Cache) and evictor.weighing
+
+    def _forward(
+        self, layer: SaccadeLayer | None, q: Tensor, k: Tensor, v: Tensor, real: Bool[Tensor, "b q"] | None
+    ) -> Float[Tensor, "b h q d"]:
         layer = layer or SaccadeLayer(self.place.layer, self)  # without a cache: one that is forgotten afterwards
         if layer.store is None:
             layer.store = Store(k.shape[0], k.shape[1])
@@ -74,6 +91,8 @@ class Engine:
             layer.prompt_done = True
         if not layer.recording:
             self.evict(layer, prompt_end=stage == "prefill" and layer.prompt_done)
+        if stage == "decode" and self._weighing:
+            self._evict_by_weight(layer)
         if self.place.layer == self.place.layers - 1:
             self.run.handed.clear()
         return out
@@ -86,7 +105,9 @@ class Engine:
 
     def _columns(self, k: Tensor, v: Tensor, layer: SaccadeLayer, stage: Stage) -> dict[str, Tensor]:
         columns = {"keys": k, "values": v}
-        reader = self.parts.get("decode")
+        reader, evictor = self.parts.get("decode"), self.parts.get("evict")
+        if isinstance(evictor, Cache) and evictor.tallies:
+            columns["tally"] = k.new_zeros(k.shape[:3], dtype=torch.promote_types(k.dtype, torch.float32))
         if isinstance(reader, Decode):
             columns |= reader.index(k, self._site(layer, stage, k.shape[2], k.shape[2], 0))
         return columns
@@ -104,6 +125,7 @@ class Engine:
             mine = by_row if len(rows.rows) == len(by_row) else by_row.index_select(0, rows.rows)
             mine = mine if tokens is None else mine.gather(2, _wide(tokens, mine))
             done = self._piece(layer, rows, mine, stage)
+            self._tally(layer, rows, mine, stage)
             if len(rows.rows) == len(by_row) and tokens is None:
                 out = done
                 break
@@ -119,23 +141,34 @@ class Engine:
             return torch.zeros_like(q)
         return rearrange(out, "(b g) s q d -> b (g s) q d", g=store.kv_heads)
 
+    def _tally(self, layer: SaccadeLayer, rows: Bucket, q: Float[Tensor, "r s q d"], stage: Stage) -> None:
+        evictor = self.parts.get("evict")
+        if isinstance(evictor, Cache) and evictor.tallies:
+            seen = layer.store.seen[int(rows.rows[0]) // layer.store.kv_heads]
+            site = self._site(layer, stage, q.shape[2], rows.length, seen, part="evict")
+            layer.store.add("tally", rows.rows, evictor.tally(q, rows.columns["keys"], site))
+
     def _alike(
         self, layer: SaccadeLayer, stage: Stage, pieces: Iterable[tuple[int, Bucket]]
     ) -> Iterator[tuple[int, Bucket]]:
         """The pieces, taken apart until what a method is told of one holds for all of its sequences: how many tokens
-        went by, and what it remembers, whose shapes may differ.
+        went by, what it remembers, whose shapes may differ, and how much of it lies in host memory.
         """
-        owner = self.parts.get(stage)
+        owner, seen = self.parts.get(stage), layer.store.seen
         if owner is None:
             yield from pieces
             return
         states = layer.states.get(owner.card.name) or [{}] * layer.store.sequences
+        lying = [tuple((f.first, f.count) for f in layer.far_of([i])) for i in range(len(seen))]
+        shapes = [frozenset((name, x.shape) for name, x in state.items()) for state in states]
+        kinds = list(zip(seen, shapes, lying))
+        if len(set(kinds)) == 1:  # so that the device need not be asked
+            yield from pieces
+            return
         for count, rows in pieces:
             parts: dict[Any, list[int]] = {}
             for entry, i in enumerate((rows.rows // layer.store.kv_heads).tolist()):
-                shapes = frozenset((name, x.shape) for name, x in states[i].items())
-                lying = [(f.first, f.count) for f in layer.far_of([i])]
-                parts.setdefault((layer.store.seen[i], shapes, *lying), []).append(entry)
+                parts.setdefault(kinds[i], []).append(entry)
             for some in parts.values():
                 yield count, rows if len(parts) == 1 else rows.pick(torch.tensor(some, device=rows.rows.device))
 
@@ -168,7 +201,7 @@ class Engine:
         if isinstance(owner, Decode):
             selection = owner.select(q, stored, site)
             if shelved:
-                self._note_selection(stage, q, selection)
+                self._note_selection(q, selection)
                 options = {"scale": self.place.scale, "softcap": self.place.softcap}
                 out = far.attend(q, stored, shelved, selection, **options)
             else:
@@ -187,10 +220,12 @@ class Engine:
         """Everything that is stored and that the eviction rule lets each query see."""
         queries = q.shape[2]
         visible = self._visible(layer, rows, queries, stage)
-        self._note_dense(rows, q, stage, visible)
-        evictor = self.parts.get("evict")
+        self._note_dense(layer, rows, q, stage, visible)
+        evictor, packer = self.parts.get("evict"), self.parts.get("pack")
         if isinstance(evictor, Cache) and evictor.merges and layer.store.dropped:
             return self._merged(evictor, rows, q, visible)
+        if isinstance(packer, Cache) and stage == "decode":
+            return packing.attend(packer, rows, q, scale=self.place.scale, softcap=self.place.softcap)
         keys, values = rows.columns["keys"], rows.columns["values"]
         options = {"scale": self.place.scale, "softcap": self.place.softcap}
         ids = None if visible is not None else layer.store.whole_sequences(rows)
@@ -226,6 +261,8 @@ class Engine:
         evictor = self.parts.get("evict")
         if not isinstance(evictor, Cache) or (stage == "prefill" and "prefill" not in evictor.parts):
             return None
+        if type(evictor).visible is Cache.visible:  # all: without asking the device which rows these are
+            return None
         seen = layer.store.seen[int(rows.rows[0]) // layer.store.kv_heads]
         last = torch.tensor(layer.store.seen, device=rows.rows.device)[rows.rows // layer.store.kv_heads]
         at = last[:, None] + torch.arange(-queries, 0, device=last.device)
@@ -239,9 +276,9 @@ class Engine:
         """Drop what the method gives up: after every forward if it is rolling, else once, at the end of the prompt; at
         both times if it is rolling and leaves the prefill alone.
 
-        Then, at that end, what reads the cache from there on may begin.
+        Then, at that end, what reads the cache from there on may begin; and from there on what is to be packed is.
         """
-        method, reader = self.parts.get("evict"), self.parts.get("decode")
+        method, reader, packer = (self.parts.get(part) for part in ("evict", "decode", "pack"))
         if layer.store is None:
             return
         if isinstance(method, Cache):
@@ -252,6 +289,8 @@ class Engine:
                 self._evict_rolling(method, layer)
         if prompt_end and isinstance(reader, Decode) and reader.observe_tokens:
             self._begin(reader, layer)
+        if isinstance(packer, Cache) and layer.prompt_done:
+            packing.pack(layer.store, packer)
         if prompt_end:
             layer.queries = []
 
@@ -289,7 +328,7 @@ class Engine:
         stored = _by_head({**rows.columns, "positions": rows.positions}, layer.store.kv_heads)
         wanted = method.observe_tokens
         queries = torch.stack([layer.queries[i][:, -wanted:] for i in ids]) if wanted else None
-        return Seen(stored["keys"], stored["values"], stored["positions"], queries)
+        return Seen(stored["keys"], stored["values"], stored["positions"], queries, stored.get("tally"))
 
     def _evict_rolling(self, method: Cache, layer: SaccadeLayer) -> None:
         """Keep what the next query may still see."""
@@ -311,14 +350,38 @@ class Engine:
                 kept.append(rows)
                 empty += ids
                 continue
-            site = self._site(layer, "prefill", 0, rows.length, store.seen[ids[0]], ids)
-            scores = method.score(self._seen(layer, rows, ids, method), site)
-            counts = method.allocate(scores, site.budget, site).to(scores.device).clamp(1, rows.length)
-            self._keep_state(layer, method, site, ids)
-            rank = torch.argsort(scores, dim=-1, descending=True, stable=True).argsort(-1)
-            kept.extend(_keep(method, store, rows, (rank < counts[..., None]).flatten(0, 1)))
+            kept.extend(self._best(method, layer, rows, ids, "prefill"))
         _blank_state(layer, method, empty)
         store.buckets = regroup(kept)
+
+    def _evict_by_weight(self, layer: SaccadeLayer) -> None:
+        """After a token: score again by its query. A sequence that got none stays as it is."""
+        method, store, kept = self.parts["evict"], layer.store, []
+        new = [bool(q.shape[1]) for q in layer.queries] or [True] * store.sequences
+        for mark, rows in store.pieces([2 * seen + some for seen, some in zip(store.seen, new)]):
+            ids = store.whole_sequences(rows)
+            assert ids is not None, "a weighing method keeps as many keys in every head"
+            kept.extend(self._best(method, layer, rows, ids, "decode") if mark % 2 else [rows])
+        store.buckets, layer.queries = regroup(kept), []
+
+    def _best(self, method: Cache, layer: SaccadeLayer, rows: Bucket, ids: list[int], stage: Stage) -> list[Bucket]:
+        """The rows with the keys of highest score, as many as each head is allowed."""
+        site = self._site(layer, stage, 0, rows.length, layer.store.seen[ids[0]], ids)
+        scores = method.score(self._seen(layer, rows, ids, method), site)
+        counts = method.allocate(scores, site.budget, site).to(scores.device).clamp(1, rows.length)
+        self._keep_state(layer, method, site, ids)
+        rank = torch.argsort(scores, dim=-1, descending=True, stable=True).argsort(-1)
+        return _keep(method, layer.store, rows, (rank < counts[..., None]).flatten(0, 1))
+
+    def refuse_taking_back(self) -> None:
+        """Tokens whose queries have decided what went cannot be unread.
+
+        Raises:
+            CannotRun: the eviction goes by the weights of every token.
+        """
+        if self._weighing:
+            found = f"{self.parts['evict'].card.name!r} has dropped keys by the weights of these tokens"
+            raise CannotRun(f"take tokens back under {self.run.title}", found, "Read the prompt again.")
 
     def refuse_assisted(self, prompt_done: bool) -> None:
         """Assisted decoding verifies guesses in the prompt's own forward, unless that is done, and takes the wrong ones
@@ -338,9 +401,9 @@ class Engine:
     # --- small things -----------------------------------------------------------------------------------------------
 
     def _remember(self, layer: SaccadeLayer, q: Tensor, real: Tensor | None) -> None:
-        """Keep the last queries of the prompt for methods that score with them."""
+        """Keep the last queries of the prompt, or later the newest, for methods that score with them."""
         wanted = max((m.observe_tokens for m in self.parts.values() if isinstance(m, (Cache, Decode))), default=0)
-        if not wanted or layer.prompt_done:
+        if not wanted or (layer.prompt_done and not self._weighing):
             return
         old = layer.queries or [q.new_empty(q.shape[1], 0, q.shape[3])] * q.shape[0]
         new = [q[i, :, -wanted:] if real is None else q[i][:, real[i]][:, -wanted:] for i in range(len(q))]
@@ -356,7 +419,7 @@ class Engine:
             layer=place.layer, layers=place.layers, heads=place.heads, kv_heads=place.kv_heads,
             head_size=place.head_size, stage=stage, queries=queries, keys=keys, seen=seen, scale=place.scale,
             budget=self.run.budget, softcap=place.softcap, seed=self.run.seed, bytes_per_token=self.run.bytes_per_token,
-            state=_gather_state(layer, owner, ids), handed=self._handed(owner, ids),
+            state=_gather_state(layer, owner, ids), handed=self._handed(owner, ids), turn=place.turn,
             far=layer.far_of(ids or []) if stage == "decode" else (),
             attend=functools.partial(self._compute, stage), searched=self._searched,
         )  # fmt: skip
@@ -369,15 +432,20 @@ class Engine:
 
     def _compute(self, stage: Stage, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
         """What `Site.attend` does: compute, and note what was computed."""
+        options = {"scale": self.place.scale, "softcap": self.place.softcap}
         if stage == "prefill":
             self.pending.append(selection)
-        else:
-            self._note_selection(stage, q, selection)
-        return ops.attend(q, k, v, selection, scale=self.place.scale, softcap=self.place.softcap)[0]
+            return ops.attend(q, k, v, selection, **options)[0]
+        self._note_selection(q, selection)
+        if isinstance(selection, Gather) and selection.q_block == 1 and selection.ranges is None and selection.causal:
+            return ops.decode(q, k, v, selection.index, **options)[0]
+        return ops.attend(q, k, v, selection, **options)[0]
 
-    def _note_selection(self, stage: Stage, q: Tensor, selection: Selection) -> None:
-        pairs = float(selection.count().expand(*q.shape[:2]).sum())
-        self._note(stage, pairs, selection.dense_pairs * q[..., 0, 0].numel())
+    def _note_selection(self, q: Tensor, selection: Selection) -> None:
+        """Of later tokens; the device sums the pairs, and is not asked before somebody asks."""
+        pairs = selection.count().expand(*q.shape[:2]).sum()
+        self.decoded = pairs if self.decoded is None else self.decoded + pairs
+        self._note("decode", 0.0, selection.dense_pairs * q[..., 0, 0].numel())
 
     def _searched(self, visited: int, there: int) -> None:
         """What `Site.searched` does."""
@@ -390,11 +458,14 @@ class Engine:
         record.pairs[stage] += pairs
         record.pairs_causal[stage] += causal
 
-    def _note_dense(self, rows: Bucket, q: Tensor, stage: Stage, visible: Tensor | None) -> None:
+    def _note_dense(self, layer: SaccadeLayer, rows: Bucket, q: Tensor, stage: Stage, visible: Tensor | None) -> None:
         """Against what a dense cache would have computed: every token seen, not only those still stored."""
-        r, s, n, _ = q.shape
-        last = rows.positions[:, -1].double() + 1 if rows.length else torch.zeros(r).double()
-        causal = float((last * n - n * (n - 1) / 2).sum()) * s
+        (r, s, n, _), seen = q.shape, layer.store.seen
+        if len(set(seen)) == 1:  # the last position of every row, without asking the device
+            last = float(r * seen[0])
+        else:
+            last = float((rows.positions[:, -1].double() + 1).sum()) if rows.length else 0.0
+        causal = (last * n - r * n * (n - 1) / 2) * s
         if visible is None:
             pairs = r * s * (rows.length * n - n * (n - 1) / 2)
         else:
@@ -402,11 +473,16 @@ class Engine:
         self._note(stage, pairs, causal)
 
     def count_pending(self) -> None:
-        """Count the selections of the prefill; put off until asked, since it can cost as much as choosing them."""
+        """Count the selections of the prefill; put off until asked, since it can cost as much as choosing them. Then
+        note what the device has counted of later tokens.
+        """
         for selection in self.pending:
             share = float(selection.density().mean())
             self._note("prefill", share * selection.dense_pairs, selection.dense_pairs)
         self.pending.clear()
+        if self.decoded is not None:
+            self._note("decode", float(self.decoded), 0.0)
+            self.decoded = None
 
     def _keep_state(self, layer: SaccadeLayer, method: Method, site: Site, ids: list[int]) -> None:
         if not site.state:
@@ -421,6 +497,8 @@ class Engine:
 
 def _pliant(method: Method, prompt_done: bool) -> bool:
     """Whether it treats a token alike, in the prompt's forward or after it, and drops none that may be taken back."""
+    if method.parts == ("pack",):
+        return prompt_done
     return isinstance(method, Cache) and method.rolling and (prompt_done or "prefill" in method.parts)
 
 
@@ -428,7 +506,7 @@ def _keep(method: Cache, store: Store, rows: Bucket, stays: Bool[Tensor, "r n"])
     """The rows with what stays, which takes over from what goes where the method merges."""
     if method.merges and not bool(stays.all()):
         keys, values = method.merge(rows.columns["keys"], rows.columns["values"], rows.positions, stays)
-        rows = replace(rows, columns={**rows.columns, "keys": keys, "values": values})
+        rows = replace(rows, columns={**rows.columns, "keys": keys, "values": values}, space=None)
     return store.keep(rows, stays)
 
 

@@ -27,16 +27,23 @@ def attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Per module: to its engine if it has one, else to what the model would have computed without us."""
+    """Per module: to its engine if it has one, else to what the model would have computed without us, which an onlooker
+    may then see and edit.
+    """
     layer: SaccadeLayer | None = getattr(key, "_saccade_layer", None)
     probed = PROBED.get()
     if probed is not None:
         probed.append({"module": module, "q": query, "k": key, "layer": layer, "scaling": scaling, "kwargs": kwargs})
-    engine = getattr(module, "_saccade", None)
+    engine, onlooker = getattr(module, "_saccade", None), getattr(module, "_saccade_beside", None)
     if engine is None or (layer is None and kwargs.get("sliding_window") is not None):
         mask = attention_mask.dense() if isinstance(attention_mask, LazyMask) else attention_mask
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-        return compat.own_attention(module, query, key, value, mask, **options)
+        out, weights = compat.own_attention(module, query, key, value, mask, **options)
+        if onlooker is not None and probed is None:
+            _refuse(onlooker, attention_mask, dropout, kwargs)
+            real = attention_mask.real_keys(key.shape[2]) if isinstance(attention_mask, LazyMask) else None
+            out = onlooker.after(layer, query, key, value, real, out)
+        return out, weights
     _refuse(engine, attention_mask, dropout, kwargs)
     real = attention_mask.real_tokens(query.shape[2]) if isinstance(attention_mask, LazyMask) else None
     out = engine.forward(layer, query, key, value, real)

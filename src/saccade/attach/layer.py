@@ -3,12 +3,13 @@ attention function does the rest (it is the only place that has the queries)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from saccade.attach import far
 from saccade.attach.store import Store
@@ -17,6 +18,7 @@ from saccade.core.site import Far
 
 if TYPE_CHECKING:
     from saccade.attach.engine import Engine
+    from saccade.attach.watch import Watch
 
 States = dict[str, list[dict[str, Tensor]]]  # method -> per sequence
 
@@ -35,7 +37,7 @@ class SaccadeLayer(CacheLayerMixin):
         self.seen = 0
         self.store: Store | None = None
         self.prompt_done = False
-        self.recording = False  # tokens may be taken back: eviction waits for crop()
+        self.recording = False  # tokens may be taken back: eviction and packing wait for crop()
         self.far: list[Far | None] = []  # per sequence what lies in host memory
         self.queries: list[Tensor] = []  # per sequence the last queries [h w d], for methods that score with them
         self.states: States = {}
@@ -90,10 +92,12 @@ class SaccadeLayer(CacheLayerMixin):
             raise ValueError(f"crop({tokens_to_remove}): give minus the number of tokens to take back")
         if self.store is None:
             return
+        if tokens_to_remove and self.engine is not None:
+            self.engine.refuse_taking_back()
         if tokens_to_remove:
             self._check_far(-tokens_to_remove)
-            self.seen += tokens_to_remove
             self.store.crop(-tokens_to_remove)
+            self.seen += tokens_to_remove
             dated = {m.card.name for m in self.engine.parts.values() if m.dated} if self.engine else set()
             as_prompt = {name: list(states) for name, states in self.prompt_states.items()}
             self.states = as_prompt | {name: states for name, states in self.states.items() if name in dated}
@@ -158,6 +162,34 @@ class SaccadeLayer(CacheLayerMixin):
         """Keep some sequences."""
         self._select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
+    def take_in(self, others: Sequence[SaccadeLayer]) -> None:
+        """The sequences of other layers, whose prompts are read, join behind those that are here; shorter ones have
+        padding before them, which is not stored."""
+        assert self.store is not None and all(x.store is not None and x.prompt_done and not x.since for x in others)
+        counts = [x.store.sequences for x in (self, *others)]
+        for kind in ("states", "prompt_states"):
+            mine = [getattr(x, kind) for x in (self, *others)]
+            names = {name: None for states in mine for name in states}
+            joined = {n: [s for c, states in zip(counts, mine) for s in states.get(n, [{}] * c)] for n in names}
+            setattr(self, kind, joined)
+        if any(x.far for x in (self, *others)):
+            self.far = [f for c, x in zip(counts, (self, *others)) for f in x.far or [None] * c]
+        self.store.take_in(x.store for x in others)
+        self.seen = max(x.seen for x in (self, *others))
+
+    def beginning(self, tokens: int) -> SaccadeLayer:
+        """A copy of the first tokens of a prompt of one sequence that is not over yet, to go on with; memory is shared.
+
+        Nothing was dropped so far, and what methods remember of the rest is left out.
+        """
+        assert self.store is not None and not self.store.dropped and not self.prompt_done
+        made = SaccadeLayer(self.index, self.engine)
+        made.dtype, made.device, made.is_initialized = self.dtype, self.device, True
+        made.seen, made.store = tokens, copy.copy(self.store)
+        if tokens < self.seen:
+            made.store.crop(self.seen - tokens)
+        return made
+
     def bytes_held(self) -> int:
         """Of all storages, each counted once: tokens and what lies beside them, and what methods remember."""
         remembered = [
@@ -177,6 +209,85 @@ class SaccadeLayer(CacheLayerMixin):
     def offload(self) -> None:
         """Offloading swaps whole tensors; our rows are ragged."""
         raise CannotRun("offload this cache", "saccade's cache layers are ragged", "Use the default cache.")
+
+
+class WatchedLayer(DynamicLayer):
+    """The model's own growing layer, which carries along what a probe noted of each of its tokens."""
+
+    def __init__(self, run: Watch):
+        super().__init__()
+        self.run = run
+        self._clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WatchedLayer:
+        """The run, and the model with it, is no part of a cache: both copies belong to it."""
+        new = copy.copy(self)
+        new.__dict__ = copy.deepcopy(self.__dict__, memo | {id(self.run): self.run})
+        return new
+
+    def _clear(self) -> None:
+        self.notes: dict[str, Tensor] = {}  # each [b n ...], padding included
+        self.prompt_slots = 0
+        self.prompt_done = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values, the keys tagged with this layer."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        tagged = keys.view_as(keys)
+        tagged._saccade_layer = self
+        return tagged, values
+
+    def bytes_held(self) -> int:
+        """Of all storages, each counted once; none of keys and values where there was no cache."""
+        return _storages([x for x in (self.keys, self.values, *self.notes.values()) if x is not None])
+
+    def note(self, new: Mapping[str, Tensor], more_prompt: bool) -> None:
+        """What was noted of the tokens just read [b q ...]; 0 where it was not."""
+        first = self.notes or {name: x[:, :0] for name, x in new.items()}
+        before, now = (next(iter(kind.values())).shape[1] for kind in (first, new))
+        old = first | {name: _blank(x, before) for name, x in new.items() if name not in first}
+        new = {name: _blank(x, now) for name, x in old.items() if name not in new} | dict(new)
+        self.notes = {name: torch.cat([x, new[name]], 1) for name, x in old.items()}
+        if not self.prompt_done:
+            self.prompt_slots, self.prompt_done = before + now, not more_prompt
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._clear()
+
+    def activate_past_recording(self) -> None:
+        """Called before assisted decoding."""
+        if not self.prompt_done:
+            asked = f"assisted decoding with {self.run.title}"
+            found = "guessed tokens are read together with the prompt, whose end is not to be told then"
+            raise CannotRun(asked, found, "Use ordinary decoding.")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens (zero or a negative number)."""
+        super().crop(tokens_to_remove)
+        left = self.get_seq_length()
+        self.notes = {name: x[:, :left] for name, x in self.notes.items()}
+        self.prompt_slots = min(self.prompt_slots, left)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search."""
+        super().reorder_cache(beam_idx)
+        self.notes = {name: x.index_select(0, beam_idx.to(x.device)) for name, x in self.notes.items()}
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        super().batch_repeat_interleave(repeats)
+        self.notes = {name: x.repeat_interleave(repeats, dim=0) for name, x in self.notes.items()}
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some sequences."""
+        super().batch_select_indices(indices)
+        self.notes = {name: x[indices.to(x.device)] for name, x in self.notes.items()}
+
+
+def _blank(like: Tensor, slots: int) -> Tensor:
+    return like.new_zeros(like.shape[0], slots, *like.shape[2:])
 
 
 def _storages(tensors: Sequence[Tensor]) -> int:

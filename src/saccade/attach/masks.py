@@ -48,6 +48,12 @@ class LazyMask(Tensor):
             self.__dict__["_real"] = None if new is None or bool(new.all()) else new
         return self.__dict__["_real"]
 
+    def real_keys(self, keys: int) -> Bool[Tensor, "b k"] | None:
+        """Which of all tokens are real, those read before among them; None: all."""
+        padding = self.arguments["attention_mask"]
+        real = None if padding is None else padding[:, :keys].bool()
+        return None if real is None or bool(real.all()) else real
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from saccade.attach import compat
 from saccade.attach.compat import CACHE
 from saccade.attach.engine import Place
 from saccade.attach.interface import PROBED, install
 from saccade.attach.layer import SaccadeLayer
+from saccade.core.site import Turn
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def probe(model: Any) -> Found:
     calls = _forward(model)
     served, reasons = _judge(calls)
     layers = len(served)
-    spots = [Spot(call["module"], _place(i, layers, call)) for i, call in enumerate(served)]
+    spots = [Spot(call["module"], _place(i, layers, call, _turn(model, call))) for i, call in enumerate(served)]
     size = sum(2 * call["k"].shape[1] * call["k"].shape[3] * call["k"].element_size() for call in served)
     return Found(spots, reasons, size)
 
@@ -63,7 +64,8 @@ def _forward(model: Any) -> list[dict[str, Any]]:
             SaccadeLayer(i, None) if compat.is_plain_layer(layer) else layer for i, layer in enumerate(cache.layers)
         ]
         with torch.no_grad():
-            ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+            table = model.get_input_embeddings().weight
+            ids = torch.full((1, 2), table.shape[0] // 2, device=table.device)  # an ordinary word: specials may be zero
             model(input_ids=ids, **{CACHE: cache}, use_cache=True)
     finally:
         model.train(training)
@@ -91,7 +93,27 @@ def _judge(calls: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]
     return served, reasons
 
 
-def _place(index: int, layers: int, call: dict[str, Any]) -> Place:
+def _turn(model: Any, call: dict[str, Any]) -> Turn | None:
+    """How queries of this layer move along the text, if we know: it must take the probe's first query to its second.
+
+    The two tokens are the same and so is all that they see, so that nothing but the position tells their queries apart.
+    """
+    q, module = call["q"].detach(), call["module"]
+    first, second = q[:, :, :1], q[:, :, 1:]
+    one = torch.ones(1, dtype=torch.long, device=q.device)
+    bound = torch.finfo(q.dtype).eps ** 0.5 * float(q.abs().max())  # half of the digits: rounding grows with the layers
+    for turn in (_stay, compat.rotation(model, module, q.shape[-1])):
+        if bound and turn is not None and float((turn(first, one) - second).abs().max()) <= bound:
+            return turn
+    return None
+
+
+def _stay(x: Tensor, shifts: Tensor) -> Tensor:
+    """Of layers without positions."""
+    return x
+
+
+def _place(index: int, layers: int, call: dict[str, Any], turn: Turn | None) -> Place:
     q, k = call["q"], call["k"]
     scale = call["scaling"] if call["scaling"] is not None else q.shape[-1] ** -0.5
-    return Place(index, layers, q.shape[1], k.shape[1], q.shape[3], scale, call["kwargs"].get("softcap"))
+    return Place(index, layers, q.shape[1], k.shape[1], q.shape[3], scale, call["kwargs"].get("softcap"), turn)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from saccade.attach import compat, reread
-from saccade.attach.engine import Engine
-from saccade.attach.layer import SaccadeLayer
+from saccade.attach.engine import Engine, Place
+from saccade.attach.layer import SaccadeLayer, WatchedLayer
 from saccade.attach.probe import Found
 from saccade.core.budget import Budget
 from saccade.core.errors import CannotRun
@@ -28,6 +28,8 @@ class Run:
     decide. `record` is that of the last sequence.
     """
 
+    slot = "_saccade"
+
     def __init__(self, model: nn.Module, methods: Sequence[Method], budget: Budget, seed: int, found: Found):
         self.model, self.methods, self.budget, self.seed = model, list(methods), budget, seed
         self.parts = compose(methods)
@@ -38,8 +40,16 @@ class Run:
         self.handed: dict[tuple[int, ...], State] = {}  # sequences -> what their layers hand on in this forward
         self._record = Record()
         self._layers: dict[int, SaccadeLayer] = {}  # the last cache layer that each engine worked on
-        self._engines = {site.module: Engine(self, site.place) for site in found.sites}
+        self._engines = {site.module: self._engine(site.place) for site in found.sites}
         self._undo: list[Callable[[], None]] = []
+
+    def _engine(self, place: Place) -> Any:
+        """What works in one attention module, as its attribute `slot`."""
+        return Engine(self, place)
+
+    def _layer(self, index: int, engine: Any) -> Any:
+        """What stands in for a plain cache layer."""
+        return SaccadeLayer(index, engine)
 
     # --- on and off -------------------------------------------------------------------------------------------------
 
@@ -47,8 +57,8 @@ class Run:
         self.attached = True
         self._undo.append(compat.switch(self.model))
         for module, engine in self._engines.items():
-            module._saccade = engine
-            self._undo.append(functools.partial(delattr, module, "_saccade"))
+            setattr(module, self.slot, engine)
+            self._undo.append(functools.partial(delattr, module, self.slot))
         handle = self.model.register_forward_pre_hook(self._give_cache, with_kwargs=True)
         self._undo.append(handle.remove)
         if hasattr(self.model, "generate"):
@@ -95,16 +105,17 @@ class Run:
             )
         engines = {module.layer_idx: engine for module, engine in self._engines.items()}
         layers = cache.layers or compat.new_cache(self.model).layers
-        if any(isinstance(layer, SaccadeLayer) for layer in layers):
+        if any(isinstance(layer, SaccadeLayer) or getattr(layer, "run", None) is self for layer in layers):
             return cache
-        if any(compat.is_plain_layer(layer) and layer.get_seq_length() for layer in layers):
+        filled = [layer for layer in layers if compat.is_plain_layer(layer) and layer.get_seq_length()]
+        if filled or any(isinstance(layer, WatchedLayer) for layer in layers):
             raise CannotRun(
                 f"continue this cache under {self.title}",
                 "it was filled before attaching",
                 "Start with an empty cache.",
             )
         cache.layers = [
-            SaccadeLayer(i, engines[i]) if compat.is_plain_layer(layer) and i in engines else layer
+            self._layer(i, engines[i]) if compat.is_plain_layer(layer) and i in engines else layer
             for i, layer in enumerate(layers)
         ]
         cache.layer_class_to_replicate = None
@@ -164,7 +175,10 @@ class Run:
             layer = self._layers.get(engine.place.layer)
             if layer is not None and not layer.prompt_done:
                 layer.prompt_done = True
-                engine.evict(layer, prompt_end=True)
+                self._end_prompt(engine, layer)
+
+    def _end_prompt(self, engine: Any, layer: Any) -> None:
+        engine.evict(layer, prompt_end=True)
 
     # --- the record -------------------------------------------------------------------------------------------------
 
@@ -174,6 +188,7 @@ class Run:
         self._layers[index] = layer
         self._record.layers[index] = LayerRecord(index)
         engine.pending.clear()
+        engine.decoded = None
 
     def layer_record(self, engine: Engine) -> LayerRecord:
         """The entry of this engine's layer."""

@@ -2,53 +2,114 @@
 
 Rows of equal length lie together in a bucket, so that nothing is padded and equal rows still make one tensor. Bytes are
 those of the tensors' storages. Beside keys and values, a bucket may hold further columns per token (labels of an
-index); they follow every operation.
+index); they follow every operation. The first tokens of a row may lie packed, some to a unit: then columns hold the
+tokens behind them.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from saccade.core.errors import CannotRun
+
 Columns = dict[str, Tensor]  # each [r n ...]
+SPARE = 16  # a row that grows by itself gets room for one more token in so many: else each token copies all before it
+
+
+@dataclass
+class Space:
+    """Memory behind the rows of a bucket, and up to where somebody has written. Buckets that grew out of one another
+    share it; one that is not the last of them copies before it grows again."""
+
+    used: int
+    tokens: int
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Rows of one length. `rows` are ascending row numbers, sequence * kv_heads + head; positions are true ones."""
+    """Rows of one length. `rows` are ascending row numbers, sequence * kv_heads + head; positions are true ones.
+
+    packed: [r u ...] each, units of the first tokens
+    """
 
     rows: Int[Tensor, " r"]
     positions: Int[Tensor, "r n"]
     columns: Columns
+    packed: Columns = field(default_factory=dict)
+    space: Space | None = None
 
     @property
     def length(self) -> int:
         """Tokens stored in each of these rows."""
         return self.positions.shape[1]
 
+    @property
+    def front(self) -> int:
+        """How many first tokens of each of these rows lie packed."""
+        return self.length - self.columns["keys"].shape[1]
+
     def tensors(self) -> list[Tensor]:
         """All that is held."""
-        return [self.rows, self.positions, *self.columns.values()]
+        return [self.rows, self.positions, *self.columns.values(), *self.packed.values()]
+
+    def moved(self, device: torch.device) -> Bucket:
+        """A copy on another device. Room behind the rows does not come along."""
+        columns, packed = ({name: c.to(device) for name, c in x.items()} for x in (self.columns, self.packed))
+        return Bucket(self.rows.to(device), self.positions.to(device), columns, packed)
 
     def pick(self, entries: Int[Tensor, " m"]) -> Bucket:
         """Some of the rows, by their place in the bucket; may repeat."""
-        chosen = {name: c.index_select(0, entries) for name, c in self.columns.items()}
-        return Bucket(self.rows[entries], self.positions.index_select(0, entries), chosen)
+        chosen, packed = (
+            {name: c.index_select(0, entries) for name, c in columns.items()} for columns in (self.columns, self.packed)
+        )
+        return Bucket(self.rows[entries], self.positions.index_select(0, entries), chosen, packed)
 
     def take(self, index: Int[Tensor, "r m"]) -> Bucket:
-        """Some of the tokens of every row."""
+        """Some of the tokens of every row, before any is packed."""
+        assert not self.packed, "what is packed stays"
         chosen = {name: _tokens(c, index) for name, c in self.columns.items()}
         return Bucket(self.rows, _tokens(self.positions, index), chosen)
 
     def append(self, positions: Int[Tensor, "r n"], columns: Columns) -> Bucket:
         """More tokens at the end of every row."""
-        joined = {name: torch.cat([c, columns[name]], 1) for name, c in self.columns.items()}
-        return Bucket(self.rows, torch.cat([self.positions, positions], 1), joined)
+        old, new = {"": self.positions, **self.columns}, {"": positions, **columns}
+        more, space = positions.shape[1], self.space
+        if any(x.requires_grad for x in (*old.values(), *new.values())):
+            space, joined = None, {name: torch.cat([x, new[name]], 1) for name, x in old.items()}
+        elif space is not None and space.used == self.length and self.length + more <= space.tokens:
+            space.used += more
+            joined = {name: _written(_longer(x, more), new[name]) for name, x in old.items()}
+        else:
+            room = self.length // SPARE
+            space = Space(self.length + more, self.length + more + room) if room else None
+            joined = {name: _written(_moved(x, more, room), new[name]) for name, x in old.items()}
+        return Bucket(self.rows, joined.pop(""), joined, self.packed, space)
+
+
+def _longer(column: Tensor, more: int) -> Tensor:
+    """With the memory behind it."""
+    r, n = column.shape[:2]
+    assert not r or column.stride(0) >= (n + more) * column.stride(1), "memory that is not there"
+    return column.as_strided((r, n + more, *column.shape[2:]), column.stride())
+
+
+def _moved(column: Tensor, more: int, room: int) -> Tensor:
+    """A copy with `more` tokens behind it that nobody has written yet, and memory for `room` others."""
+    (r, n), rest = column.shape[:2], column.shape[2:]
+    made = column.new_empty(r, n + more + room, *rest)
+    made[:, :n] = column
+    return made[:, : n + more]
+
+
+def _written(column: Tensor, new: Tensor) -> Tensor:
+    column[:, column.shape[1] - new.shape[1] :] = new
+    return column
 
 
 def _tokens(column: Tensor, index: Int[Tensor, "r m"]) -> Tensor:
@@ -58,11 +119,11 @@ def _tokens(column: Tensor, index: Int[Tensor, "r m"]) -> Tensor:
 
 
 def regroup(buckets: Iterable[Bucket]) -> list[Bucket]:
-    """Join buckets of equal length and sort their rows."""
-    by_length: dict[int, list[Bucket]] = {}
+    """Join buckets of equal length, packed as far, and sort their rows."""
+    by_length: dict[tuple[int, int], list[Bucket]] = {}
     for bucket in buckets:
         if len(bucket.rows):
-            by_length.setdefault(bucket.length, []).append(bucket)
+            by_length.setdefault((bucket.length, bucket.front), []).append(bucket)
     return [_join(some) for _, some in sorted(by_length.items(), reverse=True)]
 
 
@@ -70,9 +131,11 @@ def _join(buckets: list[Bucket]) -> Bucket:
     if len(buckets) == 1:
         return buckets[0]
     rows, order = torch.cat([b.rows for b in buckets]).sort()
-    names = buckets[0].columns
-    columns = {n: torch.cat([b.columns[n] for b in buckets]).index_select(0, order) for n in names}
-    return Bucket(rows, torch.cat([b.positions for b in buckets]).index_select(0, order), columns)
+    columns, packed = (
+        {name: torch.cat([x[name] for x in parts]).index_select(0, order) for name in parts[0]}
+        for parts in ([b.columns for b in buckets], [b.packed for b in buckets])
+    )
+    return Bucket(rows, torch.cat([b.positions for b in buckets]).index_select(0, order), columns, packed)
 
 
 class Store:
@@ -102,15 +165,20 @@ class Store:
         for count, ids in self._by_count(bucket, counts):
             part = bucket if len(ids) == len(bucket.rows) else bucket.pick(ids)
             sequence = part.rows // self.kv_heads
-            start = torch.tensor(self.seen, device=part.rows.device)[sequence]
-            positions = (start[:, None] + torch.arange(count, device=start.device)).int()
+            positions = self._next(sequence)[:, None] + torch.arange(count, device=sequence.device)
             whole = len(part.rows) == self.sequences * self.kv_heads
             new = flat if whole else {name: c.index_select(0, part.rows) for name, c in flat.items()}
             if real is not None:
                 token = real[sequence].nonzero()[:, 1].view(len(sequence), count)
                 new = {name: _tokens(c, token) for name, c in new.items()}
-            out.append(part.append(positions, new))
+            out.append(part.append(positions.int(), new))
         return out
+
+    def _next(self, sequence: Int[Tensor, " r"]) -> Int[Tensor, " r"]:
+        """The position after the last one seen; where all are alike, nothing is copied from the host."""
+        if len(set(self.seen)) == 1:
+            return torch.full_like(sequence, self.seen[0])
+        return torch.tensor(self.seen, device=sequence.device)[sequence]
 
     def _by_count(self, bucket: Bucket, counts: list[int]) -> list[tuple[int, Tensor]]:
         """(number of new tokens, rows of the bucket that get that many)."""
@@ -128,6 +196,8 @@ class Store:
     def whole_sequences(self, bucket: Bucket) -> list[int] | None:
         """The sequences in a bucket if all of their heads are in it, else None."""
         g = self.kv_heads
+        if len(bucket.rows) == g * self.sequences:  # all there are: the device need not be asked
+            return list(range(self.sequences))
         heads = torch.arange(g, device=bucket.rows.device)
         if len(bucket.rows) % g or not torch.equal(bucket.rows.view(-1, g) % g, heads.expand(len(bucket.rows) // g, g)):
             return None
@@ -147,20 +217,34 @@ class Store:
         return out
 
     def move(self, device: torch.device) -> None:
-        """All of it to a device."""
-        self.buckets = [
-            Bucket(b.rows.to(device), b.positions.to(device), {n: c.to(device) for n, c in b.columns.items()})
-            for b in self.buckets
-        ]
+        """All of it to a device; what lies there stays as it is, with the room behind it."""
+        self.buckets = [b if b.rows.device == device else b.moved(device) for b in self.buckets]
+
+    def add(self, name: str, rows: Int[Tensor, " r"], x: Tensor) -> None:
+        """Add to a column of some rows, which lie in one bucket."""
+        for bucket in self.buckets:
+            place = torch.searchsorted(bucket.rows, rows)
+            if len(bucket.rows) > int(place.max()) and torch.equal(bucket.rows[place], rows):
+                bucket.columns[name].index_add_(0, place, x)
+                return
+        raise AssertionError("these rows are in no bucket")
 
     def crop(self, tokens: int) -> None:
-        """Take the last tokens of every row back. Eviction waits while that may happen, so they are all there."""
+        """Take the last tokens of every row back. Eviction and packing wait while that may happen, where they can.
+
+        Raises:
+            CannotRun: some of them are packed.
+        """
+        loose = min(b.length - b.front for b in self.buckets)
+        if any(b.packed for b in self.buckets) and tokens > loose:
+            do = "Take back fewer, or call activate_past_recording() on the cache's layers before they are read."
+            raise CannotRun(f"take back {tokens} tokens", f"all but the last {loose} are packed in some row", do)
         self.seen = [s - tokens for s in self.seen]
         cut = []
         for b in self.buckets:
             assert b.length >= tokens, "tokens were evicted before they could be taken back"
-            kept = {name: c[:, : b.length - tokens].clone() for name, c in b.columns.items()}
-            cut.append(Bucket(b.rows, b.positions[:, : b.length - tokens].clone(), kept))
+            kept = {name: c[:, : c.shape[1] - tokens].clone() for name, c in b.columns.items()}
+            cut.append(Bucket(b.rows, b.positions[:, : b.length - tokens].clone(), kept, b.packed))
         self.buckets = cut
 
     def select_sequences(self, index: Int[Tensor, " m"]) -> None:
@@ -173,11 +257,21 @@ class Store:
             place[b.rows] = torch.arange(len(b.rows), device=index.device)
             entries = place[source]
             rows = (entries >= 0).nonzero()[:, 0]
-            picked = b.pick(entries[rows])
-            out.append(Bucket(rows, picked.positions, picked.columns))
+            out.append(replace(b.pick(entries[rows]), rows=rows))
         self.buckets = [b for b in out if len(b.rows)]
         self.sequences = len(index)
         self.seen = [self.seen[i] for i in index.tolist()]
+
+    def take_in(self, others: Iterable[Store]) -> None:
+        """The sequences of other stores join behind those that are here."""
+        buckets = list(self.buckets)
+        for other in others:
+            first = self.sequences * self.kv_heads
+            buckets += [Bucket(b.rows + first, b.positions, b.columns) for b in other.buckets]
+            self.sequences += other.sequences
+            self.seen = self.seen + other.seen
+            self.dropped = self.dropped or other.dropped
+        self.buckets = regroup(buckets)
 
     def tensors(self) -> list[Tensor]:
         """All that is held."""

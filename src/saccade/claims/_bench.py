@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from saccade import models, ops, tasks
@@ -101,6 +102,32 @@ def mass(q: Tensor, k: Tensor, v: Tensor, selection: Selection, site: Site) -> f
     return float(torch.exp((part - whole).double()).mean())
 
 
+@torch.no_grad()
+def kept_mass(model: Any, samples: Sequence[Any], method: Method, budget: float) -> list[float]:
+    """Per sample: the share of the answer's attention to the prompt that falls on the keys that the method keeps."""
+    out = []
+    for sample in samples:
+        with attach(model, method, budget=budget) as run:
+            model(sample.context, use_cache=True)
+            kept = [run.record.layer(i).kept[0] for i in sorted(run.record.layers)]
+        n = sample.context.shape[1]
+        shares = []
+        whole = torch.cat([sample.context, sample.continuation], 1)
+        for layer, q, k, _ in calibration.Subject(model).capture_qkv([whole]):
+            paid = _paid(q, k, n)
+            shares += [float(row[head.long()].sum() / row.sum()) for row, head in zip(paid, kept[layer])]
+        out.append(sum(shares) / len(shares))
+    return out
+
+
+def _paid(q: Float[Tensor, "1 h n d"], k: Float[Tensor, "1 g n d"], prompt: int) -> Float[Tensor, "g p"]:
+    """Attention that the tokens after the prompt pay to each of its keys, summed over them and over a group's heads."""
+    grouped = q[0, :, prompt:].unflatten(0, (k.shape[1], -1))
+    logits = grouped @ k[0, :, None].mT * q.shape[-1] ** -0.5
+    ahead = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(prompt + 1)
+    return logits.masked_fill(ahead, -torch.inf).softmax(-1)[..., :prompt].sum((1, 2))
+
+
 def machinery(method: Method, budget: float = 0.5) -> Evidence:
     """The smoke tier: on a tiny random model a full budget changes nothing, and a smaller one is kept and bites.
 
@@ -109,18 +136,18 @@ def machinery(method: Method, budget: float = 0.5) -> Evidence:
     model = models.tiny("llama").double()
     method = dataclasses.replace(method, artefact=method.artefact and _stamped(method, model))
     ids = torch.randint(3, models.families.VOCAB, (1, 96), generator=rng.generator("smoke"))
-    dense = _logits(model, ids)
+    dense = logits(model, ids)
     with attach(model, method, budget=1.0):
-        same = float((_logits(model, ids) - dense).abs().max())
+        same = float((logits(model, ids) - dense).abs().max())
     with attach(model, method, budget=budget) as run:
-        other = float((_logits(model, ids) - dense).abs().max())
+        other = float((logits(model, ids) - dense).abs().max())
         used = run.record.density("prefill" if "prefill" in method.parts else "decode")
         if "evict" in method.parts:
-            _logits(model, ids[:, :PROMPT])
+            logits(model, ids[:, :PROMPT])
             used = run.record.kept_fraction
     with attach(model, parse(f"random:part={method.parts[-1]}").methods[0], budget=budget):
-        chance = float((_logits(model, ids) - dense).abs().max())
-    rounding = float((_logits(model.float(), ids).double() - dense).abs().max())
+        chance = float((logits(model, ids) - dense).abs().max())
+    rounding = float((logits(model.float(), ids).double() - dense).abs().max())
     checks = [
         Check("full budget: largest difference from dense", same, same, same, rounding, same <= rounding),
         Check(f"budget {budget}: share used", used, used, used, budget, used <= budget),
@@ -135,7 +162,7 @@ def _stamped(method: Method, model: Any) -> Any:
 
 
 @torch.no_grad()
-def _logits(model: Any, ids: Tensor) -> Tensor:
+def logits(model: Any, ids: Tensor) -> Tensor:
     """A prompt, and what follows it on the same cache."""
     first = model(ids[:, :PROMPT], use_cache=True)
     if ids.shape[1] == PROMPT:

@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from saccade.attach import attach
-from saccade.attach.calibration import Subject
-from saccade.claims._bench import Bench, Progress, at_least, machinery
+from saccade.claims._bench import Bench, Progress, at_least, kept_mass, machinery
 from saccade.claims._contract import Claim, Evidence
-from saccade.core.method import Cache
 from saccade.measure.contestants import parse
 from saccade.measure.stats import mean_interval
 from saccade.methods.cache.snapkv import SnapKV
@@ -52,7 +42,7 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     later = Bench("passkey-agnostic", (512,), 10, progress, (asked.model, asked.tokenizer))
     loss = later.difference(later.scores(OURS, BUDGET), later.scores("full"))
     some = asked.samples[:6]
-    mass, near = (_mass(asked.model, some, spec) for spec in (parse(OURS).methods[0], Streaming()))
+    mass, near = (kept_mass(asked.model, some, spec, BUDGET) for spec in (parse(OURS).methods[0], Streaming()))
     checks.append(at_least("attention of the answer on kept keys", mean_interval(mass), 0.8))
     ratio = mean_interval([a / b for a, b in zip(mass, near)])
     checks.append(at_least("the same, over that on streaming's keys", ratio, 1.3))
@@ -63,28 +53,3 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     )
     setting = f"SmolLM2-135M-Instruct, float32; {SAMPLES} pass keys each in 512 and 1,024 tokens; {BUDGET} kept"
     return Evidence(checks, setting, reason=reason, table=asked.rows() + later.rows())
-
-
-@torch.no_grad()
-def _mass(model: Any, samples: Sequence[Any], method: Cache) -> list[float]:
-    """Per sample: the share of the answer's attention to the prompt that falls on the keys that the method keeps."""
-    out = []
-    for sample in samples:
-        with attach(model, method, budget=BUDGET) as run:
-            model(sample.context, use_cache=True)
-            kept = [run.record.layer(i).kept[0] for i in sorted(run.record.layers)]
-        n = sample.context.shape[1]
-        shares = []
-        for layer, q, k, _ in Subject(model).capture_qkv([torch.cat([sample.context, sample.continuation], 1)]):
-            paid = _paid(q, k, n)
-            shares += [float(row[head.long()].sum() / row.sum()) for row, head in zip(paid, kept[layer])]
-        out.append(sum(shares) / len(shares))
-    return out
-
-
-def _paid(q: Float[Tensor, "1 h n d"], k: Float[Tensor, "1 g n d"], prompt: int) -> Float[Tensor, "g p"]:
-    """Attention that the tokens after the prompt pay to each of its keys, summed over them and over a group's heads."""
-    grouped = q[0, :, prompt:].unflatten(0, (k.shape[1], -1))
-    logits = grouped @ k[0, :, None].mT * q.shape[-1] ** -0.5
-    ahead = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(prompt + 1)
-    return logits.masked_fill(ahead, -torch.inf).softmax(-1)[..., :prompt].sum((1, 2))

@@ -21,7 +21,7 @@ from saccade.core.errors import SaccadeError, UnknownName
 
 VERBS = {
     "look": ("list", "show", "explain"),
-    "use": ("run", "calibrate"),
+    "use": ("run", "serve", "calibrate"),
     "measure": ("compare", "report", "claim", "power", "bench"),
     "build": ("new", "check", "doctor"),
 }

@@ -155,7 +155,7 @@ def _dry_run(args: argparse.Namespace, ops: Sequence[str]) -> int:
         return 0
     shown = [[r["op"], r["back_end"], "no" if r["reasons"] else "ok", "; ".join(r["reasons"])] for r in rows]
     say_table(("op", "back end", "runs", "why not"), shown)
-    note('"auto" takes the first that runs, but for flex, which has to be asked for.')
+    note('"auto" takes the first that runs, but for flex and flash4, which have to be asked for.')
     return 0
 
 

@@ -17,7 +17,7 @@ from saccade.cli.options import add_json
 from saccade.core.paths import cache_dir
 
 EXAMPLE = "saccade doctor --json"
-KERNELS = ("triton", "flash-attn", "flashinfer-python", "natten", "flash-linear-attention", "kernels")
+KERNELS = ("triton", "flash-attn", "flash-attn-4", "flashinfer-python", "natten", "flash-linear-attention", "kernels")
 PEERS = (*KERNELS, "vllm", "ray", "lm-eval")
 Finding = tuple[str, str, str]  # ok, warn, fail or -; what; found
 

@@ -10,7 +10,8 @@ EXAMPLE = "saccade report saccade-runs/compare-1a2b3c4d --format markdown"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What `report` takes."""
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the folder that `saccade compare` made")
+    about = "the folder that `saccade compare` made; or the file of an artefact, whose heads are shown"
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help=about)
     parser.add_argument("--format", default="html", metavar="FORMAT", help="html, markdown or terminal (html)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write (into the folder; terminal: stdout)")
 

@@ -49,6 +49,7 @@ class Card:
     official: str = ""  # "owner/repository", of the authors
     licence_of_official: str = ""
     budget: str = ""  # what a budget means for this method
+    takes_budget: bool = True  # False: what it saves follows from its options; a budget is for what is beside it
     needs: tuple[str, ...] = ()  # "queries", "attention": what its score must be given
     calibrated: bool = False  # has a calibrate() whose artefact it uses
     baseline: bool = False  # always in a comparison, proves nothing by itself

@@ -17,6 +17,7 @@ from saccade.core.artefact import Artefact
 from saccade.core.budget import Budget
 from saccade.core.card import Card
 from saccade.core.errors import BadOption, CannotRun, DoesNotCompose
+from saccade.core.record import Notes, Table
 from saccade.core.selection import Selection
 from saccade.core.site import Seen, Site
 
@@ -95,8 +96,9 @@ def _read(method: Method, name: str, text: str, hint: Any) -> Any:
     kinds = typing.get_args(hint) if typing.get_origin(hint) not in (None, Literal) else (hint,)
     for kind in kinds:
         if typing.get_origin(kind) is Literal:
-            if text in typing.get_args(kind):
-                return text
+            known = {str(value): value for value in typing.get_args(kind)}
+            if text in known:
+                return known[text]
         elif kind is type(None):
             if text.lower() == "none":
                 return None
@@ -159,9 +161,14 @@ class Cache(Method):
 
     `rolling`: evict after every forward by `visible`; otherwise once, at the end of the prompt, by `score`. A rolling
     method that leaves the prefill alone does both: what is left of the prompt is scored at its end.
+    `weighing`: evict by `score` at the end of the prompt and again after every token, which is then the one query seen.
+    Such tokens are read one at a time, and cannot be taken back. Every head must keep as many keys.
+    `tallies`: keep a number beside each stored key, from 0, to which `tally` adds what each query thinks of it.
     """
 
     rolling: ClassVar[bool] = False
+    weighing: ClassVar[bool] = False
+    tallies: ClassVar[bool] = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -180,6 +187,13 @@ class Cache(Method):
         """Keys each head may keep. Default: the same for all."""
         b, g, k = scores.shape
         return torch.full((b, g), min(k, budget.tokens(site.seen, site.bytes_per_token)), dtype=torch.long)
+
+    def tally(self, q: Float[Tensor, "r s q d"], k: Float[Tensor, "r k d"], site: Site) -> Float[Tensor, "r k"]:
+        """What the last `q` of the stored tokens add to the tally of each key, float32 or better; causal.
+
+        Rows are (sequence, key/value head) pairs with their query heads. A prompt may come in several pieces.
+        """
+        raise NotImplementedError
 
     def visible(
         self, q_position: Int[Tensor, "r q"], k_position: Int[Tensor, "r k"], head: Int[Tensor, " r"], site: Site
@@ -217,6 +231,21 @@ class Cache(Method):
         the softmax, as if log(tokens) were added to its logits. None: every key counts once.
         """
         return None
+
+    def packed_tokens(self, tokens: int) -> int:
+        """Of a method that owns "pack": how many first ones of so many stored tokens lie packed, in whole units.
+
+        It never falls as tokens come. From the end of the prompt on it is so after every token.
+        """
+        raise NotImplementedError
+
+    def pack(self, k: Float[Tensor, "r n d"], v: Float[Tensor, "r n d"]) -> dict[str, Tensor]:
+        """Keys and values of some whole units, as columns [r u ...]; those of later units are put behind them."""
+        raise NotImplementedError
+
+    def unpack(self, packed: Mapping[str, Tensor]) -> tuple[Float[Tensor, "r n d"], Float[Tensor, "r n d"]]:
+        """Keys and values that some units stand for."""
+        raise NotImplementedError
 
     def select(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Selection | None:
         """For a method that also owns "prefill": the pairs its prefill computes. None: dense."""
@@ -318,12 +347,28 @@ class Neurons(_Planned):
 
 
 @dataclass(frozen=True)
-class Probe(_Planned):
-    """Reads only: where heads look."""
+class Probe(Method):
+    """Reads only: where heads look. The model computes what it computes without it, bit for bit.
+
+    What `see` notes of a token is kept beside the model's own cache: it follows beams, and goes when the token is taken
+    back. `result` makes a table of it; what many runs come to is an artefact, which `calibrate` makes.
+    """
 
     @property
     def parts(self) -> tuple[str, ...]:
         return ("observe",)
+
+    def see(self, seen: Seen, site: Site) -> dict[str, Tensor]:
+        """Notes [b h q ...] on the tokens just read in one layer, under the same names in every forward.
+
+        `seen` holds the queries of these tokens and all keys and values there are. Notes are numbers, small ones: they
+        are kept for every token.
+        """
+        raise NotImplementedError
+
+    def result(self, notes: Sequence[Notes]) -> Table:
+        """What the notes on some sequences come to: one line per layer and head."""
+        raise NotImplementedError
 
 
 class Mixer(torch.nn.Module):
@@ -345,8 +390,8 @@ def compose(methods: Iterable[Method]) -> dict[str, Method]:
     """part -> its owner, in the order of the data flow.
 
     Raises:
-        DoesNotCompose: two methods need the same part, or one counts on keys that another drops or merges; both are
-            named.
+        DoesNotCompose: two methods need the same part, or one counts on keys that another drops, merges or packs; both
+            are named.
     """
     owners: dict[str, Method] = {}
     for method in methods:
@@ -358,6 +403,7 @@ def compose(methods: Iterable[Method]) -> dict[str, Method]:
                 )
             owners[part] = method
     _check_reader(owners.get("decode"), owners.get("evict"))
+    _check_packer(owners.get("pack"), owners.get("decode"), owners.get("evict"))
     return {part: owners[part] for part in PARTS if part in owners}
 
 
@@ -371,4 +417,19 @@ def _check_reader(reader: Method | None, evictor: Method | None) -> None:
         raise DoesNotCompose(f"attach [{a}, {b}] together", found, "Leave one of them out.")
     if isinstance(evictor, Cache) and evictor.merges:
         found = f"{b!r} stores keys that stand for several tokens, and {a!r} would read each as one"
+        raise DoesNotCompose(f"attach [{b}, {a}] together", found, "Leave one of them out.")
+
+
+def _check_packer(packer: Method | None, reader: Method | None, evictor: Method | None) -> None:
+    """What is packed is read as a whole, and stays."""
+    if packer is None:
+        return
+    a = packer.card.name
+    if reader is not None:
+        b = reader.card.name
+        found = f"{b!r} chooses among the keys as they are, and {a!r} packs them"
+        raise DoesNotCompose(f"attach [{b}, {a}] together", found, "Leave one of them out.")
+    if isinstance(evictor, Cache) and (evictor.rolling or evictor.merges):
+        b = evictor.card.name
+        found = f"{b!r} goes on dropping or merging single tokens, and {a!r} packs many together"
         raise DoesNotCompose(f"attach [{b}, {a}] together", found, "Leave one of them out.")

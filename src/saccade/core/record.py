@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxtyping import Int
 from torch import Tensor
+
+Table = list[dict[str, Any]]  # one line per row, the same names in each: for printing or JSON
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What a probe noted of one sequence, padding left out.
+
+    tokens: ids of all that was read; prompt: how many of them are the prompt
+    layers: of each attention layer, name -> one entry per token and head
+    """
+
+    tokens: Int[Tensor, " n"]
+    prompt: int
+    layers: Sequence[Mapping[str, Tensor]]  # each [h n ...]
 
 
 @dataclass
@@ -84,7 +101,7 @@ class Record:
         """What computed: "op:implementation", sorted."""
         return sorted(set().union(*[layer.back_ends for layer in self.layers.values()]))
 
-    def table(self) -> list[dict[str, Any]]:
+    def table(self) -> Table:
         """One row per layer, for printing or JSON."""
         return [
             {

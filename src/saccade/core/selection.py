@@ -194,6 +194,8 @@ class Gather(Selection):
         return keep.repeat_interleave(self.q_block, 2)[:, :, : self.queries]
 
     def count(self) -> Tensor:
+        if self.queries == 1 and self.ranges is None:  # no key is behind it; decoding counts in every layer
+            return (self.index >= 0).sum((-2, -1)).double()
         row0, row1 = (r[:, None] for r in self._rows())
         one = _count_ranges(self.index, self.index + 1, row0, row1, self.causal)
         pairs = torch.where(self.index >= 0, one, 0.0).sum((-2, -1))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Stage = Literal["prefill", "decode"]
 State = dict[str, Tensor]
+Turn = Callable[[Tensor, Tensor], Tensor]  # (x [b h n d], shifts [n]) -> [b h n d]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Site:
     handed: what this method hands from layer to layer within one forward: what it puts there is there in the layers
         behind, for the same sequences, and gone when the forward ends. Tensors with the batch first
     far: for each sequence what lies in host memory, where the method had it moved there; `keys` counts it
+    turn: (x [b h n d], shifts [n]) -> queries or keys as they would be so many positions later (or, below 0, earlier);
+        None where the model's position embedding is not known. Linear in x
     attend: (q, k, v, selection) -> out; computes and records. A method calls it instead of an op's back end
     searched: (keys looked at, keys there); records what a search cost
     """
@@ -81,6 +84,7 @@ class Site:
     state: State = field(default_factory=dict, repr=False, compare=False)
     handed: State = field(default_factory=dict, repr=False, compare=False)
     far: tuple[Far, ...] = field(default=(), repr=False, compare=False)
+    turn: Turn | None = field(default=None, repr=False, compare=False)
     attend: Callable[[Tensor, Tensor, Tensor, Selection], Tensor] = field(default=_nowhere, repr=False, compare=False)
     searched: Callable[[int, int], Any] = field(default=_nowhere, repr=False, compare=False)
 
@@ -97,13 +101,18 @@ class Site:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a method may look at when it scores at the end of a prompt: exactly what its card asked for.
+    """What a method may look at when it scores, at the end of a prompt or after a token: exactly what it asked for.
+
+    A probe is shown one after every forward, with all queries of it.
 
     positions: true positions of the stored keys, ascending
-    queries: the last `observe_tokens` queries (fewer in a shorter prompt), after RoPE; None unless asked for
+    queries: the last `observe_tokens` queries (fewer in a shorter prompt; after it one), after RoPE; None unless asked
+        for
+    tally: the sums of `Cache.tally` over all queries so far; None for a method that keeps none
     """
 
     keys: Float[Tensor, "b g k d"]
     values: Float[Tensor, "b g k d"]
     positions: Int[Tensor, "b g k"]
     queries: Float[Tensor, "b h w d"] | None = None
+    tally: Float[Tensor, "b g k"] | None = None

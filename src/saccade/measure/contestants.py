@@ -22,7 +22,7 @@ from saccade.core.method import Method, compose, configure, options
 from saccade.measure.cells import FULL
 
 ATTACHED = ("sparse", "cache", "decode")  # families that work in a loaded model
-PART_TITLES = {"prefill": "prefill", "evict": "cache", "decode": "decode"}
+PART_TITLES = {"prefill": "prefill", "evict": "cache", "pack": "packing", "decode": "decode", "observe": "looking on"}
 Spec = str | Method | Sequence[Method]
 
 
@@ -156,9 +156,17 @@ def usual() -> list[Contestant]:
 def with_baselines(chosen: Sequence[Contestant], baselines: Sequence[str]) -> list[Contestant]:
     """`full` first, the chosen, then baselines; of several with one label the first stays.
 
-    `random` joins once for every part that the chosen take over, alone in that part, so that each has its own chance.
+    `random` joins once for every part that the chosen take over, alone in that part, so that each has its own chance;
+    that of packing, which saves memory too, is eviction.
+
+    Raises:
+        BadOption: one that only looks on.
     """
-    parts = dict.fromkeys(p for c in chosen if not c.baseline for p in c.parts)
+    for who in chosen:
+        if "observe" in who.parts:
+            found = "it only looks on, so that nothing could differ from full"
+            raise BadOption(f"compare {who.label!r}", found, "Attach it, or see: saccade calibrate")
+    parts = dict.fromkeys("evict" if p == "pack" else p for c in chosen if not c.baseline for p in c.parts)
     more = []
     for name in baselines:
         more += [parse(f"random:part={p}") for p in parts] if name == "random" else [parse(name)]

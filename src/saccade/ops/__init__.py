@@ -16,16 +16,20 @@ from saccade.ops.nearest.api import index_keys, index_reasons
 from saccade.ops.page_bounds.api import page_bounds, page_scores
 from saccade.ops.pool_and_select.api import pool_and_select, pool_blocks
 from saccade.ops.quantise.api import Quantised, dequantise, quantise
+from saccade.ops.quantise.groups import dequantise_groups, quantise_groups
 from saccade.ops.sparse_step.api import sparse_step
 from saccade.ops.topk.api import topk
+from saccade.ops.window_votes.api import check_window, window_votes
 
 __all__ = [
     "Quantised",
     "attend",
     "block_logits",
+    "check_window",
     "column_scores",
     "decode",
     "dequantise",
+    "dequantise_groups",
     "draw_lines",
     "explain",
     "fit_lines",
@@ -38,6 +42,8 @@ __all__ = [
     "pool_and_select",
     "pool_blocks",
     "quantise",
+    "quantise_groups",
     "sparse_step",
     "topk",
+    "window_votes",
 ]

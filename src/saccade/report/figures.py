@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saccade.report import tables
+from saccade.report.heads import Heads
 from saccade.report.run import Run
 from saccade.report.words import interval, say
 
@@ -305,6 +306,25 @@ def _heat(kept: dict) -> dict[str, Any]:
         "position in the prompt, oldest left", "layer (a row is a head)", {"ticks": "", "showticklabels": False}, y
     )
     return {"data": [trace], "layout": layout}
+
+
+# --- heads ---------------------------------------------------------------------------------------------------------
+
+
+def heads_map(heads: Heads) -> Plots:
+    """What an artefact says of each head: a row is a layer."""
+    figures = [Figure("heads-map", "Layer by head", {name: _by_head(heads.values(name), name) for name in heads.names})]
+    return Plots("heads", [Chooser("Shown", [(n, n) for n in heads.names])], figures, [heads.table()])
+
+
+def _by_head(values: list[list[float]], name: str) -> dict[str, Any]:
+    layers, width = len(values), len(values[0])
+    trace = {"type": "heatmap", "z": values, "zmin": 0, "colorscale": "Cividis", "xgap": 1, "ygap": 1}
+    trace |= {"colorbar": {"thickness": 12, "outlinewidth": 0, "title": {"text": html.escape(name)}}}
+    trace |= {"hovertemplate": f"layer %{{y}}, head %{{x}}: %{{z:.3f}} {html.escape(name)}<extra></extra>"}
+    whole = {"showgrid": False, "tickformat": "d"}
+    x, y = ({"dtick": max(1, -(-n // 16))} | whole for n in (width, layers))
+    return {"data": [trace], "layout": _layout("head", "layer", x, y | {"autorange": "reversed"})}
 
 
 def _packed(rows: list[list[float]]) -> dict[str, str]:

@@ -10,6 +10,7 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 from saccade.report import figures, tables
+from saccade.report.heads import Heads
 from saccade.report.run import Run
 from saccade.report.verdicts import verdicts
 from saccade.report.words import say
@@ -42,6 +43,19 @@ def render(run: Run) -> str:
         environment=environment(run),
         cards=run.cards(),
         say=say,
+        style=_source("style.css"),
+        script=_source("page.js"),
+        plotly=get_plotlyjs(),
+    )
+
+
+def render_heads(heads: Heads) -> str:
+    """The page of an artefact as text."""
+    return _templates().get_template("heads.html.jinja").render(
+        heads=heads,
+        looks={},
+        facts=heads.facts(),
+        map=figures.heads_map(heads),
         style=_source("style.css"),
         script=_source("page.js"),
         plotly=get_plotlyjs(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from saccade.report import tables
+from saccade.report.heads import Heads
 from saccade.report.run import Run
 from saccade.report.verdicts import verdicts
 
@@ -23,6 +24,13 @@ def render(run: Run) -> str:
     for found in (tables.speed(run), tables.crossover(run), tables.noise(run), tables.absent(run)):
         parts += [f"## {found.caption}", table(found)] if found.rows else []
     return "\n\n".join(parts) + "\n"
+
+
+def render_heads(heads: Heads) -> str:
+    """What an artefact says of each head, as Markdown."""
+    made = heads.artefact
+    facts = "\n".join(f"- {_safe(name)}: {_safe(value)}" for name, value in heads.facts())
+    return f"# saccade: heads of {_safe(made.model)}, by {_safe(made.method)}\n\n{facts}\n\n{table(heads.table())}\n"
 
 
 def table(t: tables.Table) -> str:

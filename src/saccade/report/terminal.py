@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from saccade.report import tables
+from saccade.report.heads import Heads
 from saccade.report.run import Run
 from saccade.report.verdicts import verdicts
 
 STYLES = {tables.NOISE: "dim", tables.BELOW: "bold red", tables.BASE: "dim"}
 WIDTH_CHARS = 200
+BEST = 20  # heads that a terminal shows
 
 
 def render(run: Run) -> str:
     """The overview, the verdicts and the crossover as text, in colour only where stdout is a terminal."""
     shown = [tables.overview(run), tables.crossover(run), tables.claims(verdicts(run)), tables.absent(run)]
+    return _printed(shown, "dim: not to be told from full; red: worse than the same budget at random")
+
+
+def render_heads(heads: Heads) -> str:
+    """The best heads of an artefact, and how many more there are."""
+    whole = heads.table()
+    best = tables.Table(f"{heads.artefact.method} of {heads.artefact.model}", whole.heads, whole.rows[:BEST])
+    return _printed([best], f"the first {len(best.rows)} of {len(whole.rows)} heads, layer.head")
+
+
+def _printed(shown: Sequence[tables.Table], note: str) -> str:
     colour = sys.stdout.isatty()
     console = Console(
         file=io.StringIO(), force_terminal=colour, no_color=not colour, width=None if colour else WIDTH_CHARS
@@ -27,7 +41,7 @@ def render(run: Run) -> str:
     for t in shown:
         if t.rows:
             console.print(table(t))
-    console.print("dim: not to be told from full; red: worse than the same budget at random")
+    console.print(note)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from saccade import ops
 from saccade.core.card import Card
-from saccade.core.errors import BadOption
 from saccade.core.method import Cache
 from saccade.core.site import Seen, Site
 
@@ -67,14 +65,7 @@ class SnapKV(Cache):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.window_tokens < 1:
-            raise BadOption("snapkv.window_tokens=0", "no query would vote", "Give at least 1; the authors use 32.")
-        if self.pool_tokens % 2 == 0:
-            raise BadOption(
-                f"snapkv.pool_tokens={self.pool_tokens}",
-                "an even pooling width has no middle",
-                "Give an odd number; 1 pools nothing.",
-            )
+        ops.check_window("snapkv", self.window_tokens, self.pool_tokens)
 
     @property
     def observe_tokens(self) -> int:
@@ -82,20 +73,9 @@ class SnapKV(Cache):
 
     def score(self, seen: Seen, site: Site) -> Float[Tensor, "b g k"]:
         assert seen.queries is not None, "the card asks for queries"
-        window = min(self.window_tokens, seen.queries.shape[2])
-        votes = ops.column_scores(seen.queries[:, :, -window:], seen.keys, scale=site.scale, softcap=site.softcap)
-        ahead = _pool(votes[..., :-window], self.pool_tokens, self.pooling).unflatten(1, (site.kv_heads, site.group))
-        ahead = ahead.mean(2) if self.group == "mean" else ahead.amax(2)
         # within a budget below the window, older window keys rank like any losing key: the most recent ones stay
-        recent = min(window, site.budget.tokens(site.seen, site.bytes_per_token))
-        sure = torch.arange(window, device=votes.device) >= window - recent
-        last = torch.where(sure, torch.inf, -torch.inf).expand(*ahead.shape[:2], window)
-        return torch.cat([ahead, last], -1)
-
-
-def _pool(votes: Float[Tensor, "b h k"], width: int, how: str) -> Float[Tensor, "b h k"]:
-    """Pool along the keys. As the authors do, the mean counts the zeros beyond the ends."""
-    if votes.shape[-1] == 0:
-        return votes
-    pool = torch.nn.functional.max_pool1d if how == "max" else torch.nn.functional.avg_pool1d
-    return pool(votes, width, stride=1, padding=width // 2)
+        last = min(seen.queries.shape[2], site.budget.tokens(site.seen, site.bytes_per_token))
+        return ops.window_votes(
+            seen.queries, seen.keys, last=last, pool_tokens=self.pool_tokens, pooling=self.pooling, group=self.group,
+            scale=site.scale, softcap=site.softcap,
+        )  # fmt: skip

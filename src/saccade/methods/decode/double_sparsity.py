@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -110,13 +111,16 @@ class DoubleSparsity(Decode):
         else:
             labels = dequantise(stored["codes"], stored["span"], self.label_bits, self.channels)
             asked = dequantise(*quantise(asked, self.label_bits), self.label_bits, self.channels)
-        score = asked.unflatten(1, (site.kv_heads, -1)).float() @ labels[:, :, None].float().mT
-        room = torch.tensor(counts, device=q.device)[:, None]
-        keys = torch.arange(site.keys, device=q.device)
-        behind = keys[site.offset :, None] - keys
-        score = score.flatten(1, 2).masked_fill(behind < 0, -torch.inf)
-        score = score.masked_fill((behind >= 0) & (behind < room.clamp(max=self.recent_tokens)), torch.inf)
-        index = score.topk(max(counts), -1).indices
+        # one product per key/value head: its labels are read once
+        together = asked.unflatten(1, (site.kv_heads, -1)).flatten(2, 3)
+        score = (together.float() @ labels.float().mT).view(*q.shape[:3], site.keys)
+        room, one = _column(counts, q.device), site.queries == 1
+        if not one or self.recent_tokens:  # a single query sees every key: two passes over the scores are saved
+            keys = torch.arange(site.keys, device=q.device)
+            behind = keys[site.offset :, None] - keys
+            score = score.masked_fill(behind < 0, -torch.inf)
+            score = score.masked_fill((behind >= 0) & (behind < room.clamp(max=self.recent_tokens)), torch.inf)
+        index = score.topk(max(counts), -1, sorted=not one).indices
         spare = torch.arange(max(counts), device=q.device) >= room
         return Gather(index=index.masked_fill(spare, -1).int(), queries=site.queries, keys=site.keys)
 
@@ -138,16 +142,29 @@ class DoubleSparsity(Decode):
         assert self.artefact is not None, "check refuses to run without channels"
         return self.artefact.tensors[self.rank]
 
+    @functools.cached_property
+    def _copies(self) -> dict[torch.device, Int[Tensor, "layers g r"]]:
+        """The label channels on each device that asked for them."""
+        return {}
+
     def _labels(self, x: Float[Tensor, "b a n d"], site: Site) -> Float[Tensor, "b a n r"]:
         """The label channels of keys, or of queries, whose heads share those of their key/value head."""
-        chosen = self._ranked()[site.layer, :, : self.channels].to(x.device).long()
-        chosen = chosen.repeat_interleave(x.shape[1] // site.kv_heads, 0)
+        if x.device not in self._copies:  # once: a copy in every layer of every step makes the device wait
+            self._copies[x.device] = self._ranked()[..., : self.channels].to(x.device).long()
+        chosen = self._copies[x.device][site.layer].repeat_interleave(x.shape[1] // site.kv_heads, 0)
         return x.gather(-1, chosen[None, :, None].expand(x.shape[0], -1, x.shape[2], -1))
 
     def _counts(self, site: Site) -> list[int]:
         """Keys that each query reads: its own budget, as if it came alone."""
         spread = (site.layer, site.layers, self.dense_layers, site.bytes_per_token)
         return [site.budget.layer_tokens(n, *spread) for n in range(site.offset + 1, site.keys + 1)]
+
+
+def _column(counts: Sequence[int], device: torch.device) -> Int[Tensor, "q 1"]:
+    """On the device; a single number is not copied there, which would make it wait."""
+    if len(counts) == 1:
+        return torch.full((1, 1), counts[0], device=device)
+    return torch.tensor(counts, device=device)[:, None]
 
 
 def quantise(x: Float[Tensor, "*a r"], bits: int) -> tuple[UInt8[Tensor, "*a p"], Float[Tensor, "*a 2"]]:

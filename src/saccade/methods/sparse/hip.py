@@ -212,7 +212,7 @@ class Hip(Sparse):
         parts = most.clamp(min=1)[:, None]
         index, after = blocks[:, None] * g // parts, blocks[:, None] * (g + 1) // parts
         size = torch.where(g < most[:, None], after - index, 0)
-        index, size = (x.expand(*q.shape[:3], width) for x in (index, size))
+        index, size = (x.int().expand(*q.shape[:3], width) for x in (index, size))
         for _ in range((int(size.max()) - 1).bit_length()):
             half = size // 2
             index, size = torch.cat([index, index + half], -1), torch.cat([half, size - half], -1)
@@ -223,8 +223,8 @@ class Hip(Sparse):
 
     def _exact(self, score: Callable, q: Tensor, blocks: Tensor, most: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """What the tree would find if every group were represented by its best block: the best blocks of all."""
-        index = torch.arange(int(blocks.max()), device=q.device).expand(*q.shape[:3], -1)
-        size = (index < blocks[:, None]).long()
+        index = torch.arange(int(blocks.max()), dtype=torch.int32, device=q.device).expand(*q.shape[:3], -1)
+        size = (index < blocks[:, None]).int()
         return _keep_best(score(index).masked_fill(size < 1, -torch.inf), index, size, most, width)
 
 
@@ -232,7 +232,12 @@ def _keep_best(
     value: Float[Tensor, "b h n l"], index: Tensor, size: Tensor, most: Int[Tensor, " n"], width: int
 ) -> tuple[Int[Tensor, "b h n m"], Int[Tensor, "b h n m"]]:
     """The `most` groups of highest value of each row, in places 0 .. width - 1."""
-    value, top = value.topk(min(width, value.shape[-1]), -1)
-    use = (value > -torch.inf) & (torch.arange(top.shape[-1], device=top.device) < most[:, None])
-    rest = (0, width - top.shape[-1])
+    keep = min(width, value.shape[-1])
+    if bool((most >= keep).all()):  # of each as many: which of them is better does not matter
+        top = ops.topk(value, keep).long()
+        use, top = top >= 0, top.clamp(min=0)
+    else:
+        value, top = value.topk(keep, -1)
+        use = (value > -torch.inf) & (torch.arange(keep, device=top.device) < most[:, None])
+    rest = (0, width - keep)
     return pad(index.gather(-1, top), rest), pad(torch.where(use, size.gather(-1, top), 0), rest)

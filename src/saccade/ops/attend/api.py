@@ -8,7 +8,7 @@ from torch import Tensor
 from saccade.core.errors import BadInput
 from saccade.core.selection import Selection
 from saccade.ops import dispatch
-from saccade.ops.attend import flex, reference
+from saccade.ops.attend import flash4, flex, reference
 from saccade.ops.attend import torch as tiled
 from saccade.ops.attend import triton as kernels
 from saccade.ops.attend.tiles import axes
@@ -35,7 +35,8 @@ def attend(
     impl: "auto" (kernels of our own where they can compute it, else "torch"), "triton" (those kernels: blocks, gather,
         lines and spans on a CUDA device), "torch", "reference" (dense under a mask, the oracle), "flex"
         (FlexAttention: blocks and spans on a CUDA device; never chosen by "auto", since it is compiled anew for shapes
-        that it has not seen)
+        that it has not seen), "flash4" (the optional `flash-attn-4`: blocks of multiples of 128 and causal spans in
+        16 bits on Hopper and Blackwell; has to be asked for)
     report: is told which back end ran, as "attend:torch"
 
     Raises:
@@ -45,12 +46,13 @@ def attend(
     check(q, k, v)
     check_selection(q, k, selection)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    plain = {"torch": list, "reference": list, "flex": lambda: flex.reasons(q, v, selection)}
+    plain = {"torch": list, "reference": list, "flex": lambda: flex.reasons(q, v, selection, softcap)}
+    plain["flash4"] = lambda: flash4.reasons(q, k, v, selection, scale)  # behind "torch": "auto" never comes to it
     able = dispatch.with_triton(q, lambda: kernels.reasons(q, v, selection, scale), plain)
     name = dispatch.pick("attend", impl, able, report)
     if name == "reference":
         return reference.masked(q, k, v, selection.mask(), scale=scale, softcap=softcap)
-    back_end = {"torch": tiled, "flex": flex, "triton": kernels}[name]
+    back_end = {"torch": tiled, "flex": flex, "flash4": flash4, "triton": kernels}[name]
     return back_end.attend(q, k, v, selection, scale=scale, softcap=softcap)
 
 

@@ -25,7 +25,7 @@ FORMS = 1024  # compiled for different shapes and rules; PyTorch stops at 8 of a
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def reasons(q: Tensor, v: Tensor, selection: Selection) -> list[str]:
+def reasons(q: Tensor, v: Tensor, selection: Selection, softcap: float | None) -> list[str]:
     """Why it cannot compute this; [] means that it can."""
     out = []
     if q.device.type != "cuda":
@@ -34,6 +34,9 @@ def reasons(q: Tensor, v: Tensor, selection: Selection) -> list[str]:
         out.append("it computes in float32 at most, and the inputs are float64")
     if q.shape[2] < BLOCK:
         out.append(f"there are {q.shape[2]} queries; it takes {BLOCK} or more")
+    gradients = torch.is_grad_enabled() and (q.requires_grad or v.requires_grad)
+    if softcap is not None and q.dtype == torch.float32 and gradients:
+        out.append("gradients in float32 under a softcap: theirs have more than twice PyTorch's rounding error")
     if min(q.shape[-1], v.shape[-1]) < LEAST_SIZE:
         out.append(f"heads of {min(q.shape[-1], v.shape[-1])}; it takes {LEAST_SIZE} or more")
     if isinstance(selection, Blocks):
@@ -78,7 +81,7 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 
 def _blocks(s: Blocks, device: torch.device) -> BlockMask:
     table = s.table().to(device)
-    q0, q1, k0, k1 = _edges(s, s.q_block, s.k_block, device)
+    q0, q1, k0, k1 = edges(s, s.q_block, s.k_block, device)
     seen, whole = table, table
     if s.causal:
         seen, whole = table & (k0 < q1), table & (k1 <= q0 + 1)
@@ -93,12 +96,7 @@ def _blocks(s: Blocks, device: torch.device) -> BlockMask:
 
 
 def _spans(s: Spans, device: torch.device) -> BlockMask:
-    sinks, window = (x.to(device).expand(max(len(s.sinks), len(s.window))).contiguous() for x in (s.sinks, s.window))
-    q0, q1, k0, k1 = _edges(s, BLOCK, BLOCK, device)
-    n, w = (x[None, :, None, None] for x in (sinks, window))
-    causal, sunk = k0 < q1, k0 < n  # of a block: some pair
-    seen = causal & (sunk | (q0 - (k1 - 1) < w))
-    whole = (k1 <= q0 + 1) & ((k1 <= n) | (q1 - 1 - k0 < w))
+    sinks, window, seen, whole = span_tables(s, BLOCK, BLOCK, device)
     many, offset = int(len(sinks) > 1), s.offset
 
     def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -108,7 +106,18 @@ def _spans(s: Spans, device: torch.device) -> BlockMask:
     return _mask(s, seen, whole, rule, (BLOCK, BLOCK))
 
 
-def _edges(s: Selection, q_block: int, k_block: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def span_tables(s: Spans, q_block: int, k_block: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of causal spans: sinks and window of each head, and tables [1 h nqb nkb] of the blocks seen and seen whole."""
+    sinks, window = (x.to(device).expand(max(len(s.sinks), len(s.window))).contiguous() for x in (s.sinks, s.window))
+    q0, q1, k0, k1 = edges(s, q_block, k_block, device)
+    n, w = (x[None, :, None, None] for x in (sinks, window))
+    causal, sunk = k0 < q1, k0 < n  # of a block: some pair
+    seen = causal & (sunk | (q0 - (k1 - 1) < w))
+    whole = (k1 <= q0 + 1) & ((k1 <= n) | (q1 - 1 - k0 < w))
+    return sinks, window, seen, whole
+
+
+def edges(s: Selection, q_block: int, k_block: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """First row (as a key index) and the one after the last, of each query block [nqb 1]; of key blocks [nkb] alike."""
     q0 = torch.arange(0, s.queries, q_block, device=device)[:, None]
     k0 = torch.arange(0, s.keys, k_block, device=device)
@@ -124,12 +133,12 @@ def _mask(
     size: tuple[int, int],
 ) -> BlockMask:
     """`seen`: blocks of which some pair is computed, `whole`: those of which every pair is."""
-    lists = [_listed(seen & ~whole), _listed(seen & whole)]
+    lists = [listed(seen & ~whole), listed(seen & whole)]
     (some, where), (full, at) = lists
     return BlockMask.from_kv_blocks(some, where, full, at, size, mask_mod=rule, seq_lengths=(s.queries, s.keys))
 
 
-def _listed(table: Bool[Tensor, "b h nqb nkb"]) -> tuple[Tensor, Tensor]:
+def listed(table: Bool[Tensor, "b h nqb nkb"]) -> tuple[Tensor, Tensor]:
     """How many of each row are set, and which: those first."""
     order = torch.argsort(table.int(), dim=-1, descending=True, stable=True)
     return table.sum(-1).int(), order.int()

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saccade.ops import device
-from saccade.ops.decode.triton import capped, far, grow
+from saccade.ops.decode.triton import far, grow
+from saccade.ops.tanh import tanh
 
 MOST_QUERIES = 128  # a diagonal then crosses two tiles at most
 
@@ -47,7 +48,7 @@ def _normalise(Q, K, STAT, q_b, q_h, q_q, q_d, k_b, k_h, k_t, k_d, scale, cap, k
         k = tl.load(K + place[:, None] * k_t + d[None, :] * k_d, mask=(at < keys)[:, None] & in_d, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
         if CAPPED:
-            s = capped(s, cap)
+            s = cap * tanh(s / cap, True)
         _, _, m, l = grow(tl.where(at[None, :] <= last[:, None], s, -float("inf")), m, l)
     row = ((b * heads + head) * queries + query) * parts + part
     tl.store(STAT + row * 2, m, mask=live)
@@ -108,7 +109,7 @@ def _add_up(Q, K, TOP, SHARE, COLUMNS, DIAGONALS, q_b, q_h, q_q, q_d, k_b, k_h, 
         share = tl.load(SHARE + row, mask=r < queries, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision="tf32x3") * scale
         if CAPPED:
-            s = capped(s, cap)
+            s = cap * tanh(s / cap, True)
         p = tl.where(seen, tl.math.exp2((s - top[None, :]) * 1.4426950408889634) * share[None, :], 0.0)
         line = (b * heads + head).to(tl.int64) * keys
         tl.store(COLUMNS + line + at, tl.sum(p, 1), mask=at < keys)

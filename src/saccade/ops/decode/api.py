@@ -10,8 +10,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saccade.core.errors import BadInput
+from saccade.core.selection import dense
 from saccade.ops import device, dispatch
 from saccade.ops.attend import reference
+from saccade.ops.attend import triton as attending
 from saccade.ops.attend.api import check
 from saccade.ops.decode import torch as plain
 from saccade.ops.merge_lse.api import merge_lse
@@ -45,7 +47,8 @@ def decode(
     visible: further narrows what each query sees.
     merged: keys that stand for several tokens: which, and for how many (1: like any other). Each counts so many times,
         as if log(tokens) were added to its logits. Not with an index, nor with quantised keys
-    impl: "auto", "torch", "reference" (dense under a mask, the oracle), "triton" (CUDA; first there)
+    impl: "auto", "torch", "reference" (dense under a mask, the oracle), "triton" (CUDA; first there; where more queries
+        than a tile takes read every key, as in a prompt, the kernels of `attend`)
     report: is told which back end ran, as "decode:torch"
 
     Raises:
@@ -67,7 +70,7 @@ def decode(
     if page_tokens < 1:
         raise BadInput(f"decode with page_tokens={page_tokens}", "a page has one key or more", "Give 1 or more.")
     options = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap}
-    name = dispatch.pick("decode", impl, _back_ends(q, k, v, index, visible), report)
+    name = dispatch.pick("decode", impl, _back_ends(q, k, v, index, visible, options["scale"]), report)
     found = _by(name, q, k, v, index, visible, page_tokens=page_tokens, **options)
     if merged is None or isinstance(k, Quantised) or isinstance(v, Quantised):
         return found
@@ -101,7 +104,18 @@ def _stand_ins(q: Tensor, k: Stored, v: Stored) -> list[Tensor]:
     return [torch.empty(1, dtype=q.dtype, device=x.codes.device).expand(x.shape) for x in (k, v)]
 
 
+def _is_prompt(q: Tensor, k: Stored, index: Tensor | None, visible: Tensor | None) -> bool:
+    """Whether so many queries read every key before them that they are for the kernels of `attend`."""
+    from saccade.ops.decode.triton import MOST_ROWS
+
+    whole = index is None and visible is None and not isinstance(k, Quantised)
+    return whole and q.shape[2] > 1 and q.shape[2] * (q.shape[1] // k.shape[1]) > MOST_ROWS
+
+
 def _by_triton(q: Tensor, k: Stored, v: Stored, index: Tensor | None, visible: Tensor | None, **options: Any):
+    if _is_prompt(q, k, index, visible):
+        del options["page_tokens"]
+        return attending.attend(q, k, v, dense(q.shape[2], k.shape[2]), **options)
     if isinstance(k, Quantised) and isinstance(v, Quantised):
         from saccade.ops.decode import quantised
 
@@ -112,11 +126,13 @@ def _by_triton(q: Tensor, k: Stored, v: Stored, index: Tensor | None, visible: T
 
 
 def _back_ends(
-    q: Tensor, k: Stored, v: Stored, index: Tensor | None, visible: Tensor | None
+    q: Tensor, k: Stored, v: Stored, index: Tensor | None, visible: Tensor | None, scale: float
 ) -> dict[str, Callable[[], dispatch.Reasons]]:
     def by_triton() -> list[str]:
         if not device.installed():
             return device.triton_reasons(q)
+        if _is_prompt(q, k, index, visible):
+            return attending.reasons(q, v, dense(q.shape[2], k.shape[2]), scale)
         from saccade.ops.decode import quantised
         from saccade.ops.decode import triton as kernels
 

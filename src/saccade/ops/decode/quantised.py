@@ -20,7 +20,6 @@ from saccade.ops import device
 from saccade.ops.decode.triton import (
     MOST_PARTS,
     Plan,
-    capped,
     far,
     grow,
     job_of,
@@ -31,6 +30,7 @@ from saccade.ops.decode.triton import (
     steps,
 )
 from saccade.ops.quantise.api import Quantised
+from saccade.ops.tanh import tanh
 
 
 def _two_codes(shift: int, mask: str, magic: str, less: str, table: str) -> tl.constexpr:
@@ -142,7 +142,7 @@ def _split(Q, K, V, KS, VS, LIST, ACC, STAT, OUT, LSE, q_b, q_h, q_q, q_d, k_b, 
             s = tl.dot(q3, tl.trans(_piece(x, 3, BITS, FAST)), s)
         s = s * ks[None, :] * (unit * scale)[:, None]
         if CAPPED:
-            s = capped(s, cap)
+            s = cap * tanh(s / cap, True)
         p, alpha, m, l = grow(tl.where(ok[None, :] & (at[None, :] <= last[:, None]), s, -float("inf")), m, l)
         new = tl.maximum(largest, tl.max(vs, 0))
         w = (p * (vs * (4096.0 / new))[None, :]).to(tl.float16)

@@ -20,6 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from saccade.ops import device
 from saccade.ops.quantise.api import Quantised
+from saccade.ops.tanh import tanh
 
 MOST_ROWS = 64  # of one tile
 MOST_PARTS = 256
@@ -33,14 +34,6 @@ def positions(LIST, i, ok, keys, i_l, PAGE: tl.constexpr):
     page = tl.load(LIST + (i // PAGE).to(tl.int64) * i_l, mask=ok, other=-1).to(tl.int32)
     at = page * PAGE + i % PAGE
     return at, ok & (page >= 0) & (at < keys)
-
-
-@triton.jit
-def capped(s, cap):
-    """cap tanh(s / cap), right near 0 too."""
-    e = tl.math.exp2(tl.abs(s) * (-2.0 * 1.4426950408889634 / cap))
-    t = cap * (1.0 - e) / (1.0 + e)
-    return tl.where(s < 0, -t, t)
 
 
 @triton.jit
@@ -127,7 +120,7 @@ def _split(Q, K, V, LIST, SEEN, ACC, STAT, OUT, LSE, q_b, q_h, q_q, q_d, k_b, k_
         v = tl.load(V + far[:, None] * v_t + dv[None, :] * v_d, mask=ok[:, None] & in_dv, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if CAPPED:
-            s = capped(s, cap)
+            s = cap * tanh(s / cap, True)
         allowed = ok[None, :] & (at[None, :] <= last[:, None])
         if MASKED:
             allowed &= live[:, None]
@@ -230,8 +223,11 @@ def reasons(q: Tensor, k: Tensor, v: Tensor, *, listed: bool, entries: int = 1) 
     why = device.triton_reasons(q, k, v)
     if q.dtype == torch.float64:
         why.append("it computes in float32 at most, and the inputs are float64")
-    if max(q.shape[-1], v.shape[-1]) > 256:
-        why.append(f"heads of {max(q.shape[-1], v.shape[-1])}; it takes up to 256")
+    wide = max(q.shape[-1], v.shape[-1])
+    if wide > 256:
+        why.append(f"heads of {wide}; it takes up to 256")
+    elif wide > 128 and q.dtype == torch.float32:
+        why.append(f"heads of {wide} in float32: above 128 its rounding error is more than twice PyTorch's")
     if (n := q.shape[1] // k.shape[1] * (1 if listed else q.shape[2])) > MOST_ROWS:
         why.append(f"{n} rows share the keys of a head; it takes up to {MOST_ROWS}")
     if not (q.numel() and v.numel() and entries):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saccade.core.errors import BadInput
 from saccade.core.selection import Lines, causal_mask
-from saccade.ops import dispatch
+from saccade.ops import device, dispatch
 from saccade.ops.attend.api import check
 from saccade.ops.column_scores.api import back_ends
 
@@ -122,19 +122,40 @@ def _paid(lines: Lines) -> tuple[Float[Tensor, "b h"], Float[Tensor, "b h k"]]:
 
     The latter for all columns at once, from the steps of a staircase: up where rows begin to pay, down where they end.
     """
-    drawn = lines.gather()
-    assert drawn.ranges is not None
-    start, end = drawn.ranges.long().unbind(-1)
+    start, end = _runs(lines)
     first = torch.arange(0, lines.queries, lines.block, device=start.device)
-    rows = (lines.queries - first).clamp(max=lines.block).double()
-    limit = first + rows.long() + lines.offset
-    free = (rows[:, None] * (end > start)).flatten(2)
+    rows = (lines.queries - first).clamp(max=lines.block)
+    limit = first + rows + lines.offset
+    free = (rows[:, None] * (end > start)).flatten(2).double()
     step = torch.zeros(*start.shape[:2], lines.keys + 1, dtype=torch.float64, device=start.device)
     step.scatter_add_(-1, start.flatten(2), -free)
     step.scatter_add_(-1, torch.minimum(end, limit[:, None]).flatten(2), free)
     step[..., 0] += lines.queries
-    step.index_add_(-1, limit, -rows.expand(*start.shape[:2], -1))
-    return drawn.count(), step.cumsum(-1)[..., :-1]
+    step.index_add_(-1, limit, -rows.double().expand(*start.shape[:2], -1))
+    before = (first + lines.offset)[:, None] - start  # keys of a run that come before the block's first row
+    pairs = _ladder(before + rows[:, None], end - start) - _ladder(before, end - start)
+    return pairs.flatten(2).sum(-1).double(), step.cumsum(-1)[..., :-1]
+
+
+def _runs(lines: Lines) -> tuple[Int[Tensor, "b h nqb t"], Int[Tensor, "b h nqb t"]]:
+    """First key and end of every run of the diagonals; equal where there are fewer."""
+    if not lines.slashes.is_cuda or device.machine_reasons(lines.slashes):
+        ranges = lines.gather().ranges
+        assert ranges is not None
+        start, end = ranges.long().unbind(-1)
+        return start, end
+    from saccade.ops.attend.triton import lines as kernels
+
+    count, first = kernels.runs(lines, lines.slashes.device)
+    there = torch.arange(first.shape[-1], device=first.device) < count[..., None]
+    start = torch.where(there, first.long(), 0)
+    return start, torch.where(there, (start + lines.block).clamp(max=lines.keys), start)
+
+
+def _ladder(x: Tensor, most: Tensor) -> Tensor:
+    """The sum of min(i, most) over i = 1 .. x."""
+    low = torch.minimum(x.clamp(min=0), most)
+    return low * (low + 1) // 2 + (x - most).clamp(min=0) * most
 
 
 def _counts(scale: Int[Tensor, "b h"], share: Float[Tensor, "h 2"]) -> Int[Tensor, "b h 2"]:
@@ -182,5 +203,5 @@ class _Pairs:
         free = torch.nn.functional.pad((self.entry >= s[..., None]).float().cumsum(-1), (1, 0))  # of coordinates to x
         # the rows that ask see column j from x = n - j down to offset - j
         rows = free.gather(-1, self.keys - self.columns) - free.gather(-1, (self.offset - self.columns).clamp(min=0))
-        taken = torch.nn.functional.pad(rows.double().cumsum(-1), (1, 0)).gather(-1, v[..., None])[..., 0]
-        return covered + taken
+        first = torch.arange(self.keys, device=rows.device) < v[..., None]
+        return covered + (rows * first).sum(-1, dtype=torch.float64)

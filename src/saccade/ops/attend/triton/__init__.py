@@ -1,13 +1,13 @@
 """Attention over a selection by kernels of our own in Triton, for a CUDA device; forward and backward, with lse.
 
-Every kind of selection becomes lists (`lists.py`): numbers of whole key blocks, lists of keys, ranges, or a window, for
-each query block. One kernel walks over them (`kernels.py`), query heads that read the same keys side by side. Triton is
-imported with the first call.
+Every kind of selection becomes lists (`lists.py`): numbers of whole key blocks, lists of keys, ranges, or a window,
+for each query block. One kernel walks over them (`kernels.py`), query heads that read the same keys side by side. Spans
+on a grid have kernels of their own (`grid/`), which read no lists. Triton is imported with the first call.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from saccade.core.selection import Blocks, PerHead, Selection, Spans
 from saccade.ops import device
+from saccade.ops.attend.triton import grid
+from saccade.ops.attend.triton.grid import Grid
 from saccade.ops.attend.triton.lists import TILE, Lists, listed
 from saccade.ops.attend.triton.lists import reasons as of_selection
 
@@ -39,7 +41,11 @@ def reasons(q: Tensor, v: Tensor, selection: Selection, scale: float) -> list[st
     if torch.are_deterministic_algorithms_enabled() and adds_up(selection) and _wants_gradients(q, v):
         why = "added up in no fixed order, and deterministic algorithms are asked for"
         out.append(f"its gradients over {selection.kind} are {why}")
-    return out + of_selection(selection)
+    return out + (grid.reasons(selection) if _on_a_grid(selection) else of_selection(selection))
+
+
+def _on_a_grid(selection: Selection) -> TypeGuard[Spans]:
+    return isinstance(selection, Spans) and bool(selection.grid)
 
 
 def adds_up(selection: Selection) -> bool:
@@ -65,16 +71,16 @@ def attend(
 ) -> tuple[Float[Tensor, "b h q dv"], Float[Tensor, "b h q"]]:
     """softmax over the selected pairs, and lse; differentiable in q, k, v through both."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    parts = listed(selection, q, q.shape[1] // k.shape[1])
+    parts = grid.of(selection) if _on_a_grid(selection) else listed(selection, q, q.shape[1] // k.shape[1])
     return _Attend.apply(q, k, v, parts, scale, softcap)  # type: ignore[return-value]
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: list[Lists], scale: float, softcap: float | None):
-        from saccade.ops.attend.triton import launch
-
-        out, lse, aux = launch.forward(q, k, v, parts, scale, softcap)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: list[Lists] | Grid, scale: float, softcap: float | None
+    ):
+        out, lse, aux = _launches(parts).forward(q, k, v, parts, scale, softcap)
         ctx.save_for_backward(q, k, v, out, lse, aux)
         ctx.rest = parts, scale, softcap
         return out, lse
@@ -82,6 +88,14 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor):  # type: ignore[override]
-        from saccade.ops.attend.triton import launch
+        back = _launches(ctx.rest[0]).backward
+        return (*back(*ctx.saved_tensors, d_out, d_lse, *ctx.rest), None, None, None)
 
-        return (*launch.backward(*ctx.saved_tensors, d_out, d_lse, *ctx.rest), None, None, None)
+
+def _launches(parts: list[Lists] | Grid) -> Any:
+    """The module that launches the kernels."""
+    if isinstance(parts, Grid):
+        from saccade.ops.attend.triton.grid import launch
+    else:
+        from saccade.ops.attend.triton import launch
+    return launch

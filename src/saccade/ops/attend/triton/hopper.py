@@ -29,6 +29,9 @@ TILE = 128
 SIZES = (64, 128)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+HIDDEN = tl.constexpr(-1e30)  # added to a logit that is not seen: finite, for it is also multiplied by 0
+SMALLEST = 1e-6  # scale with which that holds
+LEAST = tl.constexpr(-1e20)  # what a row's largest logit begins with: above all that are hidden, under all that are not
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,12 @@ class Form:
     step: int
     pack: int
     spans: bool
+
+
+@triton.jit
+def _excess(x, limit):
+    """0 where x <= limit, else 1; of whole numbers. A comparison and a choice take about three times as long."""
+    return tl.inline_asm_elementwise("sub.sat.f32 $0, $1, $2;", "=f,f,f", [x, limit], tl.float32, True, 1)
 
 
 @triton.jit
@@ -86,7 +95,7 @@ def _forward(
     head = head0 + r // ROWS
     alive = row < queries
     position = row + offset
-    n = tl.arange(0, BN)
+    n = tl.arange(0, BN).to(tl.float32)
     d = tl.arange(0, D)
     R: tl.constexpr = WIDTH // BN
     if CAUSAL:
@@ -108,7 +117,7 @@ def _forward(
         first = tl.load(crow)
         steps = (tl.load(crow + 1) - first) * R
         lists = COL + b.to(tl.int64) * col_b + head0.to(tl.int64) * col_h + first
-    m = tl.full([BM], -float("inf"), tl.float32)
+    m = tl.full([BM], LEAST, tl.float32)
     l = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
     unit = scale * LOG2E
@@ -120,28 +129,26 @@ def _forward(
     for j in tl.range(0, steps, 1, warp_specialize=SPECIAL):
         if SPANS:  # the sinks by themselves, and then what the window has beside them
             start = tl.where(j < sunk, j, j - sunk + low) * BN
-            upper = tl.where(j < sunk, tl.minimum(last, sinks - 1), last) - start
-            lower = tl.where(j < sunk, -1, tl.maximum(position - window, sinks - 1)) - start
+            upper = (tl.where(j < sunk, tl.minimum(last, sinks - 1), last) - start).to(tl.float32)
+            lower = (tl.where(j < sunk, 0, tl.maximum(position - window + 1, sinks)) - start).to(tl.float32)
         else:
             start = tl.load(lists + j // R) * WIDTH + (j % R) * BN
-            upper = last - start
+            upper = (last - start).to(tl.float32)
         k = K.load([b, kv, start, 0]).reshape([BN, D]).T
         s = tl.dot(q, k)
+        s += _excess(n[None, :], upper[:, None]) * HIDDEN
         if SPANS:
-            s = tl.where((n[None, :] <= upper[:, None]) & (n[None, :] > lower[:, None]), s, -float("inf"))
-        else:
-            s = tl.where(n[None, :] <= upper[:, None], s, -float("inf"))
+            s += _excess(-n[None, :], -lower[:, None]) * HIDDEN
         top = tl.maximum(m, tl.max(s, 1) * unit)
-        base = tl.where(top == -float("inf"), 0.0, top)
-        p = tl.math.exp2(s * unit - base[:, None])
-        shrink = tl.math.exp2(m - base)
+        p = tl.math.exp2(s * unit - top[:, None])
+        shrink = tl.math.exp2(m - top)
         acc = acc * shrink[:, None]
         v = V.load([b, kv, start, 0]).reshape([BN, D])
         acc = tl.dot(p.to(OUT.dtype.element_ty), v, acc)
         l = l * shrink + tl.sum(p, 1)
         m = top
     some = l != 0  # true of a NaN
-    acc = acc / tl.where(some, l, 1.0)[:, None]
+    acc = acc * (1.0 / tl.where(some, l, 1.0))[:, None]
     at = b.to(tl.int64) * out_b + head.to(tl.int64) * out_h + row.to(tl.int64) * out_n
     tl.store(OUT + at[:, None] + d[None, :], acc.to(OUT.dtype.element_ty), mask=alive[:, None])
     lse = tl.where(some, (m + tl.math.log2(tl.where(some, l, 1.0))) * LN2, -float("inf"))
@@ -163,14 +170,14 @@ def form(part: Lists, group: int) -> Form | None:
     return Form(step, 2, False) if together else None
 
 
-def fits(q: Tensor, k: Tensor, v: Tensor, part: Lists, cap: float | None) -> bool:
+def fits(q: Tensor, k: Tensor, v: Tensor, part: Lists, scale: float, cap: float | None) -> bool:
     """Whether this form can compute it, and is right on this device."""
     if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device) != (9, 0):
         return False
     if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] not in SIZES or q.shape[-1] != v.shape[-1]:
         return False
     found = form(part, q.shape[1] // k.shape[1])
-    if cap is not None or found is None or q.shape[2] < TILE or not all(map(described, (q, k, v))):
+    if cap is not None or scale < SMALLEST or found is None or q.shape[2] < TILE or not all(map(described, (q, k, v))):
         return False
     return right(q.device, q.dtype, q.shape[-1], found)
 
@@ -192,16 +199,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Lis
     (b, h, n, d), g = q.shape, k.shape[1]
     found = form(part, h // g)
     assert found is not None
-    lists = [(x, [0 if x is None or x.shape[i] == 1 else x.stride(i) for i in (0, 1)]) for x in (part.crow, part.col)]
     pointers = [part.crow, part.col, part.sinks, part.window]
     rows = TILE // found.pack
     if found.pack > 1:  # a descriptor takes rows that follow on one another: the copy is read once, and is small
         q = q.unflatten(1, (-1, found.pack)).unflatten(3, (-1, rows)).transpose(2, 3).flatten(2, 4)
-    triton.set_allocator(_scratch)  # for the descriptor that the kernel makes
+    triton.set_allocator(scratch)  # for the descriptor that the kernel makes
     _forward[(triton.cdiv(n, rows) * (h // g // found.pack), g, b)](
         q, *(descriptor(x, found.step) for x in (k, v)), out, lse, *(lse if x is None else x for x in pointers),
-        scale, h, h // g, n, part.keys, 0, *q.stride()[:3], *out.stride()[:3],
-        *(s for _, strides in lists for s in strides),
+        scale, h, h // g, n, part.keys, 0, *strides(q, out),
+        *lined(part.crow), *lined(part.col),
         0 if part.sinks is None or len(part.sinks) == 1 else 1,
         D=d, BM=TILE, BN=found.step, ROWS=rows, PACK=found.pack, SUB=max(1, part.q_block // rows),
         WIDTH=max(found.step, part.width), SPANS=found.spans, CAUSAL=part.causal, SPECIAL=True,
@@ -209,7 +215,18 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Lis
     )
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+def strides(*tensors: Tensor) -> list[int]:
+    """Of the first three axes."""
+    return [n for x in tensors for n in x.stride()[:3]]
+
+
+def lined(x: Tensor | None) -> list[int]:
+    """Strides of a list's first two axes; 0 where one row stands for all."""
+    return [0 if x is None or x.shape[i] == 1 else x.stride(i) for i in (0, 1)]
+
+
+def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """What Triton asks for where a kernel makes descriptors."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
@@ -219,7 +236,7 @@ def right(device: torch.device, dtype: torch.dtype, size: int, found: Form) -> b
     from saccade.ops.attend.triton import launch
 
     draw = rng.generator("ops/attend/triton/hopper")
-    part = _small(device, found)
+    part = small(device, found)
     q, k, v = (torch.randn(1, h, part.queries, size, generator=draw).to(device, dtype) for h in (4, 2, 2))
     plain, plain_lse, _ = launch.forward(q, k, v, [part], size**-0.5, None, special=False)
     out, lse = torch.full_like(plain, torch.nan), torch.full_like(plain_lse, torch.nan)
@@ -238,7 +255,8 @@ def right(device: torch.device, dtype: torch.dtype, size: int, found: Form) -> b
     return False
 
 
-def _small(device: torch.device, found: Form) -> Lists:
+def small(device: torch.device, found: Form) -> Lists:
+    """The case that a form is tried on."""
     n = 900 if found.pack == 1 else 960
     shape = {"causal": True, "queries": n, "keys": n, "q_block": TILE // found.pack, "pack": found.pack}
     if found.spans:

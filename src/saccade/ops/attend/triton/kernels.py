@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from saccade.ops.tanh import tanh
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 SCANNED: tl.constexpr = tl.constexpr(256)  # entries of a list that are counted at a time
@@ -32,12 +34,6 @@ def _load(at, rows, sizes, ROWS: tl.constexpr, SIZES: tl.constexpr):
     if SIZES:
         return tl.load(at, mask=sizes, other=0.0)
     return tl.load(at)
-
-
-@triton.jit
-def _tanh(x):
-    t = tl.math.exp2(tl.abs(x) * (-2 * LOG2E))
-    return tl.where(x < 0, -1.0, 1.0) * (1 - t) / (1 + t)
 
 
 @triton.jit
@@ -104,7 +100,7 @@ def _step(
     log: tl.constexpr = 1.0 if WIDE else LOG2E
     unit = scale * log
     if CAPPED:
-        t = _tanh(s * (scale / cap))
+        t = tanh(s * (scale / cap), WIDE)
         s = t * (cap * log)
         unit = 1.0
     if MASKED:
@@ -587,7 +583,7 @@ def _turned(
     log: tl.constexpr = 1.0 if WIDE else LOG2E
     unit = scale * log
     if CAPPED:
-        t = _tanh(s * (scale / cap))
+        t = tanh(s * (scale / cap), WIDE)
         s = t * (cap * log)
         unit = 1.0
     if MASKED:

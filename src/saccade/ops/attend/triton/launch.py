@@ -9,7 +9,7 @@ import triton
 from jaxtyping import Float
 from torch import Tensor
 
-from saccade.ops.attend.triton import hopper, kernels
+from saccade.ops.attend.triton import hopper, hopper_backward, kernels
 from saccade.ops.attend.triton.lists import FEWEST, MOST, TILE, Lists, pieces, steps, turned
 
 SPECIAL = True  # the warp-specialised form, where it fits and is right
@@ -78,7 +78,7 @@ def forward(
     aux = torch.empty(2, *lse.shape, dtype=torch.float32, device=q.device) if q.dtype == torch.float32 else None
     special = SPECIAL if special is None else special
     for part in parts:
-        if special and hopper.fits(q, k, v, part, cap):
+        if special and hopper.fits(q, k, v, part, scale, cap):
             hopper.forward(q, k, v, out, lse, part, scale)
         else:
             _over_keys(q, k, v, None, out, lse, aux, None, None, None, part, scale, cap)
@@ -97,15 +97,21 @@ def backward(
     parts: list[Lists],
     scale: float,
     cap: float | None,
+    special: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-    delta, base = _row_sums(out, d_out, lse, d_lse)
+    delta, base = row_sums(out, d_out, lse, d_lse)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     alone = len(parts) == 1 and parts[0].turnable
     make = torch.empty if alone else torch.zeros
     dk, dv = (make(x.shape, dtype=x.dtype if alone else torch.float32, device=x.device) for x in (k, v))
+    special = SPECIAL if special is None else special
     for part in parts:
+        if special and alone and hopper_backward.fits(q, k, v, d_out, part, scale, cap):
+            hopper_backward.onto_queries(q, k, v, d_out, base, delta, dq, part, scale)
+            hopper_backward.onto_keys(q, k, v, d_out, base, delta, dk, dv, part, scale)
+            continue
         onto = None if part.turnable else (dk, dv)
         _over_keys(q, k, v, d_out, dq, base, aux, delta, *(onto or (None, None)), part, scale, cap)
         if part.turnable:
@@ -167,7 +173,7 @@ def _over_keys(q, k, v, d_out, out, lse, aux, delta, dk, dv, part: Lists, scale:
     )
 
 
-def _row_sums(
+def row_sums(
     out: Tensor, d_out: Tensor, lse: Float[Tensor, "b h q"], d_lse: Float[Tensor, "b h q"]
 ) -> tuple[Float[Tensor, "b h q"], Float[Tensor, "b h q"]]:
     """delta, and lse as the kernels take it off."""

@@ -84,33 +84,40 @@ def _mark(COLUMNS, COUNT, RUNS, BITS, columns, columns_h, keys, offset, blocks, 
         tl.store(BITS + (line * blocks + block) * words + word, bits, mask=word < words)
 
 
-def drawn(
-    s: Lines, device: torch.device
-) -> tuple[Int[Tensor, "b h nqb"], Int[Tensor, "b h nqb t"], Int[Tensor, "b h 1 v"], Int[Tensor, "b h nqb w"]]:
-    """How many runs each query block has, their first keys, the columns in order, and which of those count."""
-    slashes, columns = (x.to(device, torch.int32) for x in (s.slashes, s.verticals))
-    rows = torch.broadcast_shapes(slashes.shape[:2], columns.shape[:2])
-    b, h = rows
+def runs(s: Lines, device: torch.device) -> tuple[Int[Tensor, "b h nqb"], Int[Tensor, "b h nqb t"]]:
+    """How many runs of `block` keys each query block's diagonals make, and their first keys, ascending."""
+    slashes = s.slashes.to(device, torch.int32)
+    b, h = torch.broadcast_shapes(slashes.shape[:2], s.verticals.shape[:2])
     blocks = -(-s.queries // s.block)
     last = blocks * s.block + s.offset
     farther = _farther(slashes, last).expand(b, h, -1).contiguous()
-    columns = columns.sort(-1).values.expand(b, h, -1).contiguous()
     count = torch.empty(b, h, blocks, dtype=torch.int32, device=device)
     shape = (s.keys, s.offset, blocks, last)
     grid = (triton.cdiv(blocks, LANES), b * h)
-    if count.numel():
-        _walk[grid](farther, count, count, *shape, 0, WIDTH=s.block, LANES=LANES, WRITE=False)
-    most = max(1, int(count.max()) if count.numel() else 0)  # the host waits here
-    runs = torch.empty(b, h, blocks, most, dtype=torch.int32, device=device)
+    if not count.numel():
+        return count, count.new_empty(b, h, blocks, 1)
+    _walk[grid](farther, count, count, *shape, 0, WIDTH=s.block, LANES=LANES, WRITE=False)
+    most = max(1, int(count.max()))  # the host waits here
+    first = torch.empty(b, h, blocks, most, dtype=torch.int32, device=device)
+    _walk[grid](farther, count, first, *shape, most, WIDTH=s.block, LANES=LANES, WRITE=True)
+    return count, first
+
+
+def drawn(
+    s: Lines, device: torch.device
+) -> tuple[Int[Tensor, "b h nqb"], Int[Tensor, "b h nqb t"], Int[Tensor, "b h 1 v"], Int[Tensor, "b h nqb w"]]:
+    """The runs of each query block, the columns in order, and which of those count."""
+    count, first = runs(s, device)
+    b, h, blocks = count.shape
+    columns = s.verticals.to(device, torch.int32).sort(-1).values.expand(b, h, -1).contiguous()
     words = -(-columns.shape[-1] // WORD)
     bits = torch.empty(b, h, blocks, words, dtype=torch.int32, device=device)
     if count.numel():
-        _walk[grid](farther, count, runs, *shape, most, WIDTH=s.block, LANES=LANES, WRITE=True)
         _mark[(blocks, b * h)](
-            columns, count, runs, bits, columns.shape[-1], columns.shape[-1], s.keys, s.offset, blocks, most, words,
-            WIDTH=s.block, CAUSAL=s.causal, CHUNK=CHUNK, WORD=WORD,
+            columns, count, first, bits, columns.shape[-1], columns.shape[-1], s.keys, s.offset, blocks,
+            first.shape[-1], words, WIDTH=s.block, CAUSAL=s.causal, CHUNK=CHUNK, WORD=WORD,
         )
-    return count, runs, columns[:, :, None], bits
+    return count, first, columns[:, :, None], bits
 
 
 def _farther(slashes: Int[Tensor, "b h s"], last: int) -> Int[Tensor, "b h n"]:

@@ -169,18 +169,28 @@ def steps(n: int, device: torch.device) -> Int[Tensor, " n"]:
     return torch.arange(n, device=device)
 
 
-def turned(one: Lists) -> tuple[Int[Tensor, "b h nkb+1"], Int[Tensor, "b h nnz"]]:
-    """Blocks by their key block: where each begins, and the query blocks that list it, ascending. On the device."""
+MEMBER = 1 << 16  # what a head counts for, in a list of query blocks of several heads
+
+
+def turned(
+    one: Lists, heads: int | None = None, group: int = 1
+) -> tuple[Int[Tensor, "b h nkb+1"], Int[Tensor, "b h nnz"]]:
+    """Blocks by their key block: where each begins, and the query blocks that list it, ascending. On the device.
+
+    With the number of `heads`, those of `group` in a row together: number in the group * MEMBER + query block."""
     assert one.crow is not None and one.col is not None
     crow, col = one.crow, one.col
-    b, h, nnz = max(crow.shape[0], col.shape[0]), max(crow.shape[1], col.shape[1]), col.shape[2]
+    b, h, nnz = max(crow.shape[0], col.shape[0]), heads or max(crow.shape[1], col.shape[1]), col.shape[2]
     crow, col = crow.expand(b, h, -1).contiguous(), col.expand(b, h, -1).contiguous()
     entry = steps(nnz, col.device).expand(b, h, nnz).contiguous()
     row = torch.searchsorted(crow[..., 1:].contiguous(), entry, right=True, out_int32=True)
     nkb = -(-one.keys // one.step)
     blocks = torch.where((col >= 0) & (entry < crow[..., -1:]), col, nkb)
+    if group > 1:
+        row = row + (steps(h, col.device) % group * MEMBER).int()[:, None]
+        row, blocks = (x.view(b, h // group, group * nnz) for x in (row, blocks))
     ordered, order = blocks.sort(dim=-1, stable=True)
-    edges = steps(nkb + 1, col.device).expand(b, h, nkb + 1).contiguous()
+    edges = steps(nkb + 1, col.device).expand(*blocks.shape[:2], nkb + 1).contiguous()
     first = torch.searchsorted(ordered.contiguous(), edges.to(ordered.dtype), out_int32=True)
     return first, row.gather(-1, order)
 

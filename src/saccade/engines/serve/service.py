@@ -1,0 +1,392 @@
+"""The model at work for many: a bounded queue, one thread that owns the model, memory that is reserved beforehand."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from saccade.attach import caches, compat
+from saccade.attach.compat import CACHE
+from saccade.core.budget import Budget
+from saccade.core.errors import BadOption, CannotRun, SaccadeError
+from saccade.engines.serve.batch import Batch, Row, next_tokens
+from saccade.engines.serve.jobs import Event, Job, Refused
+from saccade.engines.serve.prefixes import Prefixes
+from saccade.measure.bytes import cache_bytes, full_cache_bytes
+from saccade.measure.contestants import Contestant
+
+log = logging.getLogger("saccade")
+
+TRIAL_TOKENS = 64  # read at the start, to see what a token costs and what the cache allows
+TURN_TOKENS = 512  # of prompts read between two steps of those that are being decoded; one prompt at least
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the service takes on. `request_tokens` None: as many as the model has positions.
+
+    Raises:
+        BadOption: a number below one (`prefixes`: below zero).
+    """
+
+    batch: int = 16  # requests decoded together
+    queue: int = 64  # requests that wait
+    cache_bytes: int = 4 * 2**30  # of all caches, those kept for later prompts included
+    prefixes: int = 8  # prompts whose caches are kept
+    new_tokens: int = 256  # where a request does not say how many
+    request_tokens: int | None = None  # prompt and new ones of one request
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            least = 0 if name == "prefixes" else 1
+            if value is not None and value < least:
+                raise BadOption(f"{name}={value}", f"it must be {least} or more", "Give such a number.")
+
+
+class Service:
+    """A context manager: inside, the methods are attached and the thread works."""
+
+    def __init__(self, model: Any, tokenizer: Any, who: Contestant, budget: Budget, limits: Limits, seed: int = 0):
+        self.model, self.tokenizer, self.who, self.budget, self.limits = model, tokenizer, who, budget, limits
+        self.seed = seed
+        self._ends = _end_tokens(model, tokenizer)
+        self._forward = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        self._waiting: deque[Job] = deque()
+        self._batches: list[Batch] = []
+        self._taken: list[Job] = []  # whose prompts are read, or will be at once
+        self._ended = {"finished": 0, "cancelled": 0, "failed": 0}
+        self._stopping = False
+        self._news = threading.Condition()
+        self._stack = contextlib.ExitStack()
+
+    # --- on and off -------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Service:
+        with self._stack:
+            self.positions = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+            few = max(1, min(TRIAL_TOKENS, (self.positions or 2 * TRIAL_TOKENS) // 2))
+            dense = full_cache_bytes(self.model, 2 * few) - full_cache_bytes(self.model, few)
+            self._run = self._stack.enter_context(self.who.working(self.model, self.budget, self.seed))
+            self._look(few, dense)
+            self._thread = threading.Thread(target=self._work, name="saccade-serve", daemon=True)
+            self._thread.start()
+            self._stack.callback(self._stop)
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _stop(self) -> None:
+        with self._news:
+            self._stopping = True
+            self._news.notify()
+        self._thread.join()
+
+    @torch.no_grad()
+    def _look(self, few: int, dense: int) -> None:
+        """What one token costs while a prompt is read, and what the cache allows. `dense`: bytes of a few tokens in the
+        model's own cache, the least that is reckoned with: some methods evict while they read."""
+        held = {}
+        for tokens in (few, 2 * few):
+            cache = self._new_cache()
+            with self._run.prompt() if self._run else contextlib.nullcontext():
+                self._read([0] * tokens, cache)
+                held[tokens] = cache_bytes(cache)
+        self.bytes_per_token = -(-max(dense, held[2 * few] - held[few]) // few)
+        self.bytes_per_request = max(0, held[few] - few * self.bytes_per_token)
+        self.not_joined = caches.why_not_joined(self._run, cache)
+        self._padded = caches.pads(cache) and not self.not_joined
+        self.not_continued = caches.why_not_continued(self._run, cache)
+        caches.forget(cache)
+        if self.request_tokens < 2:
+            raise CannotRun("serve requests of a token and an answer", self._bound(), "Allow more.")
+        most = 0 if self.not_continued else self.limits.prefixes
+        self._prefixes = Prefixes(most, caches.observed_tokens(self._run))
+
+    @property
+    def request_tokens(self) -> int:
+        """Prompt and new tokens that one request may have: by option, by the model's positions, by memory."""
+        room = max(0, self.limits.cache_bytes - self.bytes_per_request) // self.bytes_per_token
+        return min(x for x in (self.limits.request_tokens, self.positions, room) if x is not None)
+
+    # --- from other threads -----------------------------------------------------------------------------------------
+
+    def submit(self, job: Job) -> None:
+        """Take a request on, or say why not.
+
+        Raises:
+            Refused: 400 for one that can never run here, 429 when the queue is full, 503 when it is closing.
+        """
+        self._measure(job)
+        with self._news:
+            if self._stopping:
+                raise Refused("serve a request", "the server is closing", "Ask another one.", status=503)
+            if len(self._waiting) >= self.limits.queue:
+                found = f"{len(self._waiting)} requests are waiting already"
+                raise Refused("serve a request", found, "Ask again in a moment.", status=429, code="queue_full")
+            self._waiting.append(job)
+            self._news.notify()
+
+    def _measure(self, job: Job) -> None:
+        """Settle how many tokens it may write, and what memory that takes."""
+        prompt, limit, asked = len(job.ids), self.request_tokens, job.wish.new_tokens
+        if not prompt:
+            raise Refused("serve a request", "its prompt has no tokens", "Give some text.")
+        job.new_tokens = min(self.limits.new_tokens, max(1, limit - prompt)) if asked is None else asked
+        if prompt + job.new_tokens > limit:
+            raise Refused(
+                f"read {prompt:,} tokens and write {job.new_tokens:,}",
+                self._bound(),
+                "Send a shorter prompt or ask for fewer new tokens.",
+                code="context_length_exceeded",
+            )
+        job.bytes_reserved = (prompt + job.new_tokens) * self.bytes_per_token + self.bytes_per_request
+
+    def _bound(self) -> str:
+        """Why a request is too long."""
+        limit = self.request_tokens
+        if limit == self.positions:
+            return f"this model has {limit:,} positions"
+        if limit == self.limits.request_tokens:
+            return f"this server takes {limit:,} tokens a request"
+        size, each, once = self.limits.cache_bytes, self.bytes_per_token, self.bytes_per_request
+        return f"the {size:,} bytes for caches hold {limit:,} tokens of {each:,} bytes, beside {once:,} for a request"
+
+    def cancel(self, job: Job) -> None:
+        """Nobody waits for it any longer."""
+        job.cancelled = True
+
+    def notes(self) -> list[str]:
+        """What does not work here as elsewhere, in words."""
+        notes = [f"Each request is decoded by itself: {'; '.join(self.not_joined)}."] if self.not_joined else []
+        if self.not_continued and self.limits.prefixes:
+            notes.append(f"No prompt is reused: {'; '.join(self.not_continued)}.")
+        ignored = _unserved(self.model)
+        if ignored:
+            notes.append(f"The model's own generation settings {', '.join(ignored)} are not applied.")
+        return notes
+
+    def health(self) -> dict[str, Any]:
+        """Where it stands."""
+        with self._news:
+            prefixes = self._prefixes
+            return {
+                "status": "closing" if self._stopping else "ok",
+                "method": self.who.label,
+                "budget": str(self.budget) if self.who.methods else "1",
+                "running": len(self._taken),
+                "waiting": len(self._waiting),
+                "ended": dict(self._ended),
+                "batching": {"most": self.limits.batch, "together": not self.not_joined, "why_not": self.not_joined},
+                "memory": {
+                    "bytes_reserved": self._reserved(self._taken),
+                    "bytes_prefixes": prefixes.bytes_held,
+                    "bytes_most": self.limits.cache_bytes,
+                    "bytes_per_token": self.bytes_per_token,
+                    "bytes_per_request": self.bytes_per_request,
+                    "request_tokens": self.request_tokens,
+                },
+                "prefixes": {
+                    "kept": len(prefixes),
+                    "most": prefixes.most,
+                    "hits": prefixes.hits,
+                    "reused_tokens": prefixes.reused_tokens,
+                    "why_not": self.not_continued,
+                },
+            }
+
+    # --- in the thread ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _work(self) -> None:
+        while self._something_to_do():
+            try:
+                self._turn()
+            except Exception as error:  # while rows joined or left: it concerns all that are there, not the server
+                self._fail(list(self._taken), error)
+                self._set(None, [])
+        self._close()
+
+    def _turn(self) -> None:
+        """Everybody's next token."""
+        self._drop_cancelled()
+        fresh = self._admit()
+        if fresh:
+            self._join(fresh)
+        for batch in list(self._batches):
+            self._step(batch)
+
+    def _something_to_do(self) -> bool:
+        with self._news:
+            while not (self._stopping or self._waiting or self._batches):
+                self._news.wait()
+            return not self._stopping
+
+    def _close(self) -> None:
+        error = Refused("serve a request", "the server is closing", "Ask another one.", status=503)
+        with self._news:
+            jobs = [*self._waiting, *self._taken]
+            self._waiting.clear()
+            self._taken.clear()
+        for job in jobs:
+            job.deliver(Event(error=error))
+        self._set(None, [])
+
+    def _drop_cancelled(self) -> None:
+        with self._news:
+            left = deque(job for job in self._waiting if not job.cancelled)
+            self._ended["cancelled"] += len(self._waiting) - len(left)
+            self._waiting = left
+        for batch in list(self._batches):
+            self._keep(batch, [row for row in batch.rows if not row.job.cancelled], "cancelled")
+
+    def _admit(self) -> list[Batch]:
+        """Read the prompts of those that waited longest, as far as rows and memory go; each is a batch of its own."""
+        fresh, read = [], 0
+        while len(self._taken) < self.limits.batch and read < TURN_TOKENS:
+            job = self._next()
+            if job is None:
+                break
+            read += len(job.ids)
+            batch = self._begin(job)
+            if batch is not None:
+                fresh.append(batch)
+        return fresh
+
+    def _next(self) -> Job | None:
+        with self._news:
+            job = self._waiting[0] if self._waiting else None
+            if job is None or self._room([*self._taken, job]) < 0:
+                return None
+            self._taken.append(self._waiting.popleft())
+            self._prefixes.shrink(self._room(self._taken))
+            return job
+
+    def _reserved(self, jobs: Sequence[Job]) -> int:
+        """Bytes that some jobs may come to take together."""
+        sizes = [job.bytes_reserved for job in jobs]
+        return len(sizes) * max(sizes, default=0) if self._padded else sum(sizes)
+
+    def _room(self, jobs: Sequence[Job]) -> int:
+        return self.limits.cache_bytes - self._reserved(jobs)
+
+    def _begin(self, job: Job) -> Batch | None:
+        """Read a prompt and write its first token; None if that was all, or it failed."""
+        try:
+            cache, logits = self._prefill(job)
+            batch = Batch(self.model, cache, Row(job, self.tokenizer))
+            return batch if self._hand_out(batch, next_tokens(logits, batch.rows)) else None
+        except Exception as error:  # of a method, the model or the device: it concerns this request, not the server
+            self._fail([job], error)
+            return None
+
+    def _prefill(self, job: Job) -> tuple[Any, torch.Tensor]:
+        if not self._prefixes.most:
+            cache = self._new_cache()
+            return cache, self._read(job.ids, cache)
+        with self._news:
+            cache, job.reused_tokens = self._prefixes.find(job.ids)
+        if cache is None:
+            cache = self._new_cache()
+        caches.resume(cache)
+        with self._run.prompt() if self._run else contextlib.nullcontext():
+            logits = self._read(job.ids, cache, job.reused_tokens)
+            with self._news:
+                self._prefixes.keep(job.ids, cache, self._room(self._taken))
+        return cache, logits
+
+    def _new_cache(self) -> Any:
+        return self._run.new_cache() if self._run else compat.new_cache(self.model)
+
+    def _read(self, ids: list[int], cache: Any, known: int = 0) -> torch.Tensor:
+        """Logits [1 n v] of the tokens that the cache does not hold yet; of the last alone if the model can do that."""
+        device = self.model.device
+        places = torch.arange(known, len(ids), device=device)[None]
+        mask = torch.ones(1, len(ids), dtype=torch.long, device=device)
+        new = torch.tensor([ids[known:]], device=device)
+        given = {CACHE: cache, "use_cache": True, **self._forward}
+        return self.model(new, attention_mask=mask, position_ids=places, **given).logits
+
+    def _join(self, fresh: Sequence[Batch]) -> None:
+        """Those that were read join those that are decoded, where the cache allows it."""
+        if self.not_joined:
+            self._set(None, [*self._batches, *fresh])
+            return
+        first, *others = [*self._batches, *fresh]
+        first.take_in(others)
+        self._set(None, [first])
+
+    def _step(self, batch: Batch) -> None:
+        jobs = [row.job for row in batch.rows]
+        try:
+            self._hand_out(batch, batch.step())
+        except Exception as error:
+            self._fail(jobs, error)
+            self._set(batch, [])
+
+    def _hand_out(self, batch: Batch, tokens: torch.Tensor) -> bool:
+        """Give every row its new token, and its client the text; whether some rows go on."""
+        told = [(row, row.take(token, self._ends)) for row, token in zip(batch.rows, tokens.tolist())]
+        self._keep(batch, [row for row, event in told if not event.last], "finished")
+        for row, event in told:  # last of all, so that who is told the end finds the memory free
+            if event.text or event.last:
+                row.job.deliver(event)
+        return bool(batch.rows)
+
+    def _keep(self, batch: Batch, rows: Sequence[Row], why: str) -> None:
+        """Of a batch only these go on; why the others do not."""
+        left = [row.job for row in batch.rows if row not in rows]
+        batch.keep(rows)
+        if not rows:
+            self._set(batch, [])
+        self._release(left, why)
+
+    def _set(self, old: Batch | None, new: list[Batch]) -> None:
+        """In the place of one batch, or of all, these."""
+        with self._news:
+            self._batches = new if old is None else [*(b for b in self._batches if b is not old), *new]
+
+    def _release(self, jobs: Sequence[Job], why: str) -> None:
+        with self._news:
+            self._taken = [job for job in self._taken if job not in jobs]
+            self._ended[why] += len(jobs)
+
+    def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
+        log.error("serving failed", exc_info=error)
+        self._release(jobs, "failed")
+        for job in jobs:
+            job.deliver(Event(error=_said(error)))
+
+
+def _said(error: Exception) -> Refused:
+    """What a client is told: our own errors in full, of others no more than their kind."""
+    if isinstance(error, SaccadeError):
+        return Refused(error.asked, error.found, error.do)
+    if isinstance(error, torch.OutOfMemoryError):
+        return Refused("serve a request", "the device is out of memory", "Ask again, or for fewer tokens.", status=503)
+    found = f"the model failed with a {type(error).__name__}"
+    return Refused("serve a request", found, "The server's log says more.", status=500)
+
+
+def _unserved(model: Any) -> list[str]:
+    """Settings in the model's folder by which `generate` would choose other tokens, and we do not."""
+    neutral = {"repetition_penalty": 1, "no_repeat_ngram_size": 0, "bad_words_ids": None, "suppress_tokens": None,
+               "begin_suppress_tokens": None, "sequence_bias": None, "min_new_tokens": 0, "min_length": 0}  # fmt: skip
+    said = {name: getattr(model.generation_config, name, None) for name in neutral}
+    return [f"{name}={value}" for name, value in said.items() if value not in (None, neutral[name])]
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Where the model stops, as `generate` does."""
+    said = getattr(model.generation_config, "eos_token_id", None)
+    said = tokenizer.eos_token_id if said is None else said
+    return frozenset([] if said is None else [said] if isinstance(said, int) else said)
