@@ -267,7 +267,7 @@ class Store:
         buckets = list(self.buckets)
         for other in others:
             first = self.sequences * self.kv_heads
-            buckets += [Bucket(b.rows + first, b.positions, b.columns) for b in other.buckets]
+            buckets += [replace(b, rows=b.rows + first) for b in other.buckets]
             self.sequences += other.sequences
             self.seen = self.seen + other.seen
             self.dropped = self.dropped or other.dropped
