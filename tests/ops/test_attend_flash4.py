@@ -231,7 +231,12 @@ def test_it_can_run_here():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES)
 def test_both_ways_at_every_head_size(kind, size):
-    check(selection(kind, 700, 900, q_block=256), tensors(2, 4, 2, 700, 900, size, torch.bfloat16), **HERE)
+    inputs = tensors(2, 4, 2, 700, 900, size, torch.bfloat16)
+    if size == 80:
+        with pytest.raises(CannotRun, match="gradients of heads of 80"):
+            check(selection(kind, 700, 900, q_block=256), inputs, **HERE)
+    else:
+        check(selection(kind, 700, 900, q_block=256), inputs, **HERE)
 
 
 @gpu

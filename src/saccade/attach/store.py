@@ -86,7 +86,7 @@ class Bucket:
             space.used += more
             joined = {name: _written(_longer(x, more), new[name]) for name, x in old.items()}
         else:
-            room = self.length // SPARE
+            room = (self.length - self.front) // SPARE
             space = Space(self.length + more, self.length + more + room) if room else None
             joined = {name: _written(_moved(x, more, room), new[name]) for name, x in old.items()}
         return Bucket(self.rows, joined.pop(""), joined, self.packed, space)

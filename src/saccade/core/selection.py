@@ -8,7 +8,7 @@ say.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +67,13 @@ class Selection:
         assert (self.queries, self.keys) == (other.queries, other.keys), "selections of different shapes"
         allowed = join(self.mask(), other.mask())
         return Pairs(allowed=allowed, queries=self.queries, keys=self.keys, causal=self.causal and other.causal)
+
+
+def column(numbers: Sequence[int], device: torch.device) -> Int[Tensor, "q 1"]:
+    """On the device; a single number is not copied there, which would make it wait."""
+    if len(numbers) == 1:
+        return torch.full((1, 1), numbers[0], device=device)
+    return torch.tensor(numbers, device=device)[:, None]
 
 
 def causal_mask(queries: int, keys: int, device: torch.device | str = "cpu") -> Bool[Tensor, "q k"]:

@@ -15,7 +15,7 @@ from saccade.core.artefact import Artefact
 from saccade.core.card import Card
 from saccade.core.errors import BadOption
 from saccade.core.method import Decode
-from saccade.core.selection import Gather, Selection, dense
+from saccade.core.selection import Gather, Selection, column, dense
 from saccade.core.site import Site
 
 
@@ -114,7 +114,7 @@ class DoubleSparsity(Decode):
         # one product per key/value head: its labels are read once
         together = asked.unflatten(1, (site.kv_heads, -1)).flatten(2, 3)
         score = (together.float() @ labels.float().mT).view(*q.shape[:3], site.keys)
-        room, one = _column(counts, q.device), site.queries == 1
+        room, one = column(counts, q.device), site.queries == 1
         if not one or self.recent_tokens:  # a single query sees every key: two passes over the scores are saved
             keys = torch.arange(site.keys, device=q.device)
             behind = keys[site.offset :, None] - keys
@@ -158,13 +158,6 @@ class DoubleSparsity(Decode):
         """Keys that each query reads: its own budget, as if it came alone."""
         spread = (site.layer, site.layers, self.dense_layers, site.bytes_per_token)
         return [site.budget.layer_tokens(n, *spread) for n in range(site.offset + 1, site.keys + 1)]
-
-
-def _column(counts: Sequence[int], device: torch.device) -> Int[Tensor, "q 1"]:
-    """On the device; a single number is not copied there, which would make it wait."""
-    if len(counts) == 1:
-        return torch.full((1, 1), counts[0], device=device)
-    return torch.tensor(counts, device=device)[:, None]
 
 
 def quantise(x: Float[Tensor, "*a r"], bits: int) -> tuple[UInt8[Tensor, "*a p"], Float[Tensor, "*a 2"]]:

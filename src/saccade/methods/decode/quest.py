@@ -14,7 +14,7 @@ from saccade import ops
 from saccade.core.card import Card
 from saccade.core.errors import BadOption
 from saccade.core.method import Decode
-from saccade.core.selection import Gather, Selection, dense
+from saccade.core.selection import Gather, Selection, column, dense
 from saccade.core.site import Site
 
 Bounds = tuple[Float[Tensor, "b g p d"], Float[Tensor, "b g p d"]]
@@ -92,8 +92,8 @@ class Quest(Decode):
         start = [max(page * self.page_tokens, n - count) for page, n, count in zip(newest, seen, counts)]
         room = [max(0, count - (n - first)) // self.page_tokens for count, n, first in zip(counts, seen, start)]
         wide = max(n - first for n, first in zip(seen, start))
-        tail = torch.tensor(start, device=q.device)[:, None] + torch.arange(wide, device=q.device)
-        tail = tail.masked_fill(tail >= torch.tensor(seen, device=q.device)[:, None], -1)
+        tail = column(start, q.device) + torch.arange(wide, device=q.device)
+        tail = tail.masked_fill(tail >= column(seen, q.device), -1)
         index = tail.expand(q.shape[0], site.heads, -1, -1)
         pages = self._pages(q, self._bounds(stored, site), newest, room)
         if pages.shape[-1]:
@@ -111,8 +111,10 @@ class Quest(Decode):
         if not max(room):
             return out
         scores = ops.page_scores(q, *bounds, by_group=self.group == "max")
-        whole = torch.tensor(newest, device=q.device)[:, None]
+        whole = column(newest, q.device)
         scores = scores.masked_fill(torch.arange(scores.shape[-1], device=q.device) >= whole, -torch.inf)
+        if len(set(room)) == 1:
+            return _wide(ops.topk(scores, room[0]).long(), room[0])
         for count in set(room) - {0}:
             rows = torch.tensor([i for i, n in enumerate(room) if n == count], device=q.device)
             out[:, :, rows, :count] = ops.topk(scores[:, :, rows], count).long()
@@ -149,3 +151,8 @@ class Quest(Decode):
         """Keys that each query reads: its own budget, as if it came alone."""
         spread = (site.layer, site.layers, self.dense_layers, site.bytes_per_token)
         return [site.budget.layer_tokens(n, *spread) for n in seen]
+
+
+def _wide(pages: Int[Tensor, "b h q m"], count: int) -> Int[Tensor, "b h q n"]:
+    """With -1 where there are fewer pages than asked for."""
+    return torch.nn.functional.pad(pages, (0, count - pages.shape[-1]), value=-1)

@@ -24,6 +24,7 @@ from saccade.ops.attend.flex import edges, listed, span_tables
 
 BLOCK = 128  # keys of a block of its own, and queries too on Hopper
 SIZES = (32, 128)  # of a head; above, its blocks have other sizes
+TRAINED = (32, 64, 96, 128)  # of these the gradients were seen to be right
 STEP = 8  # head sizes are multiples of it, and strides of rows: 16 bytes
 DTYPES = (torch.float16, torch.bfloat16)
 MAJORS = (9, 10, 11)  # of compute capabilities; what is newer has no block lists in it
@@ -45,6 +46,9 @@ def reasons(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float)
         out.append(f"it computes in float16 and bfloat16, and the inputs are {str(q.dtype).split('.')[-1]}")
     if d % STEP or not SIZES[0] <= d <= SIZES[1]:
         out.append(f"heads of {d}; it takes multiples of {STEP} from {SIZES[0]} to {SIZES[1]}")
+    elif d not in TRAINED and _training(q, k, v):
+        sizes = ", ".join(map(str, TRAINED))
+        out.append(f"gradients of heads of {d}: those of 80 were wrong on an H200 (4.0.0b18); it was right at {sizes}")
     if v.shape[-1] != d:
         out.append(f"values of {v.shape[-1]} beside keys of {d}; they are to be of one size")
     if not (q.numel() and k.numel()):
