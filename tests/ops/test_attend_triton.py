@@ -256,6 +256,23 @@ def test_it_says_why_it_cannot(text):
     assert text in str(caught.value)
 
 
+@interpreter
+def test_single_keys_on_top_of_what_runs_gave():
+    """As the warp-specialised form has it done: the same as both at once, but for one more rounding."""
+    from saccade.ops.attend.triton import launch
+    from saccade.ops.attend.triton.lists import listed
+
+    q, k, v = tensors(1, 4, 2, 70, 90, 32, torch.float16)
+    (both,) = listed(build("lines", 1, 4, 70, 90, True, 3, 16), q, 2)
+    out, lse, _ = launch.forward(q, k, v, [both], 0.2, None)
+    runs = dataclasses.replace(both, index=None, bits=None)
+    single = dataclasses.replace(both, count=None, col=None)
+    parts, parts_lse, _ = launch.forward(q, k, v, [runs], 0.2, None)
+    launch._over_keys(q, k, v, None, parts, parts_lse, None, None, None, None, single, 0.2, None, start=True)
+    torch.testing.assert_close(parts_lse, lse)
+    torch.testing.assert_close(parts, out, rtol=0, atol=float(2 * torch.finfo(q.dtype).eps * out.abs().max()))
+
+
 # --- on a CUDA device -----------------------------------------------------------------------------------------------
 
 

@@ -38,6 +38,8 @@ def reasons(q: Tensor, v: Tensor, selection: Selection, scale: float) -> list[st
         out.append(f"gradients in float32 of heads above {FLOAT32}: theirs have three times PyTorch's rounding error")
     if not scale > 0:
         out.append(f"a scale of {scale:g}; it takes positive ones")
+    if q.is_cuda and q.dtype == torch.float32 and _on_a_grid(selection) and selection.causal:
+        out.append("a causal grid in float32: some rows came out as NaN on an H200 (Triton 3.6)")
     if torch.are_deterministic_algorithms_enabled() and adds_up(selection) and _wants_gradients(q, v):
         why = "added up in no fixed order, and deterministic algorithms are asked for"
         out.append(f"its gradients over {selection.kind} are {why}")

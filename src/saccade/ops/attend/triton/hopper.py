@@ -36,11 +36,12 @@ LEAST = tl.constexpr(-1e20)  # what a row's largest logit begins with: above all
 
 @dataclass(frozen=True)
 class Form:
-    """Keys of a step; heads that a tile of queries is of; spans, or blocks."""
+    """Keys of a step; heads that a tile of queries is of; spans, or blocks; those in a table, with any first key."""
 
     step: int
     pack: int
     spans: bool
+    table: bool = False
 
 
 @triton.jit
@@ -56,7 +57,7 @@ def _forward(
     V,
     OUT,
     LSE,
-    CROW,
+    CROW,  # where TABLE: how many each query block has
     COL,
     SINKS,
     WINDOW,
@@ -69,7 +70,7 @@ def _forward(
     q_b, q_h, q_n,
     out_b, out_h, out_n,
     crow_b, crow_h,
-    col_b, col_h,
+    col_b, col_h, col_i,
     span_h,
     D: tl.constexpr,
     BM: tl.constexpr,  # rows of a tile: PACK heads of ROWS queries
@@ -77,7 +78,9 @@ def _forward(
     ROWS: tl.constexpr,
     PACK: tl.constexpr,
     SUB: tl.constexpr,  # tiles of a query block
+    UNIT: tl.constexpr,  # keys from one number of COL to the next, and keys of each
     WIDTH: tl.constexpr,
+    TABLE: tl.constexpr,
     SPANS: tl.constexpr,
     CAUSAL: tl.constexpr,
     SPECIAL: tl.constexpr,
@@ -114,9 +117,14 @@ def _forward(
     else:
         block = tile // SUB
         crow = CROW + b.to(tl.int64) * crow_b + head0.to(tl.int64) * crow_h + block
-        first = tl.load(crow)
-        steps = (tl.load(crow + 1) - first) * R
-        lists = COL + b.to(tl.int64) * col_b + head0.to(tl.int64) * col_h + first
+        lists = COL + b.to(tl.int64) * col_b + head0.to(tl.int64) * col_h
+        if TABLE:
+            steps = tl.load(crow) * R
+            lists += block.to(tl.int64) * col_i
+        else:
+            first = tl.load(crow)
+            steps = (tl.load(crow + 1) - first) * R
+            lists += first
     m = tl.full([BM], LEAST, tl.float32)
     l = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
@@ -132,7 +140,7 @@ def _forward(
             upper = (tl.where(j < sunk, tl.minimum(last, sinks - 1), last) - start).to(tl.float32)
             lower = (tl.where(j < sunk, 0, tl.maximum(position - window + 1, sinks)) - start).to(tl.float32)
         else:
-            start = tl.load(lists + j // R) * WIDTH + (j % R) * BN
+            start = tl.load(lists + j // R) * UNIT + (j % R) * BN
             upper = (last - start).to(tl.float32)
         k = K.load([b, kv, start, 0]).reshape([BN, D]).T
         s = tl.dot(q, k)
@@ -156,18 +164,18 @@ def _forward(
 
 
 def form(part: Lists, group: int) -> Form | None:
-    """How it would go over these lists; None where it does not."""
-    if part.heads is not None or part.index is not None:
+    """How it would go over these lists, but for single keys; None where it does not."""
+    if part.heads is not None or (part.crow is None and part.count is None and part.sinks is None):
         return None
     if part.sinks is not None:
         return Form(TILE, 1, True) if part.causal else None
-    if part.crow is None or part.width % (TILE // 2):
+    if part.width % (TILE // 2):
         return None
-    step = TILE if part.width % TILE == 0 else TILE // 2
+    step, table = TILE if part.width % TILE == 0 else TILE // 2, part.count is not None
     if part.q_block % TILE == 0:
-        return Form(step, 1, False)
+        return Form(step, 1, False, table)
     together = part.q_block == TILE // 2 and part.pack == 2 and group % 2 == 0 and part.queries % (TILE // 2) == 0
-    return Form(step, 2, False) if together else None
+    return Form(step, 2, False, table) if together else None
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor, part: Lists, scale: float, cap: float | None) -> bool:
@@ -199,7 +207,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Lis
     (b, h, n, d), g = q.shape, k.shape[1]
     found = form(part, h // g)
     assert found is not None
-    pointers = [part.crow, part.col, part.sinks, part.window]
+    begins = part.count if found.table else part.crow
+    pointers = [begins, part.col, part.sinks, part.window]
     rows = TILE // found.pack
     if found.pack > 1:  # a descriptor takes rows that follow on one another: the copy is read once, and is small
         q = q.unflatten(1, (-1, found.pack)).unflatten(3, (-1, rows)).transpose(2, 3).flatten(2, 4)
@@ -207,10 +216,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Lis
     _forward[(triton.cdiv(n, rows) * (h // g // found.pack), g, b)](
         q, *(descriptor(x, found.step) for x in (k, v)), out, lse, *(lse if x is None else x for x in pointers),
         scale, h, h // g, n, part.keys, 0, *strides(q, out),
-        *lined(part.crow), *lined(part.col),
+        *lined(begins), *lined(part.col), part.col.stride(2) if part.col is not None else 0,
         0 if part.sinks is None or len(part.sinks) == 1 else 1,
         D=d, BM=TILE, BN=found.step, ROWS=rows, PACK=found.pack, SUB=max(1, part.q_block // rows),
-        WIDTH=max(found.step, part.width), SPANS=found.spans, CAUSAL=part.causal, SPECIAL=True,
+        UNIT=part.step, WIDTH=max(found.step, part.width), TABLE=found.table, SPANS=found.spans, CAUSAL=part.causal, SPECIAL=True,
         num_warps=4, num_stages=2,
     )
 
@@ -264,6 +273,12 @@ def small(device: torch.device, found: Form) -> Lists:
         return Lists(sinks=sinks, window=window, **shape)
     ends = [-(-min(i + shape["q_block"], n) // found.step) for i in range(0, n, shape["q_block"])]
     rows = [[c for c in range(end) if c % 3 != 1 or c == end - 1] for end in ends]
+    if found.table:
+        most = max(map(len, rows))
+        starts = [[c * found.step + 3 * (c > 0) for c in r] + [0] * (most - len(r)) for r in rows]
+        tables = (list(map(len, rows)), starts)
+        count, col = (torch.tensor(x, dtype=torch.int32, device=device)[None, None] for x in tables)
+        return Lists(count=count, col=col, step=1, width=found.step, **shape)
     crow = torch.tensor([0, *(len(r) for r in rows)]).cumsum(0).int().to(device)[None, None]
     col = torch.tensor([c for r in rows for c in r], dtype=torch.int32, device=device)[None, None]
     return Lists(crow=crow, col=col, step=found.step, width=found.step, **shape)

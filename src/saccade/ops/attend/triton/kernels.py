@@ -211,6 +211,7 @@ def over_keys(
     BACKWARD: tl.constexpr,
     ATOMIC: tl.constexpr,
     WIDE: tl.constexpr,
+    START: tl.constexpr,  # forward: OUT and LSE hold what other keys gave
 ):
     """Some queries of one list, over all keys of that list. Programs that read the same keys are neighbours."""
     x = tl.program_id(0)
@@ -284,9 +285,15 @@ def over_keys(
         v_mask = dv_here[None, :]
         do = q
         rest = position
-        m = tl.full([BM], -float("inf"), tl.float32)
-        l = tl.zeros([BM], tl.float32)
-        acc = tl.zeros([BM, BDV], tl.float32)
+        if START:
+            m = tl.load(LSE + rows, mask=alive, other=-float("inf")) * LOG2E
+            l = tl.where(m == -float("inf"), 0.0, 1.0)
+            before_it = OUT + b * out_b + (far * out_h + at * out_n)[:, None] + dv[None, :]
+            acc = tl.load(before_it, mask=alive[:, None] & dv_here[None, :], other=0.0).to(tl.float32)
+        else:
+            m = tl.full([BM], -float("inf"), tl.float32)
+            l = tl.zeros([BM], tl.float32)
+            acc = tl.zeros([BM, BDV], tl.float32)
 
     if RUNS:
         entries = COL + b * col_b + line.to(tl.int64) * col_h

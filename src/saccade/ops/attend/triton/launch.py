@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +81,9 @@ def forward(
     for part in parts:
         if special and hopper.fits(q, k, v, part, scale, cap):
             hopper.forward(q, k, v, out, lse, part, scale)
+            if part.index is not None:  # beside the runs: single keys, on top of what is there
+                rest = dataclasses.replace(part, count=None, col=None)
+                _over_keys(q, k, v, None, out, lse, None, None, None, None, rest, scale, cap, start=True)
         else:
             _over_keys(q, k, v, None, out, lse, aux, None, None, None, part, scale, cap)
     return out, lse, aux
@@ -135,8 +139,11 @@ def _lined(x: Tensor | None, axes: int) -> list[int]:
     return [0 if x.shape[i] == 1 else x.stride(i) for i in range(axes)]
 
 
-def _over_keys(q, k, v, d_out, out, lse, aux, delta, dk, dv, part: Lists, scale: float, cap: float | None) -> None:
-    """Forward into out and lse; with d_out dQ into out, and with dk and dv those too, added up atomically."""
+def _over_keys(
+    q, k, v, d_out, out, lse, aux, delta, dk, dv, part: Lists, scale: float, cap: float | None, start: bool = False
+) -> None:
+    """Forward into out and lse, on top of what they hold if `start`; with d_out dQ into out, and with dk and dv those
+    too, added up atomically."""
     (b, h, n, d), g, size = q.shape, k.shape[1], v.shape[-1]
     if not b or not n or not h:
         return
@@ -169,7 +176,7 @@ def _over_keys(q, k, v, d_out, out, lse, aux, delta, dk, dv, part: Lists, scale:
         SLOTS=slots, SUB=sub, RUNS=runs, STEP=part.step, WIDTH=part.width, CSR=part.crow is not None,
         COLUMNS=part.index is not None, MARKED=part.bits is not None, RANGED=part.ranges is not None,
         SPANS=part.sinks is not None, CAUSAL=part.causal, CAPPED=cap is not None, MAPPED=mapped, BACKWARD=back,
-        ATOMIC=dk is not None, WIDE=aux is not None, num_warps=shape.warps, num_stages=shape.stages,
+        ATOMIC=dk is not None, WIDE=aux is not None, START=start, num_warps=shape.warps, num_stages=shape.stages,
     )
 
 
