@@ -24,11 +24,14 @@ MODELS = {
 }
 CASES = [(family, None) for family in MODELS] + [
     ("llama", "snapkv"), ("llama", "streaming"), ("llama", "random:part=decode"), ("gemma3", "knorm"),
+    ("llama", "retrieval-attention:sink_tokens=1,window_tokens=3"), ("llama", "kivi:group_tokens=4,residual_tokens=4"),
 ]  # fmt: skip
 
 
 def attached(model, method):
-    return parse(method or "full").working(model, saccade.Budget.of(0.5), 0)
+    chosen = parse(method or "full")
+    packs = any("pack" in m.parts for m in chosen.methods)
+    return chosen.working(model, saccade.Budget.of(1.0 if packs else 0.5), 0)
 
 
 def new_cache(model, run):

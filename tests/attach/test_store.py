@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saccade.attach.store import SPARE, Bucket
+from saccade.attach.store import SPARE, Bucket, Store
 from saccade.core import rng
 
 
@@ -60,3 +62,15 @@ def test_most_tokens_copy_nothing():
     assert len(places) == 1
     held = bucket.columns["keys"].untyped_storage().nbytes()
     assert held <= bucket.columns["keys"].nbytes * (1 + 1 / SPARE)
+
+
+def test_what_is_there_already_does_not_move_and_what_moves_leaves_its_room():
+    store = Store(1, 2)
+    bucket = _bucket(2, 5 * SPARE).append(*_columns(2, 1, 1))
+    store.buckets = [replace(bucket, packed={"units": torch.zeros(2, 3)})]
+    (before,) = store.buckets
+    store.move(torch.device("cpu"))
+    assert store.buckets[0] is before and before.space is not None
+    store.move(torch.device("meta"))
+    assert store.buckets[0].space is None
+    assert {x.device.type for x in store.tensors()} == {"meta"} and len(store.tensors()) == len(before.tensors())

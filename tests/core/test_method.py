@@ -140,7 +140,13 @@ class Rereads(Decode):
         return 9
 
 
-@pytest.mark.parametrize("reader", [Persists(), Rereads()])
+@dataclass(frozen=True)
+class Shelves(Decode):
+    shelves: ClassVar[bool] = True
+    card = named("shelves", "decode")
+
+
+@pytest.mark.parametrize("reader", [Persists(), Rereads(), Shelves()])
 def test_who_counts_on_equal_layers_composes_with_no_eviction(reader):
     assert list(compose([Looks(), reader])) == ["prefill", "decode"]
     name = reader.card.name

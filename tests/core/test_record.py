@@ -21,6 +21,7 @@ def filled(layers) -> Record:
     for index, (held, rows) in layers.items():
         layer = record.layer(index)
         layer.bytes_held, layer.seen = held, [n for n, _ in rows]
+        layer.bytes_host, layer.keys_visited, layer.keys_searched = held // 2, held, 1000
         layer.kept = [[torch.arange(m) for m in heads] for _, heads in rows]
         layer.pairs["prefill"], layer.pairs_causal["prefill"] = held, 1000
         layer.back_ends.add(f"attend:{index % 2}")
@@ -31,6 +32,8 @@ def filled(layers) -> Record:
 def test_totals_are_sums_over_layers(layers):
     record = filled(layers)
     assert record.bytes_held == sum(held for held, _ in layers.values())
+    assert record.bytes_host == sum(held // 2 for held, _ in layers.values())
+    assert record.visited_fraction == (record.bytes_held / (1000 * len(layers)) if layers else 1.0)
     assert record.density() == (record.bytes_held / (1000 * len(layers)) if layers else 1.0)
     assert record.density("decode") == 1.0, "what did not happen left nothing out"
     shares = [sum(sum(k) for _, k in rows) / sum(2 * n for n, _ in rows) for _, rows in layers.values()]

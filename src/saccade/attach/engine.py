@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saccade import ops
-from saccade.attach import packing
+from saccade.attach import far, packing
 from saccade.attach.layer import SaccadeLayer
 from saccade.attach.store import Bucket, Store, regroup
 from saccade.core.errors import CannotRun, DoesNotCompose
@@ -82,9 +82,11 @@ class Engine:
         if self.place.layer == 0:
             self.run.handed.clear()  # of a forward that broke off
         stage: Stage = "decode" if layer.prompt_done else "prefill"
+        layer.store.move(k.device)
         layer.store.append(self._columns(k, v, layer, stage), real)
         out = self._attend(layer, q, real, stage)
         self._remember(layer, q, real)
+        self._put_by(layer)
         if stage == "prefill" and not self.run.more_prompt:
             layer.prompt_done = True
         if not layer.recording:
@@ -94,6 +96,12 @@ class Engine:
         if self.place.layer == self.place.layers - 1:
             self.run.handed.clear()
         return out
+
+    def _put_by(self, layer: SaccadeLayer) -> None:
+        """Between the parts of a prompt, what will lie in host memory already does: one layer is on the device."""
+        reader = self.parts.get("decode")
+        if self.run.more_prompt and not layer.prompt_done and isinstance(reader, Decode) and reader.shelves:
+            layer.store.move(torch.device("cpu"))
 
     def _columns(self, k: Tensor, v: Tensor, layer: SaccadeLayer, stage: Stage) -> dict[str, Tensor]:
         columns = {"keys": k, "values": v}
@@ -144,14 +152,16 @@ class Engine:
         self, layer: SaccadeLayer, stage: Stage, pieces: Iterable[tuple[int, Bucket]]
     ) -> Iterator[tuple[int, Bucket]]:
         """The pieces, taken apart until what a method is told of one holds for all of its sequences: how many tokens
-        went by, and what it remembers, whose shapes may differ.
+        went by, what it remembers, whose shapes may differ, and how much of it lies in host memory.
         """
         owner, seen = self.parts.get(stage), layer.store.seen
         if owner is None:
             yield from pieces
             return
         states = layer.states.get(owner.card.name) or [{}] * layer.store.sequences
-        kinds = [(n, frozenset((name, x.shape) for name, x in state.items())) for n, state in zip(seen, states)]
+        lying = [tuple((f.first, f.count) for f in layer.far_of([i])) for i in range(len(seen))]
+        shapes = [frozenset((name, x.shape) for name, x in state.items()) for state in states]
+        kinds = list(zip(seen, shapes, lying))
         if len(set(kinds)) == 1:  # so that the device need not be asked
             yield from pieces
             return
@@ -185,9 +195,17 @@ class Engine:
         ids, g = self._sequences(layer, rows, owner), layer.store.kv_heads
         stored = _by_head({**rows.columns, "positions": rows.positions}, g)
         q = rearrange(q, "(b g) s q d -> b (g s) q d", g=g)
-        site = self._site(layer, stage, q.shape[2], rows.length, layer.store.seen[ids[0]], ids)
+        shelved = layer.far_of(ids)
+        keys = rows.length + sum(f.count for f in shelved[:1])
+        site = self._site(layer, stage, q.shape[2], keys, layer.store.seen[ids[0]], ids)
         if isinstance(owner, Decode):
-            out = site.attend(q, stored["keys"], stored["values"], owner.select(q, stored, site))
+            selection = owner.select(q, stored, site)
+            if shelved:
+                self._note_selection(q, selection)
+                options = {"scale": self.place.scale, "softcap": self.place.softcap}
+                out = far.attend(q, stored, shelved, selection, **options)
+            else:
+                out = site.attend(q, stored["keys"], stored["values"], selection)
         elif isinstance(owner, Cache):
             selection = owner.select(q, stored["keys"], site)
             if selection is None:
@@ -277,14 +295,33 @@ class Engine:
             layer.queries = []
 
     def _begin(self, method: Decode, layer: SaccadeLayer) -> None:
-        """Show the end of the prompt to a method that chooses by it what later queries read."""
+        """Show the end of the prompt to a method that chooses by it what later queries read, or where that lies."""
+        layer.store.move(layer.queries[0].device)
+        left = []
         for _, rows in layer.store.pieces(layer.store.seen):
+            left.append(rows)
             if not rows.length:
                 continue
             ids = self._sequences(layer, rows, method)
             site = self._site(layer, "prefill", 0, rows.length, layer.store.seen[ids[0]], ids, "decode")
-            method.begin(self._seen(layer, rows, ids, method), site)
+            if method.shelves:
+                left[-1] = self._shelve(method, layer, rows, ids, site)
+            else:
+                method.begin(self._seen(layer, rows, ids, method), site)
             self._keep_state(layer, method, site, ids)
+        if method.shelves:
+            layer.store.buckets = regroup(left)
+
+    def _shelve(self, method: Decode, layer: SaccadeLayer, rows: Bucket, ids: list[int], site: Site) -> Bucket:
+        """What of these rows stays on the device; the layer keeps the rest in host memory."""
+        found = method.shelve(self._seen(layer, rows, ids, method), site)
+        if found is None:
+            return rows
+        rows, shelved = far.shelve(rows, *found)
+        layer.far = layer.far or [None] * layer.store.sequences
+        for i, f in zip(ids, shelved):
+            layer.far[i] = f
+        return rows
 
     def _seen(self, layer: SaccadeLayer, rows: Bucket, ids: list[int], method: Cache | Decode) -> Seen:
         """What a method asked to look at."""
@@ -383,7 +420,8 @@ class Engine:
             head_size=place.head_size, stage=stage, queries=queries, keys=keys, seen=seen, scale=place.scale,
             budget=self.run.budget, softcap=place.softcap, seed=self.run.seed, bytes_per_token=self.run.bytes_per_token,
             state=_gather_state(layer, owner, ids), handed=self._handed(owner, ids), turn=place.turn,
-            attend=functools.partial(self._compute, stage),
+            far=layer.far_of(ids or []) if stage == "decode" else (),
+            attend=functools.partial(self._compute, stage), searched=self._searched,
         )  # fmt: skip
 
     def _handed(self, owner: Method | None, ids: list[int] | None) -> State:
@@ -398,12 +436,22 @@ class Engine:
         if stage == "prefill":
             self.pending.append(selection)
             return ops.attend(q, k, v, selection, **options)[0]
-        pairs = selection.count().expand(*q.shape[:2]).sum()
-        self.decoded = pairs if self.decoded is None else self.decoded + pairs
-        self._note(stage, 0.0, selection.dense_pairs * q[..., 0, 0].numel())
+        self._note_selection(q, selection)
         if isinstance(selection, Gather) and selection.q_block == 1 and selection.ranges is None and selection.causal:
             return ops.decode(q, k, v, selection.index, **options)[0]
         return ops.attend(q, k, v, selection, **options)[0]
+
+    def _note_selection(self, q: Tensor, selection: Selection) -> None:
+        """Of later tokens; the device sums the pairs, and is not asked before somebody asks."""
+        pairs = selection.count().expand(*q.shape[:2]).sum()
+        self.decoded = pairs if self.decoded is None else self.decoded + pairs
+        self._note("decode", 0.0, selection.dense_pairs * q[..., 0, 0].numel())
+
+    def _searched(self, visited: int, there: int) -> None:
+        """What `Site.searched` does."""
+        record = self.run.layer_record(self)
+        record.keys_visited += visited
+        record.keys_searched += there
 
     def _note(self, stage: Stage, pairs: float, causal: float) -> None:
         record = self.run.layer_record(self)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from saccade.attach import far
 from saccade.attach.store import Store
 from saccade.core.errors import CannotRun
+from saccade.core.site import Far
 
 if TYPE_CHECKING:
     from saccade.attach.engine import Engine
@@ -36,6 +38,7 @@ class SaccadeLayer(CacheLayerMixin):
         self.store: Store | None = None
         self.prompt_done = False
         self.recording = False  # tokens may be taken back: eviction and packing wait for crop()
+        self.far: list[Far | None] = []  # per sequence what lies in host memory
         self.queries: list[Tensor] = []  # per sequence the last queries [h w d], for methods that score with them
         self.states: States = {}
         self.prompt_states: States = {}  # as the prompt left them: what is there again when later tokens are taken back
@@ -92,6 +95,7 @@ class SaccadeLayer(CacheLayerMixin):
         if tokens_to_remove and self.engine is not None:
             self.engine.refuse_taking_back()
         if tokens_to_remove:
+            self._check_far(-tokens_to_remove)
             self.store.crop(-tokens_to_remove)
             self.seen += tokens_to_remove
             dated = {m.card.name for m in self.engine.parts.values() if m.dated} if self.engine else set()
@@ -101,6 +105,35 @@ class SaccadeLayer(CacheLayerMixin):
             self.since = {name: self.since[name][:, :count].clone() for name, count in left.items()}
         if self.engine is not None:
             self.engine.evict(self)
+
+    def _check_far(self, tokens: int) -> None:
+        """Whether so many of the last tokens lie on the device.
+
+        Raises:
+            CannotRun: some do not.
+        """
+        near = [n - f.first - f.count for n, f in zip(self.store.seen if self.store else [], self.far) if f]
+        if near and tokens > min(near):
+            raise CannotRun(
+                f"take {tokens} tokens back",
+                f"only the last {min(near)} are on the device; those before lie in host memory, under an index that was"
+                " built once",
+                "Take back fewer, or read the prompt again.",
+            )
+
+    def far_of(self, sequences: Sequence[int]) -> tuple[Far, ...]:
+        """What of these sequences, which are alike, lies in host memory."""
+        return tuple(f for f in (self.far[i] for i in sequences if self.far) if f)
+
+    def kept(self) -> list[list[Tensor]]:
+        """True positions stored, per sequence and head, wherever."""
+        if self.store is None:
+            return []
+        near = self.store.kept()
+        for i, f in enumerate(self.far):
+            if f:
+                near[i] = [torch.cat([p[: f.first], q.cpu(), p[f.first :]]) for p, q in zip(near[i], f.positions)]
+        return near
 
     def _select(self, index: Tensor) -> None:
         if self.store is None:
@@ -113,6 +146,7 @@ class SaccadeLayer(CacheLayerMixin):
             for kind in (self.states, self.prompt_states)
         )
         self.queries = [self.queries[i] for i in order] if self.queries else []
+        self.far = [self.far[i] for i in order] if self.far else []
         self.since = {name: x[index.to(x.device)] for name, x in self.since.items()}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -138,6 +172,8 @@ class SaccadeLayer(CacheLayerMixin):
             names = {name: None for states in mine for name in states}
             joined = {n: [s for c, states in zip(counts, mine) for s in states.get(n, [{}] * c)] for n in names}
             setattr(self, kind, joined)
+        if any(x.far for x in (self, *others)):
+            self.far = [f for c, x in zip(counts, (self, *others)) for f in x.far or [None] * c]
         self.store.take_in(x.store for x in others)
         self.seen = max(x.seen for x in (self, *others))
 
@@ -164,7 +200,11 @@ class SaccadeLayer(CacheLayerMixin):
             for tensor in state.values()
         ]
         tensors = [*(self.store.tensors() if self.store else []), *self.queries, *remembered, *self.since.values()]
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        return _storages(tensors) + self.bytes_host()
+
+    def bytes_host(self) -> int:
+        """Of what was moved to host memory."""
+        return _storages([tensor for f in self.far if f for tensor in far.tensors(f)])
 
     def offload(self) -> None:
         """Offloading swaps whole tensors; our rows are ragged."""
@@ -199,8 +239,7 @@ class WatchedLayer(DynamicLayer):
 
     def bytes_held(self) -> int:
         """Of all storages, each counted once; none of keys and values where there was no cache."""
-        tensors = [x for x in (self.keys, self.values, *self.notes.values()) if x is not None]
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        return _storages([x for x in (self.keys, self.values, *self.notes.values()) if x is not None])
 
     def note(self, new: Mapping[str, Tensor], more_prompt: bool) -> None:
         """What was noted of the tokens just read [b q ...]; 0 where it was not."""
@@ -249,3 +288,8 @@ class WatchedLayer(DynamicLayer):
 
 def _blank(like: Tensor, slots: int) -> Tensor:
     return like.new_zeros(like.shape[0], slots, *like.shape[2:])
+
+
+def _storages(tensors: Sequence[Tensor]) -> int:
+    """Bytes, each storage counted once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -202,6 +202,6 @@ class Run:
             layer = self._layers.get(engine.place.layer)
             if layer is not None and layer.store is not None:
                 entry = self.layer_record(engine)
-                entry.seen, entry.kept = list(layer.store.seen), layer.store.kept()
-                entry.bytes_held = layer.bytes_held()
+                entry.seen, entry.kept = list(layer.store.seen), layer.kept()
+                entry.bytes_held, entry.bytes_host = layer.bytes_held(), layer.bytes_host()
         return self._record

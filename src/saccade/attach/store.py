@@ -58,6 +58,11 @@ class Bucket:
         """All that is held."""
         return [self.rows, self.positions, *self.columns.values(), *self.packed.values()]
 
+    def moved(self, device: torch.device) -> Bucket:
+        """A copy on another device. Room behind the rows does not come along."""
+        columns, packed = ({name: c.to(device) for name, c in x.items()} for x in (self.columns, self.packed))
+        return Bucket(self.rows.to(device), self.positions.to(device), columns, packed)
+
     def pick(self, entries: Int[Tensor, " m"]) -> Bucket:
         """Some of the rows, by their place in the bucket; may repeat."""
         chosen, packed = (
@@ -211,6 +216,10 @@ class Store:
             out.append(bucket.pick(part).take(index))
         return out
 
+    def move(self, device: torch.device) -> None:
+        """All of it to a device; what lies there stays as it is, with the room behind it."""
+        self.buckets = [b if b.rows.device == device else b.moved(device) for b in self.buckets]
+
     def add(self, name: str, rows: Int[Tensor, " r"], x: Tensor) -> None:
         """Add to a column of some rows, which lie in one bucket."""
         for bucket in self.buckets:
@@ -258,7 +267,7 @@ class Store:
         buckets = list(self.buckets)
         for other in others:
             first = self.sequences * self.kv_heads
-            buckets += [Bucket(b.rows + first, b.positions, b.columns) for b in other.buckets]
+            buckets += [replace(b, rows=b.rows + first) for b in other.buckets]
             self.sequences += other.sequences
             self.seen = self.seen + other.seen
             self.dropped = self.dropped or other.dropped

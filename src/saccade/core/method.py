@@ -258,9 +258,11 @@ class Decode(Method):
 
     `persistent`: what one layer chooses serves others, handed on through `site.handed`; it composes with no eviction,
     which may leave each layer other keys.
+    `shelves`: what it need not have at hand lies in host memory after the prompt. It composes with no eviction either.
     """
 
     persistent: ClassVar[bool] = False
+    shelves: ClassVar[bool] = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -276,11 +278,17 @@ class Decode(Method):
 
     @property
     def observe_tokens(self) -> int:
-        """How many of the last prompt queries `begin` wants to see; 0: it is not asked."""
+        """How many of the last prompt queries `begin`, or `shelve`, wants to see; 0: it is not asked."""
         return 0
 
     def begin(self, seen: Seen, site: Site) -> None:
         """At the end of the prompt, after any eviction: put into `site.state` what later queries go by."""
+        raise NotImplementedError
+
+    def shelve(self, seen: Seen, site: Site) -> tuple[int, Sequence[Any]] | None:
+        """Of a method that `shelves`, in the place of `begin`: the first stored token that goes to host memory, and for
+        each sequence an index over the keys that do, as `ops.index_keys` makes it. None: all stay.
+        """
         raise NotImplementedError
 
     def index(self, k: Float[Tensor, "b g n d"], site: Site) -> dict[str, Tensor]:
@@ -289,7 +297,8 @@ class Decode(Method):
 
     def select(self, q: Float[Tensor, "b h q d"], stored: Mapping[str, Tensor], site: Site) -> Selection:
         """Keys that each of these queries reads; `stored` holds [b g k ...]: "keys", "values", their true "positions",
-        ascending, and the columns of `index`.
+        ascending, and the columns of `index`. What lies in `site.far` is not among them, though `site.keys` counts it;
+        a `Gather` names it in its `index` only.
         """
         raise NotImplementedError
 
@@ -403,7 +412,7 @@ def _check_reader(reader: Method | None, evictor: Method | None) -> None:
     if reader is None or evictor is None or reader is evictor:
         return
     a, b = reader.card.name, evictor.card.name
-    if isinstance(reader, Decode) and (reader.persistent or reader.reread_tokens):
+    if isinstance(reader, Decode) and (reader.persistent or reader.reread_tokens or reader.shelves):
         found = f"{a!r} counts on all keys being there in every layer, and {b!r} drops some"
         raise DoesNotCompose(f"attach [{a}, {b}] together", found, "Leave one of them out.")
     if isinstance(evictor, Cache) and evictor.merges:

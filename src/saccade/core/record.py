@@ -32,16 +32,21 @@ class LayerRecord:
 
     kept: true positions stored after the last forward, one list per (row, key/value head)
     seen: tokens that went by, per row
-    bytes_held: of the storages of this layer's cache, counted, not computed
+    bytes_held, bytes_host: of the storages of this layer's cache, counted, not computed; those in host memory of them,
+        where a method moved some there
     pairs, pairs_causal: (query, key) pairs computed, and what a dense causal pass would have computed, over all heads
+    keys_searched, keys_visited: over all queries, keys of an index that was searched, and those that were looked at
     """
 
     layer: int
     bytes_held: int = 0
+    bytes_host: int = 0
     seen: list[int] = field(default_factory=list)
     kept: list[list[Tensor]] = field(default_factory=list)
     pairs: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     pairs_causal: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    keys_searched: int = 0
+    keys_visited: int = 0
     back_ends: set[str] = field(default_factory=set)
 
     def density(self, stage: str) -> float:
@@ -68,6 +73,17 @@ class Record:
     def bytes_held(self) -> int:
         """Bytes in all layers' caches."""
         return sum(layer.bytes_held for layer in self.layers.values())
+
+    @property
+    def bytes_host(self) -> int:
+        """Those of them in host memory; the others are on the model's device."""
+        return sum(layer.bytes_host for layer in self.layers.values())
+
+    @property
+    def visited_fraction(self) -> float:
+        """Share of the searched keys that searches looked at; 1 where nothing was searched."""
+        there = sum(layer.keys_searched for layer in self.layers.values())
+        return sum(layer.keys_visited for layer in self.layers.values()) / there if there else 1.0
 
     def density(self, stage: str = "prefill") -> float:
         """Share of the causal pairs computed, over all layers."""

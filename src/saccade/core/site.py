@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -17,6 +17,25 @@ if TYPE_CHECKING:
 Stage = Literal["prefill", "decode"]
 State = dict[str, Tensor]
 Turn = Callable[[Tensor, Tensor], Tensor]  # (x [b h n d], shifts [n]) -> [b h n d]
+
+
+@dataclass(frozen=True)
+class Far:
+    """Stored tokens of one sequence that lie in host memory, one behind the other, and what finds them again.
+
+    first: how many stored tokens come before them
+    index: over their keys [g m d], as `ops.index_keys` makes it
+    """
+
+    first: int
+    index: Any
+    values: Float[Tensor, "g m d"]
+    positions: Int[Tensor, "g m"]
+
+    @property
+    def count(self) -> int:
+        """Tokens per head."""
+        return self.positions.shape[1]
 
 
 def _nowhere(*_: object) -> Tensor:
@@ -41,9 +60,11 @@ class Site:
         stays). Sequences that remember different shapes are asked apart
     handed: what this method hands from layer to layer within one forward: what it puts there is there in the layers
         behind, for the same sequences, and gone when the forward ends. Tensors with the batch first
+    far: for each sequence what lies in host memory, where the method had it moved there; `keys` counts it
     turn: (x [b h n d], shifts [n]) -> queries or keys as they would be so many positions later (or, below 0, earlier);
         None where the model's position embedding is not known. Linear in x
     attend: (q, k, v, selection) -> out; computes and records. A method calls it instead of an op's back end
+    searched: (keys looked at, keys there); records what a search cost
     """
 
     layer: int
@@ -62,8 +83,10 @@ class Site:
     bytes_per_token: int = 0  # of the whole cache, for budgets in bytes
     state: State = field(default_factory=dict, repr=False, compare=False)
     handed: State = field(default_factory=dict, repr=False, compare=False)
+    far: tuple[Far, ...] = field(default=(), repr=False, compare=False)
     turn: Turn | None = field(default=None, repr=False, compare=False)
     attend: Callable[[Tensor, Tensor, Tensor, Selection], Tensor] = field(default=_nowhere, repr=False, compare=False)
+    searched: Callable[[int, int], Any] = field(default=_nowhere, repr=False, compare=False)
 
     @property
     def offset(self) -> int:

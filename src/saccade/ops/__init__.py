@@ -12,6 +12,7 @@ from saccade.ops.decode.api import decode
 from saccade.ops.dispatch import explain
 from saccade.ops.lines.api import draw_lines, fit_lines, line_scores
 from saccade.ops.merge_lse.api import merge_lse
+from saccade.ops.nearest.api import index_keys, index_reasons
 from saccade.ops.page_bounds.api import page_bounds, page_scores
 from saccade.ops.pool_and_select.api import pool_and_select, pool_blocks
 from saccade.ops.quantise.api import Quantised, dequantise, quantise
@@ -32,6 +33,8 @@ __all__ = [
     "draw_lines",
     "explain",
     "fit_lines",
+    "index_keys",
+    "index_reasons",
     "line_scores",
     "merge_lse",
     "page_bounds",
