@@ -19,7 +19,7 @@ from torch import Tensor
 from saccade.core.errors import CannotRun
 
 Columns = dict[str, Tensor]  # each [r n ...]
-SPARE = 16  # a row that grows by itself gets room for one more token in so many: else each token copies all before it
+SPARE = 64  # a row that grows by itself gets room for one more token in so many: else each token copies all before it
 
 
 @dataclass
