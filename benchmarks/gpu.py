@@ -103,8 +103,8 @@ REASONS = {
     "decode duo-attention@0.5 128k x 8, eager": HOST,
     "column_scores": "It is within a hundredth.",
     "window 80 x 80 of 256 x 256": (
-        "The warp-specialised form fails its check on grids of two and three axes and is not used; boxes touch 1.23 times"
-        " the pairs that the windows hold."
+        "The warp-specialised form fails its check on grids of two and three axes and is not used; boxes touch 1.23"
+        " times the pairs that the windows hold."
     ),
     "decode gather 1 x 4096 of 131072": LATENCY,
     "page scores 1 x 131072": LATENCY,
