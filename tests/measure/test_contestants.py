@@ -8,7 +8,7 @@ from saccade.core.budget import Budget
 from saccade.core.errors import BadOption, DoesNotCompose, UnknownName
 from saccade.core.method import options
 from saccade.core.registry import card, get, list_methods
-from saccade.measure.contestants import ATTACHED, Contestant, parse, usual, with_baselines
+from saccade.measure.contestants import ATTACHED, Contestant, of_families, parse, usual, with_baselines
 from tests.measure.small import model
 
 
@@ -62,10 +62,18 @@ def test_random_joins_once_for_each_part_in_use():
     assert [c.label for c in packed] == ["full", "snapkv+kivi", "kivi", "random"]
 
 
-def test_every_attachable_method_takes_part_by_default_and_no_baseline():
+def test_those_take_part_by_default_whose_cards_say_so_and_no_baseline():
     names = [c.label for c in usual()]
     assert {"snapkv", "minference", "double-sparsity", "duo-attention", "knorm"} <= set(names)
-    assert not [n for n in names if card(n).baseline]
+    assert not [n for n in names if card(n).baseline or card(n).family not in ATTACHED]
+
+
+def test_a_family_is_all_of_its_methods_but_baselines():
+    names = of_families(["cache", "decode"])
+    assert {card(n).family for n in names} == {"cache", "decode"} and {"h2o", "quest"} <= set(names)
+    assert "streaming" not in names and "minference" not in names
+    with pytest.raises(UnknownName, match="family to compare"):
+        of_families(["probes"])
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ class Card:
     needs: tuple[str, ...] = ()  # "queries", "attention": what its score must be given
     calibrated: bool = False  # has a calibrate() whose artefact it uses
     baseline: bool = False  # always in a comparison, proves nothing by itself
+    usual: bool = False  # in a comparison for which no method is named; such a one takes minutes
     departures: tuple[str, ...] = ()  # where we differ from paper or official code, and why
     lacks: Mapping[str, str] = field(default_factory=dict)
 

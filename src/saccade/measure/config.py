@@ -44,7 +44,7 @@ class Config:
 
     model: str
     contestants: tuple[Contestant, ...]
-    asked: tuple[str, ...] | None  # labels of the methods that were named; None: all that can run
+    asked: tuple[str, ...] | None  # labels of the methods that were named; None: the usual ones
     budgets: tuple[Budget, ...]
     counts: dict[str, int]  # task -> samples
     tokens: int

@@ -17,7 +17,7 @@ from saccade.attach import attach, explain
 from saccade.core import registry
 from saccade.core.artefact import Artefact
 from saccade.core.budget import Budget
-from saccade.core.errors import BadOption
+from saccade.core.errors import BadOption, UnknownName
 from saccade.core.method import Method, compose, configure, options
 from saccade.measure.cells import FULL
 
@@ -148,9 +148,23 @@ def _source_mark(method: Method) -> str:
 
 
 def usual() -> list[Contestant]:
-    """Every registered method that attaches to a model and is no baseline, with its default options."""
+    """The registered methods whose cards say that they are usual in a comparison, with their default options."""
     cards = [registry.card(name) for name in registry.list_methods()]
-    return [parse(card.name) for card in cards if card.family in ATTACHED and not card.baseline]
+    return [parse(card.name) for card in cards if card.usual]
+
+
+def of_families(families: Sequence[str]) -> list[str]:
+    """Names of all methods of those families that attach to a model, baselines apart.
+
+    Raises:
+        UnknownName: a family that none of them is of.
+    """
+    cards = [registry.card(name) for name in registry.list_methods()]
+    there = [card for card in cards if card.family in ATTACHED and not card.baseline]
+    for family in families:
+        if family not in ATTACHED:
+            raise UnknownName("family to compare", family, ATTACHED, "See: saccade list")
+    return [card.name for card in there if card.family in families]
 
 
 def with_baselines(chosen: Sequence[Contestant], baselines: Sequence[str]) -> list[Contestant]:

@@ -51,6 +51,7 @@ class DuoAttention(Cache):
         licence_of_official="MIT",
         summary="Heads that retrieve keep everything, the others sinks and recent tokens; gates are trained for it.",
         equation="o = alpha full + (1 - alpha) streaming;  min (h_full - h_duo)^2 + 0.05 |alpha|",
+        usual=True,
         budget="mean keys per head over the whole model at the end of the prompt; it sets how many heads are full",
         calibrated=True,
         departures=(

@@ -38,6 +38,7 @@ class KNorm(Cache):
         official="alessiodevoto/l2compress",
         summary="Each head remembers the prompt keys of lowest L2 norm; no query is consulted.",
         equation="keep top(-||k_j||_2)",
+        usual=True,
         budget="keys per head that remain of the prompt; with dense_layers, their mean over the layers",
         departures=(
             "Compressed once, at the end of the prompt; the authors also compress while generating.",

@@ -59,6 +59,7 @@ class RazorAttention(Cache):
         licence_of_official="Apache-2.0",
         summary="Heads that find earlier tokens keep everything, others a window and one key for all that goes.",
         equation="o = softmax([q.K_kept, q.mean(K_dropped) + log N]) [V_kept, mean(V_dropped)]",
+        usual=True,
         budget="mean keys per head over the whole model at the end of the prompt, the compensation keys among them; it"
         " sets the windows",
         calibrated=True,

@@ -42,6 +42,7 @@ class SnapKV(Cache):
         licence_of_official="Apache-2.0",
         summary="The last prompt tokens vote for the prompt keys that each head remembers.",
         equation="keep top(pool(sum_w softmax(q_w K^T / sqrt(d)))) and the last w keys",
+        usual=True,
         budget="keys per head that remain of the prompt, the window included",
         needs=("queries",),
         departures=(

@@ -50,6 +50,7 @@ class DoubleSparsity(Decode):
         licence_of_official="MIT",
         summary="A few calibrated key channels point out the tokens that a new query reads; everything stays stored.",
         equation="idx = top(q[C] . K[:, C]^T);  o = softmax(q K_idx^T / sqrt(d)) V_idx",
+        usual=True,
         budget="stored keys that each new query reads, mean over the layers",
         calibrated=True,
         departures=(

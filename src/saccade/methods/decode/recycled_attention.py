@@ -67,6 +67,7 @@ class RecycledAttention(Decode):
         official="carriex/recycled-attention",
         summary="A full step now and then picks the keys that the steps between read; everything stays stored.",
         equation="o = softmax(q K_R^T / sqrt(d)) V_R;  R = the newest i keys and the best K - i of the last full step",
+        usual=True,
         budget="stored keys that each new query reads, mean over full and cheap steps",
         needs=("queries",),
         departures=(

@@ -60,6 +60,7 @@ class TidalDecode(Decode):
         licence_of_official="Apache-2.0",
         summary="Two layers choose the keys of a new token exactly; the layers behind them read the same positions.",
         equation="P = top_k(q K^T) in layers s and c;  o = softmax(q K_P^T / sqrt(d)) V_P behind them",
+        usual=True,
         budget="stored keys that each new query reads, mean over the layers",
         calibrated=True,
         departures=(

@@ -57,6 +57,7 @@ class Hip(Sparse):
         licence_of_official="FSL-1.1-MIT",
         summary="A binary tree search over groups of keys finds each query block's best keys in log n levels.",
         equation="split each group in two; keep the m of largest max q . k_representative; until each is a block",
+        usual=True,
         budget="keys a row reads: selected, sinks and window together; dense layers are paid for by the others",
         departures=(
             "k follows from the budget; the paper fixes 512, with 16 sinks and a window of 256 beside it.",

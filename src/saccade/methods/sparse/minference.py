@@ -84,6 +84,7 @@ class MInference(Sparse):
         licence_of_official="MIT",
         summary="Each head computes its own shape: columns and diagonals, blocks, or both ends; found per prompt.",
         equation="top_v(sum_rows P), top_s(sum_diagonals P);  P = softmax(Q[-64:] K^T / sqrt(d))",
+        usual=True,
         budget="causal pairs computed in the prefill, in every head; 1 is dense, also when no budget is given"
         " (sizes='pattern' uses the searched sizes instead)",
         calibrated=True,
