@@ -1,4 +1,4 @@
-"""Retrieval heads against plain loops: what a head looks at, what it copied, and which runs count."""
+"""Retrieval heads against plain loops: what a head looks at, what it copied, which runs count, and what is shipped."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from saccade.attach import attach, fingerprint
 from saccade.attach.calibration import Subject
 from saccade.core.artefact import Artefact
 from saccade.core.errors import BadInput, BadOption, CannotRun
+from saccade.core.paths import SHIPPED
 from saccade.core.record import Notes
 from saccade.methods.probes.retrieval_head import NEEDLES, RetrievalHead, copies, hide, looked_at
 from tests.conformance.runs import kernel
@@ -233,3 +234,10 @@ def test_options_that_leave_nothing_are_refused():
         RetrievalHead(depths=1)
     with pytest.raises(BadOption, match=r"retrieval-head\.answer_tokens=0: it takes at least 1\. Leave it away"):
         RetrievalHead(answer_tokens=0)
+
+
+def test_shipped_scores_are_those_of_smollm2():
+    shipped = Artefact.load(SHIPPED / "retrieval-head" / "smollm2")
+    assert shipped.method == "retrieval-head" and shipped.tensors.keys() == {"score", "active"}
+    for score in shipped.tensors.values():
+        assert score.shape == (30, 9) and score.dtype == torch.float32 and ((score >= 0) & (score <= 1)).all()

@@ -101,7 +101,9 @@ def _turn(model: Any, call: dict[str, Any]) -> Turn | None:
     q, module = call["q"].detach(), call["module"]
     first, second = q[:, :, :1], q[:, :, 1:]
     one = torch.ones(1, dtype=torch.long, device=q.device)
-    bound = torch.finfo(q.dtype).eps ** 0.5 * float(q.abs().max())  # half of the digits: rounding grows with the layers
+    # half of the digits, since rounding grows with the layers; norms and sines are taken in float32 in any model
+    eps = max(torch.finfo(q.dtype).eps, torch.finfo(torch.float32).eps)
+    bound = eps**0.5 * float(q.abs().max())
     for turn in (_stay, compat.rotation(model, module, q.shape[-1])):
         if bound and turn is not None and float((turn(first, one) - second).abs().max()) <= bound:
             return turn
