@@ -51,8 +51,8 @@ def compare(
 ) -> Path:
     """Measure, and return the folder that holds run.json, env.json, cells.jsonl and summary.json.
 
-    methods: names, "name:option=value", "a+b", or Methods; None: the usual ones (`Card.usual`). `full`, `random` (once per part in
-        use) and `streaming` always take part, and `oracle-topk` up to 4,096 tokens
+    methods: names, "name:option=value", "a+b", or Methods; None: the usual ones (`Card.usual`). `full`, `random`
+        (once per part in use) and `streaming` always take part, and `oracle-topk` up to 4,096 tokens
     budgets, tasks, tokens, count: what is kept; what on, its length and number of samples
     lengths, rounds: tokens at which to time, and how often
     quick: one budget, less of all. What is None ends within 5 minutes on 2 cores, quick within 90 seconds
