@@ -59,10 +59,11 @@ def append(line: dict[str, Any]) -> Path:
     return file
 
 
-def lines(name: str) -> list[dict[str, Any]]:
-    """All results of a method, shipped and from the cache. A line that cannot be read is skipped with a warning."""
+def lines(name: str, shipped: bool = False) -> list[dict[str, Any]]:
+    """All results of a method: those shipped, and unless only these are asked for those in the cache. A line that
+    cannot be read is skipped with a warning."""
     out = []
-    for file in (SHIPPED / _file(name), cache_dir("claims", _file(name))):
+    for file in (SHIPPED / _file(name), *([] if shipped else [cache_dir("claims", _file(name))])):
         texts = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
         for number, text in enumerate(texts, 1):
             try:
