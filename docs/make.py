@@ -63,7 +63,7 @@ assert set(PROPERTIES) <= set(WORDS), "a new property needs its words"
 
 
 def measured(name: str) -> dict[str, Any] | None:
-    """The newest result on a real model that is in the repository; the smoke tier tests our machinery, not the paper."""
+    """The newest result on a real model, of those shipped; the smoke tier tests our machinery, not the paper."""
     return max((x for x in lines(name, shipped=True) if x["tier"] != "smoke"), key=lambda x: x["date"], default=None)
 
 
