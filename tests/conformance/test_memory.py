@@ -17,6 +17,7 @@ from saccade.attach.compat import CACHE
 from saccade.attach.engine import Engine
 from saccade.attach.layer import WatchedLayer
 from saccade.attach.run import Run
+from saccade.attach.store import SPARE
 from saccade.attach.watch import Watcher
 from tests.conformance.cases import FEW, tiny, trials
 from tests.conformance.runs import Padded, assert_same, read
@@ -168,7 +169,8 @@ def reachable(cache) -> int:
 @given(data=st.data())
 @FEW
 def test_14_what_was_dropped_is_given_back(case, data):
-    """Nothing holds on to more than the kept keys and values, their positions, and columns beside them."""
+    """Nothing holds on to more than the kept keys and values, their positions, columns beside them, and the room that
+    rows which grow have for a few more."""
     trial = data.draw(trials(case))
     with trial.attach() as run:
         in_pieces(trial.model, trial.ids(), [trial.prompt])
@@ -178,5 +180,5 @@ def test_14_what_was_dropped_is_given_back(case, data):
         beside = 8 * getattr(trial.method, "tallies", False)
         for layer in run.record.layers.values():
             kept = sum(len(p) for p in layer.kept[0])
-            extra = layer.bytes_held - kept * (2 * trial.heads[2] * 8 + 4 + beside)
-            assert 0 <= extra <= 64 * trial.heads[1]
+            needed = kept * (2 * trial.heads[2] * 8 + 4 + beside)
+            assert 0 <= layer.bytes_held - needed <= 64 * trial.heads[1] + needed / SPARE
