@@ -221,11 +221,12 @@ class Store:
         self.buckets = [b if b.rows.device == device else b.moved(device) for b in self.buckets]
 
     def add(self, name: str, rows: Int[Tensor, " r"], x: Tensor) -> None:
-        """Add to a column of some rows, which lie in one bucket."""
-        for bucket in self.buckets:
+        """Add to a column of some rows, which lie in one bucket. Into a copy: another cache may hold the old one."""
+        for i, bucket in enumerate(self.buckets):
             place = torch.searchsorted(bucket.rows, rows)
             if len(bucket.rows) > int(place.max()) and torch.equal(bucket.rows[place], rows):
-                bucket.columns[name].index_add_(0, place, x)
+                columns = {**bucket.columns, name: bucket.columns[name].index_add(0, place, x)}
+                self.buckets = [*self.buckets[:i], replace(bucket, columns=columns, space=None), *self.buckets[i + 1 :]]
                 return
         raise AssertionError("these rows are in no bucket")
 

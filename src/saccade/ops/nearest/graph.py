@@ -121,6 +121,7 @@ def build(keys: Float[Tensor, "g n d"], queries: Float[Tensor, "g m d"], beam: i
 
 def _head(keys: Float[Tensor, "n d"], queries: Float[Tensor, "m d"], degree: int) -> tuple[Tensor, Tensor]:
     n = len(keys)
+    degree = min(degree, max(1, n - 1))
     listed = torch.cat([(q @ keys.mT).topk(min(LISTED, n), -1).indices for q in queries.split(ROWS)])
     entries = listed[:, 0].bincount(minlength=n).topk(min(ENTRIES, n)).indices
     edges = _thinned(keys, _shared(listed, n, 2 * degree), degree)
