@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from saccade.attach import compat
 from saccade.attach.layer import SaccadeLayer
-from saccade.core.method import Decode
+from saccade.core.method import Cache, Decode
 
 if TYPE_CHECKING:
     from saccade.attach.run import Run
@@ -41,6 +41,9 @@ def why_not_continued(run: Run | None, cache: Any) -> list[str]:
     for part, method in run.parts.items() if run else ():
         if part in ("prefill", "decode") and "chunks" in method.card.lacks:
             reasons.append(f"{method.card.name} reads a prompt as a whole: {method.card.lacks['chunks']}")
+    evictor = run and run.parts.get("evict")
+    if isinstance(evictor, Cache) and evictor.tallies:
+        reasons.append(f"{evictor.card.name} keeps sums beside its keys, to which later tokens of that prompt have added")
     return list(dict.fromkeys(reasons))
 
 
