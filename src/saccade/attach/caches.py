@@ -43,7 +43,8 @@ def why_not_continued(run: Run | None, cache: Any) -> list[str]:
             reasons.append(f"{method.card.name} reads a prompt as a whole: {method.card.lacks['chunks']}")
     evictor = run and run.parts.get("evict")
     if isinstance(evictor, Cache) and evictor.tallies:
-        reasons.append(f"{evictor.card.name} keeps sums beside its keys, to which later tokens of that prompt have added")
+        name = evictor.card.name
+        reasons.append(f"{name} keeps sums beside its keys, to which later tokens of that prompt have added")
     return list(dict.fromkeys(reasons))
 
 
