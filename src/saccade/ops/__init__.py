@@ -19,7 +19,7 @@ from saccade.ops.quantise.api import Quantised, dequantise, quantise
 from saccade.ops.quantise.groups import dequantise_groups, quantise_groups
 from saccade.ops.sparse_step.api import sparse_step
 from saccade.ops.topk.api import topk
-from saccade.ops.window_votes.api import check_window, window_votes
+from saccade.ops.window_votes.api import check_window, votes_of, window_votes
 
 __all__ = [
     "Quantised",
@@ -45,5 +45,6 @@ __all__ = [
     "quantise_groups",
     "sparse_step",
     "topk",
+    "votes_of",
     "window_votes",
 ]

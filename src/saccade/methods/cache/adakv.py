@@ -84,12 +84,7 @@ class AdaKV(Cache):
         return self.window_tokens
 
     def score(self, seen: Seen, site: Site) -> Float[Tensor, "b g k"]:
-        assert seen.queries is not None, "the card asks for queries"
-        last = min(seen.queries.shape[2], site.budget.tokens(site.seen, site.bytes_per_token))
-        return ops.window_votes(
-            seen.queries, seen.keys, last=last, pool_tokens=self.pool_tokens, pooling=self.pooling, group=self.group,
-            scale=site.scale, softcap=site.softcap,
-        )  # fmt: skip
+        return ops.votes_of(seen, site, pool_tokens=self.pool_tokens, pooling=self.pooling, group=self.group)
 
     def allocate(self, scores: Float[Tensor, "b g k"], budget: Budget, site: Site) -> Int[Tensor, "b g"]:
         b, g, k = scores.shape

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saccade.core.errors import BadInput, BadOption
+from saccade.core.site import Seen, Site
 from saccade.ops.column_scores.api import column_scores
 
 
@@ -38,6 +39,19 @@ def window_votes(
     ahead = ahead.mean(2) if group == "mean" else ahead.amax(2)
     sure = torch.arange(window, device=q.device) >= window - last
     return torch.cat([ahead, torch.where(sure, torch.inf, -torch.inf).expand(*ahead.shape[:2], window)], -1)
+
+
+def votes_of(
+    seen: Seen, site: Site, *, pool_tokens: int, pooling: Literal["max", "avg"], group: Literal["mean", "max"]
+) -> Float[Tensor, "b g k"]:
+    """`window_votes` of what a method was shown. Within a budget below the window, older window keys rank like any
+    losing key: the most recent ones stay."""
+    assert seen.queries is not None, "the card asks for queries"
+    last = min(seen.queries.shape[2], site.budget.tokens(site.seen, site.bytes_per_token))
+    return window_votes(
+        seen.queries, seen.keys, last=last, pool_tokens=pool_tokens, pooling=pooling, group=group, scale=site.scale,
+        softcap=site.softcap,
+    )  # fmt: skip
 
 
 def check_window(name: str, window_tokens: int, pool_tokens: int) -> None:

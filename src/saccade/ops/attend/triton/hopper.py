@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from saccade.core import rng
-from saccade.ops.attend.triton.lists import Lists
+from saccade.ops.attend.triton.lists import Lists, lined, strides
 
 _log = logging.getLogger("saccade")
 
@@ -204,8 +204,8 @@ def described(x: Tensor) -> bool:
 
 def descriptor(x: Tensor, step: int) -> TensorDescriptor:
     """Of [b h n] or [b h n d], in tiles of `step` rows of one head."""
-    strides = [s if n > 1 else x.shape[-1] * 16 for s, n in zip(x.stride()[:-1], x.shape)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, step, *x.shape[3:]])
+    rows = [s if n > 1 else x.shape[-1] * 16 for s, n in zip(x.stride()[:-1], x.shape)]
+    return TensorDescriptor(x, list(x.shape), [*rows, 1], [1, 1, step, *x.shape[3:]])
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Lists, scale: float) -> None:
@@ -228,16 +228,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Lis
         UNIT=part.step, WIDTH=max(found.step, part.width), TABLE=found.table, SPANS=found.spans, CAUSAL=part.causal,
         SPECIAL=True, num_warps=4, num_stages=2,
     )
-
-
-def strides(*tensors: Tensor) -> list[int]:
-    """Of the first three axes."""
-    return [n for x in tensors for n in x.stride()[:3]]
-
-
-def lined(x: Tensor | None) -> list[int]:
-    """Strides of a list's first two axes; 0 where one row stands for all."""
-    return [0 if x is None or x.shape[i] == 1 else x.stride(i) for i in (0, 1)]
 
 
 def scratch(size: int, alignment: int, stream: int | None) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from saccade.core import rng
 from saccade.ops.attend.triton import hopper, kernels
 from saccade.ops.attend.triton.hopper import HIDDEN, LOG2E, TILE, _excess
-from saccade.ops.attend.triton.lists import MEMBER, Lists, pieces, steps, turned
+from saccade.ops.attend.triton.lists import MEMBER, Lists, apart, lined, pieces, steps, strides, turned
 
 _log = logging.getLogger("saccade")
 
@@ -228,8 +228,8 @@ def onto_queries(q, k, v, d_out, lse, delta, dq: Tensor, part: Lists, scale: flo
     triton.set_allocator(hopper.scratch)
     _onto_queries[(triton.cdiv(n, TILE) * (h // g), g, b)](
         q, d_out, *(hopper.descriptor(x, STEP) for x in (k, v)), lse, delta, dq, part.crow, part.col,
-        scale, h, h // g, n, part.keys, 0, 0, *hopper.strides(q, d_out, dq),
-        *hopper.lined(part.crow), *hopper.lined(part.col),
+        scale, h, h // g, n, part.keys, 0, 0, *strides(q, d_out, dq),
+        *lined(part.crow), *lined(part.col),
         D=d, BM=TILE, BN=STEP, SUB=part.q_block // TILE, WIDTH=part.width, CAUSAL=part.causal, SPECIAL=True,
         num_warps=4, num_stages=2,
     )
@@ -244,13 +244,13 @@ def onto_keys(q, k, v, d_out, lse, delta, dk: Tensor, dv: Tensor, part: Lists, s
     triton.set_allocator(hopper.scratch)
     _onto_keys[(cut.rows.shape[1], 1, b)](
         *(hopper.descriptor(x, STEP) for x in (q, d_out)), k, v, lse, delta, dk, dv, first, code, cut.rows, parts,
-        scale, h, h // g, n, keys, 0, 0, cut.rows.stride(0) if len(cut.rows) > 1 else 0, cut.places, cut.most,
-        *hopper.strides(k, v, dk, dv), *hopper.lined(first), *hopper.lined(code),
+        scale, h, h // g, n, keys, 0, 0, apart(cut.rows), cut.places, cut.most,
+        *strides(k, v, dk, dv), *lined(first), *lined(code),
         D=d, BM=STEP, BN=TILE, Q_BLOCK=part.q_block, CAUSAL=part.causal, SPECIAL=True, num_warps=4, num_stages=2,
     )
     kernels.joined[(cut.of.shape[1], TILE // 32, b)](
-        dk, dv, parts, cut.of, cut.of.stride(0) if len(cut.of) > 1 else 0, cut.places, scale, keys,
-        *hopper.strides(dk, dv),
+        dk, dv, parts, cut.of, apart(cut.of), cut.places, scale, keys,
+        *strides(dk, dv),
         D=d, DVS=d, BD=d, BDV=d, BN=TILE, K_BLOCK=TILE, STEP=32,
     )
 

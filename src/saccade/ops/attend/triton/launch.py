@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saccade.ops.attend.triton import hopper, hopper_backward, kernels
-from saccade.ops.attend.triton.lists import FEWEST, MOST, TILE, Lists, pieces, steps, turned
+from saccade.ops.attend.triton.lists import FEWEST, MOST, TILE, Lists, apart, lined, pieces, steps, strides, turned
 
 SPECIAL = True  # the warp-specialised form, where it fits and is right
 
@@ -127,18 +127,6 @@ def backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _strides(*tensors: Tensor | None) -> list[int]:
-    """Of the first three axes."""
-    return [n for x in tensors for n in ((0, 0, 0) if x is None else x.stride()[:3])]
-
-
-def _lined(x: Tensor | None, axes: int) -> list[int]:
-    """Strides of a list's first axes; 0 where one row stands for all."""
-    if x is None:
-        return [0] * axes
-    return [0 if x.shape[i] == 1 else x.stride(i) for i in range(axes)]
-
-
 def _over_keys(
     q, k, v, d_out, out, lse, aux, delta, dk, dv, part: Lists, scale: float, cap: float | None, start: bool = False
 ) -> None:
@@ -168,9 +156,9 @@ def _over_keys(
         scale, cap or 1.0, h, group, n, part.keys, part.q_block, blocks,
         part.index.shape[-1] if part.index is not None else 0,
         part.ranges.shape[-2] if part.ranges is not None else 0,
-        *_strides(q, k, v, d_out, out, dk, dv),
-        *_lined(begins, 2), *_lined(part.col, 2), part.col.stride(2) if part.col is not None else 0,
-        *_lined(part.index, 3), *_lined(part.bits, 3), *_lined(part.ranges, 3),
+        *strides(q, k, v, d_out, out, dk, dv),
+        *lined(begins), *lined(part.col), part.col.stride(2) if part.col is not None else 0,
+        *lined(part.index, 3), *lined(part.bits, 3), *lined(part.ranges, 3),
         0 if part.sinks is None or len(part.sinks) == 1 else 1,
         D=d, DVS=size, BD=power(d), BDV=power(size), BM=height, BN=shape.step, ROWS=rows, PACK=part.pack,
         SLOTS=slots, SUB=sub, RUNS=runs, STEP=part.step, WIDTH=part.width, CSR=part.crow is not None,
@@ -188,7 +176,7 @@ def row_sums(
     b, h, n, size = out.shape
     if delta.numel():
         kernels.row_sums[(triton.cdiv(n, 64), h, b)](
-            out, d_out, lse, d_lse.contiguous(), delta, base, h, n, *_strides(out, d_out),
+            out, d_out, lse, d_lse.contiguous(), delta, base, h, n, *strides(out, d_out),
             DVS=size, BDV=power(size), BM=64,
         )
     return delta, base
@@ -221,16 +209,16 @@ def _over_queries(q, k, v, d_out, lse, aux, delta, dk, dv, part: Lists, scale: f
         told[0], k, v, told[1], told[2], nothing if aux is None else aux, told[3], dk, dv,
         *(nothing if x is None else x for x in (part.heads, first if mapped else None, crow, row)),
         *(nothing if x is None else x for x in (cut and cut.rows, parts, part.sinks, part.window)),
-        _apart(cut and cut.rows), cut.places if cut else 0, cut.most if cut else 0,
-        scale, cap or 1.0, h, h // g, n, keys, *_strides(q, k, v, d_out, dk, dv),
-        *_lined(crow, 2), *_lined(row, 2), 0 if not spans or len(part.sinks) == 1 else 1,
+        apart(cut and cut.rows), cut.places if cut else 0, cut.most if cut else 0,
+        scale, cap or 1.0, h, h // g, n, keys, *strides(q, k, v, d_out, dk, dv),
+        *lined(crow), *lined(row), 0 if not spans or len(part.sinks) == 1 else 1,
         D=d, DVS=size, BD=power(d), BDV=power(size), BM=shape.step, BN=high, Q_BLOCK=part.q_block, K_BLOCK=block,
         SPANS=spans, CAUSAL=part.causal, CAPPED=cap is not None, MAPPED=mapped, WIDE=aux is not None,
         DESCRIBED=described, num_warps=shape.warps, num_stages=shape.stages,
     )
     if cut:
         kernels.joined[(cut.of.shape[1], block // 32, b)](
-            dk, dv, parts, cut.of, _apart(cut.of), cut.places, scale, keys, *_strides(dk, dv),
+            dk, dv, parts, cut.of, apart(cut.of), cut.places, scale, keys, *strides(dk, dv),
             D=d, DVS=size, BD=power(d), BDV=power(size), BN=high, K_BLOCK=block, STEP=32,
         )
 
@@ -241,11 +229,6 @@ def _described(q: Tensor, d_out: Tensor, lse: Tensor) -> bool:
         return False
     sizes = all(x.shape[-1] == power(x.shape[-1]) for x in (q, d_out))
     return q.dtype != torch.float32 and sizes and all(map(hopper.described, (q, d_out, lse)))
-
-
-def _apart(x: Tensor | None) -> int:
-    """Between those of two batch rows; 0 where one stands for all."""
-    return 0 if x is None or len(x) == 1 else x.stride(0)
 
 
 def _first(heads: Tensor, group: int, kv_heads: int) -> Tensor:

@@ -169,6 +169,21 @@ def steps(n: int, device: torch.device) -> Int[Tensor, " n"]:
     return torch.arange(n, device=device)
 
 
+def strides(*tensors: Tensor | None) -> list[int]:
+    """Of the first three axes; 0 where there is none."""
+    return [n for x in tensors for n in ((0, 0, 0) if x is None else x.stride()[:3])]
+
+
+def lined(x: Tensor | None, axes: int = 2) -> list[int]:
+    """Strides of a list's first axes; 0 where one row stands for all."""
+    return [0 if x is None or x.shape[i] == 1 else x.stride(i) for i in range(axes)]
+
+
+def apart(x: Tensor | None) -> int:
+    """Between those of two batch rows; 0 where one stands for all."""
+    return lined(x, 1)[0]
+
+
 MEMBER = 1 << 16  # what a head counts for, in a list of query blocks of several heads
 
 

@@ -12,8 +12,8 @@ from saccade.ops.attend.triton import launch as lists
 from saccade.ops.attend.triton.grid import Grid, hopper, kernels
 from saccade.ops.attend.triton.hopper import described as even
 from saccade.ops.attend.triton.hopper import scratch
-from saccade.ops.attend.triton.launch import Shape, _strides, power, row_sums
-from saccade.ops.attend.triton.lists import MOST, MOST_WIDE, TILE
+from saccade.ops.attend.triton.launch import Shape, power, row_sums
+from saccade.ops.attend.triton.lists import MOST, MOST_WIDE, TILE, strides
 
 
 def rows(dtype: torch.dtype, wide: int) -> int:
@@ -75,7 +75,7 @@ def over_keys(q, k, v, d_out, out, lse, aux, delta, grid: Grid, scale: float, ca
     nothing = q
     kernels.over_keys[(grid.tiles(box) * (h // g), g, b)](
         q, k, v, d_out if back else nothing, out, lse, nothing if aux is None else aux, delta if back else nothing,
-        scale, cap or 1.0, h, h // g, *grid.size, *grid.wide, *grid.gap, *_strides(q, k, v, d_out, out),
+        scale, cap or 1.0, h, h // g, *grid.size, *grid.wide, *grid.gap, *strides(q, k, v, d_out, out),
         D=d, DVS=size, BD=power(d), BDV=power(size), BZ=box[0], BY=box[1], BX=box[2], SZ=step[0], SY=step[1],
         SX=step[2], AXES=grid.axes, CAUSAL=grid.causal, CAPPED=cap is not None, BACKWARD=back, WIDE=aux is not None,
         num_warps=shape.warps, num_stages=shape.stages,
@@ -94,7 +94,7 @@ def over_queries(q, k, v, d_out, lse, aux, delta, dk, dv, grid: Grid, scale: flo
     box, step = grid.box(lists.turned_keys(q.dtype, wide, TILE)), grid.box(shape.step)
     kernels.over_queries[(grid.tiles(box), g, b)](
         q, k, v, d_out, lse, q if aux is None else aux, delta, dk, dv,
-        scale, cap or 1.0, h, h // g, *grid.size, *grid.wide, *grid.gap, *_strides(q, k, v, d_out, dk, dv),
+        scale, cap or 1.0, h, h // g, *grid.size, *grid.wide, *grid.gap, *strides(q, k, v, d_out, dk, dv),
         D=d, DVS=size, BD=power(d), BDV=power(size), BZ=box[0], BY=box[1], BX=box[2], SZ=step[0], SY=step[1],
         SX=step[2], AXES=grid.axes, CAUSAL=grid.causal, CAPPED=cap is not None, WIDE=aux is not None,
         DESCRIBED=described, num_warps=shape.warps, num_stages=shape.stages,
