@@ -26,6 +26,7 @@ from saccade.measure.contestants import Contestant
 log = logging.getLogger("saccade")
 
 TRIAL_TOKENS = 64  # read at the start, to see what a token costs and what the cache allows
+TRIAL_STEPS = 2  # and decoded after them: rows that grow ask for room, and some methods remember their choices
 TURN_TOKENS = 512  # of prompts read between two steps of those that are being decoded; one prompt at least
 
 
@@ -72,7 +73,7 @@ class Service:
     def __enter__(self) -> Service:
         with self._stack:
             self.positions = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-            few = max(1, min(TRIAL_TOKENS, (self.positions or 2 * TRIAL_TOKENS) // 2))
+            few = max(1, min(TRIAL_TOKENS, ((self.positions or 3 * TRIAL_TOKENS) - TRIAL_STEPS) // 2))
             dense = full_cache_bytes(self.model, 2 * few) - full_cache_bytes(self.model, few)
             self._run = self._stack.enter_context(self.who.working(self.model, self.budget, self.seed))
             self._look(few, dense)
@@ -93,16 +94,20 @@ class Service:
 
     @torch.no_grad()
     def _look(self, few: int, dense: int) -> None:
-        """What one token costs while a prompt is read, and what the cache allows. `dense`: bytes of a few tokens in the
-        model's own cache, the least that is reckoned with: some methods evict while they read."""
+        """What one token costs, while a prompt is read or after it, and what the cache allows. `dense`: bytes of a few
+        tokens in the model's own cache, the least that is reckoned with: some methods evict while they read."""
         held = {}
         for tokens in (few, 2 * few):
-            cache = self._new_cache()
+            cache, more = self._new_cache(), tokens + TRIAL_STEPS
             with self._run.prompt() if self._run else contextlib.nullcontext():
                 self._read([0] * tokens, cache)
                 held[tokens] = cache_bytes(cache)
-        self.bytes_per_token = -(-max(dense, held[2 * few] - held[few]) // few)
-        self.bytes_per_request = max(0, held[few] - few * self.bytes_per_token)
+            for seen in range(tokens, more):
+                self._read([0] * (seen + 1), cache, seen)
+            held[more] = cache_bytes(cache)
+        grown = max(held[n + few] - held[n] for n in (few, few + TRIAL_STEPS))
+        self.bytes_per_token = -(-max(dense, grown) // few)
+        self.bytes_per_request = max(0, *(size - n * self.bytes_per_token for n, size in held.items()))
         self.not_joined = caches.why_not_joined(self._run, cache)
         self._padded = caches.pads(cache) and not self.not_joined
         self.not_continued = caches.why_not_continued(self._run, cache)
