@@ -74,3 +74,32 @@ def test_what_is_there_already_does_not_move_and_what_moves_leaves_its_room():
     store.move(torch.device("meta"))
     assert store.buckets[0].space is None
     assert {x.device.type for x in store.tensors()} == {"meta"} and len(store.tensors()) == len(before.tensors())
+
+
+@settings(max_examples=200, deadline=None)
+@given(rules=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6), st.integers(1, 5)), min_size=1, max_size=8))
+def test_slots_out_of_reach_are_those_that_positions_say(rules):
+    """Sinks and recent tokens, any of them after any other, as tokens come."""
+    bucket, seen, told = _bucket(2, 0), 0, []
+    for sinks, recent, more in rules:
+        new = torch.arange(seen, seen + more, dtype=torch.int32).expand(2, -1)
+        bucket, seen = bucket.append(new, _columns(2, more, seen)[1]), seen + more
+        sees = (bucket.positions < sinks) | (seen - bucket.positions <= recent)
+        gone = bucket.out_of_reach(sinks, recent, seen, seen)
+        told.append(gone is not None)
+        left = bucket.positions[sees].view(2, -1)
+        if gone is None:
+            bucket = bucket.take(sees.nonzero()[:, 1].view(2, -1))
+        elif gone[1]:
+            bucket = bucket.without(*gone)
+        assert torch.equal(bucket.positions, left)
+    assert told[0], "nothing was dropped before"
+
+
+def test_a_window_that_moves_asks_no_positions():
+    bucket = _bucket(2, 0).append(torch.arange(20, dtype=torch.int32).expand(2, -1), _columns(2, 20, 0)[1])
+    for seen in range(20, 30):
+        first, count = bucket.out_of_reach(4, 8, seen, seen)
+        bucket = bucket.without(first, count) if count else bucket
+        assert bucket.positions[0].tolist() == [0, 1, 2, 3, *range(seen - 8, seen)]
+        bucket = bucket.append(torch.full((2, 1), seen, dtype=torch.int32), _columns(2, 1, seen)[1])

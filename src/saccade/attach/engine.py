@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saccade import ops
 from saccade.attach import far, packing
 from saccade.attach.layer import SaccadeLayer
-from saccade.attach.store import Bucket, Store, regroup
+from saccade.attach.store import Bucket, Store, numbers, regroup
 from saccade.core.errors import CannotRun, DoesNotCompose
 from saccade.core.method import Cache, Decode, Method
 from saccade.core.selection import Gather, Selection, causal_mask
@@ -116,17 +115,17 @@ class Engine:
         assert layer.store is not None
         store, n = layer.store, q.shape[2]
         counts = [n] * q.shape[0] if real is None else real.sum(-1).tolist()
-        by_row = rearrange(q, "b (g s) q d -> (b g) s q d", g=store.kv_heads)
-        out = None
+        by_row, out = _by_row(q, store.kv_heads), None
         for count, rows in self._alike(layer, stage, store.pieces(counts)):
             if not count:
                 continue
+            whole = rows.rows.shape[0] == by_row.shape[0]
             tokens = None if real is None or count == n else _real_tokens(real, rows.rows // store.kv_heads, count)
-            mine = by_row if len(rows.rows) == len(by_row) else by_row.index_select(0, rows.rows)
+            mine = by_row if whole else by_row.index_select(0, rows.rows)
             mine = mine if tokens is None else mine.gather(2, _wide(tokens, mine))
             done = self._piece(layer, rows, mine, stage)
             self._tally(layer, rows, mine, stage)
-            if len(rows.rows) == len(by_row) and tokens is None:
+            if whole and tokens is None:
                 out = done
                 break
             if out is None:
@@ -139,12 +138,12 @@ class Engine:
                 )
         if out is None:  # nothing but padding
             return torch.zeros_like(q)
-        return rearrange(out, "(b g) s q d -> b (g s) q d", g=store.kv_heads)
+        return _by_sequence(out, store.kv_heads)
 
     def _tally(self, layer: SaccadeLayer, rows: Bucket, q: Float[Tensor, "r s q d"], stage: Stage) -> None:
         evictor = self.parts.get("evict")
         if isinstance(evictor, Cache) and evictor.tallies:
-            seen = layer.store.seen[int(rows.rows[0]) // layer.store.kv_heads]
+            seen = layer.store.seen[layer.store.sequence_of(rows)[0]]
             site = self._site(layer, stage, q.shape[2], rows.length, seen, part="evict")
             layer.store.add("tally", rows.rows, evictor.tally(q, rows.columns["keys"], site))
 
@@ -166,11 +165,8 @@ class Engine:
             yield from pieces
             return
         for count, rows in pieces:
-            parts: dict[Any, list[int]] = {}
-            for entry, i in enumerate((rows.rows // layer.store.kv_heads).tolist()):
-                parts.setdefault(kinds[i], []).append(entry)
-            for some in parts.values():
-                yield count, rows if len(parts) == 1 else rows.pick(torch.tensor(some, device=rows.rows.device))
+            for _, part in layer.store.parts(rows, [kinds[i] for i in layer.store.sequence_of(rows)]):
+                yield count, part
 
     def _sequences(self, layer: SaccadeLayer, rows: Bucket, owner: Method) -> list[int]:
         """The sequences of a piece, for a method that reads all of their heads.
@@ -194,7 +190,7 @@ class Engine:
             return self._dense(layer, rows, q, stage)
         ids, g = self._sequences(layer, rows, owner), layer.store.kv_heads
         stored = _by_head({**rows.columns, "positions": rows.positions}, g)
-        q = rearrange(q, "(b g) s q d -> b (g s) q d", g=g)
+        q = _by_sequence(q, g)
         shelved = layer.far_of(ids)
         keys = rows.length + sum(f.count for f in shelved[:1])
         site = self._site(layer, stage, q.shape[2], keys, layer.store.seen[ids[0]], ids)
@@ -209,12 +205,12 @@ class Engine:
         elif isinstance(owner, Cache):
             selection = owner.select(q, stored["keys"], site)
             if selection is None:
-                return self._dense(layer, rows, rearrange(q, "b (g s) q d -> (b g) s q d", g=g), stage)
+                return self._dense(layer, rows, _by_row(q, g), stage)
             out = site.attend(q, stored["keys"], stored["values"], selection)
         else:
             out = owner.attend(q, stored["keys"], stored["values"], site)
         self._keep_state(layer, owner, site, ids)
-        return rearrange(out, "b (g s) q d -> (b g) s q d", g=g)
+        return _by_row(out, g)
 
     def _dense(self, layer: SaccadeLayer, rows: Bucket, q: Float[Tensor, "r s q d"], stage: Stage) -> Tensor:
         """Everything that is stored and that the eviction rule lets each query see."""
@@ -233,9 +229,9 @@ class Engine:
             mask = None if visible is None else visible[:, None]
             return ops.decode(q, keys[:, None], values[:, None], visible=mask, **options)[0]
         g = layer.store.kv_heads
-        keys, values = (rearrange(x, "(b g) n d -> b g n d", g=g) for x in (keys, values))
-        out, _ = ops.decode(rearrange(q, "(b g) s q d -> b (g s) q d", g=g), keys, values, **options)
-        return rearrange(out, "b (g s) q d -> (b g) s q d", g=g)
+        keys, values = (x.unflatten(0, (-1, g)) for x in (keys, values))
+        out, _ = ops.decode(_by_sequence(q, g), keys, values, **options)
+        return _by_row(out, g)
 
     def _merged(
         self, method: Cache, rows: Bucket, q: Float[Tensor, "r s q d"], visible: Bool[Tensor, "r q k"] | None
@@ -261,13 +257,15 @@ class Engine:
         evictor = self.parts.get("evict")
         if not isinstance(evictor, Cache) or (stage == "prefill" and "prefill" not in evictor.parts):
             return None
-        if type(evictor).visible is Cache.visible:  # all: without asking the device which rows these are
+        if type(evictor).visible is Cache.visible:
             return None
-        seen = layer.store.seen[int(rows.rows[0]) // layer.store.kv_heads]
-        last = torch.tensor(layer.store.seen, device=rows.rows.device)[rows.rows // layer.store.kv_heads]
+        gone = self._gone(evictor, layer, rows, -1) if queries == 1 else None
+        if gone is not None and not any(count for _, count in gone):
+            return None
+        ids = layer.store.sequence_of(rows)
+        last = torch.tensor([layer.store.seen[i] for i in ids], device=rows.rows.device)
         at = last[:, None] + torch.arange(-queries, 0, device=last.device)
-        ids = (rows.rows // layer.store.kv_heads).tolist()
-        site = self._site(layer, stage, queries, rows.length, seen, ids, "evict")
+        site = self._site(layer, stage, queries, rows.length, layer.store.seen[ids[0]], ids, "evict")
         return evictor.visible(at, rows.positions, rows.rows % layer.store.kv_heads, site)
 
     # --- eviction ---------------------------------------------------------------------------------------------------
@@ -334,12 +332,36 @@ class Engine:
         """Keep what the next query may still see."""
         store, kept = layer.store, []
         for rows in store.buckets:
-            last = torch.tensor(store.seen, device=rows.rows.device)[rows.rows // store.kv_heads]
-            ids = (rows.rows // store.kv_heads).tolist()
+            gone = self._gone(method, layer, rows, 0)
+            if gone is not None:
+                for (first, count), part in store.parts(rows, gone):
+                    store.dropped = store.dropped or bool(count)
+                    kept.append(part.without(first, count) if count else part)
+                continue
+            ids = store.sequence_of(rows)
+            last = torch.tensor([store.seen[i] for i in ids], device=rows.rows.device)
             site = self._site(layer, "decode", 1, rows.length, max(store.seen), ids, "evict")
             stays = method.visible(last[:, None], rows.positions, rows.rows % store.kv_heads, site)
             kept.extend([rows] if stays is None else _keep(method, store, rows, stays[:, 0]))
-        store.buckets = regroup(kept)
+        store.buckets = kept if len(kept) == 1 else regroup(kept)
+
+    def _gone(self, method: Cache, layer: SaccadeLayer, rows: Bucket, ahead: int) -> list[tuple[int, int]] | None:
+        """For each row the slots, first and count, out of reach of a query `ahead` tokens behind the last one seen; None
+        if the device has to be asked."""
+        if method.merges or rows.packed:
+            return None
+        store, ids = layer.store, list(range(layer.store.sequences))
+        site = self._site(layer, "decode", 1, rows.length, max(store.seen), ids, "evict")
+        reach = method.reach([seen + ahead for seen in store.seen], site)
+        if reach is None:
+            return None
+        gone = []
+        for i, row in zip(store.sequence_of(rows), numbers(rows.rows)):
+            found = rows.out_of_reach(*reach[i][row % store.kv_heads], store.seen[i] + ahead, store.seen[i])
+            if found is None:
+                return None
+            gone.append(found)
+        return gone
 
     def _evict_by_score(self, method: Cache, layer: SaccadeLayer) -> None:
         store, kept, empty = layer.store, [], []
@@ -464,7 +486,7 @@ class Engine:
         if len(set(seen)) == 1:  # the last position of every row, without asking the device
             last = float(r * seen[0])
         else:
-            last = float((rows.positions[:, -1].double() + 1).sum()) if rows.length else 0.0
+            last = float(sum(seen[i] for i in layer.store.sequence_of(rows))) if rows.length else 0.0
         causal = (last * n - r * n * (n - 1) / 2) * s
         if visible is None:
             pairs = r * s * (rows.length * n - n * (n - 1) / 2)
@@ -546,6 +568,15 @@ def _wide(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[3])
 
 
+def _by_row(x: Float[Tensor, "b h q d"], kv_heads: int) -> Float[Tensor, "r s q d"]:
+    """Rows are (sequence, key/value head) pairs with their query heads."""
+    return x.unflatten(1, (kv_heads, -1)).flatten(0, 1)
+
+
+def _by_sequence(x: Float[Tensor, "r s q d"], kv_heads: int) -> Float[Tensor, "b h q d"]:
+    return x.unflatten(0, (-1, kv_heads)).flatten(1, 2)
+
+
 def _by_head(columns: Mapping[str, Tensor], kv_heads: int) -> dict[str, Tensor]:
     """Columns of rows [r n ...] as [b g n ...]."""
-    return {name: rearrange(c, "(b g) ... -> b g ...", g=kv_heads) for name, c in columns.items()}
+    return {name: c.unflatten(0, (-1, kv_heads)) for name, c in columns.items()}

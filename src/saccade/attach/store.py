@@ -8,9 +8,9 @@ tokens behind them.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -36,6 +36,7 @@ class Bucket:
     """Rows of one length. `rows` are ascending row numbers, sequence * kv_heads + head; positions are true ones.
 
     packed: [r u ...] each, units of the first tokens
+    sinks: first tokens of the text that are stored before a gap; all tokens behind the gap are. None: not known
     """
 
     rows: Int[Tensor, " r"]
@@ -43,6 +44,7 @@ class Bucket:
     columns: Columns
     packed: Columns = field(default_factory=dict)
     space: Space | None = None
+    sinks: int | None = None
 
     @property
     def length(self) -> int:
@@ -70,15 +72,36 @@ class Bucket:
         )
         return Bucket(self.rows[entries], self.positions.index_select(0, entries), chosen, packed)
 
+    def out_of_reach(self, sinks: int, recent: int, query: int, seen: int) -> tuple[int, int] | None:
+        """Slots, first and count, that a query at that position does not see, if it sees the first `sinks` tokens and
+        `recent` before itself, and `seen` tokens went by. None: it cannot be told without reading positions.
+        """
+        first = self.length if self.length == seen else self.sinks
+        if first is None:
+            return None
+        behind, start = seen - (self.length - first), query - recent  # the first behind the gap, the first in reach
+        if sinks > first:
+            return (first, max(0, start - behind)) if behind >= min(sinks, seen) else None
+        return sinks, max(0, min(first, start) - sinks) + max(0, start - behind)
+
     def take(self, index: Int[Tensor, "r m"]) -> Bucket:
         """Some of the tokens of every row, before any is packed."""
         assert not self.packed, "what is packed stays"
         chosen = {name: _tokens(c, index) for name, c in self.columns.items()}
         return Bucket(self.rows, _tokens(self.positions, index), chosen)
 
+    def without(self, first: int, count: int) -> Bucket:
+        """All but `count` tokens from the slot `first` on, in every row, before any is packed."""
+        assert not self.packed, "what is packed stays"
+        left = {name: torch.cat([c[:, :first], c[:, first + count :]], 1) for name, c in self._all().items()}
+        return Bucket(self.rows, left.pop(""), left, sinks=first)
+
+    def _all(self) -> Columns:
+        return {"": self.positions, **self.columns}
+
     def append(self, positions: Int[Tensor, "r n"], columns: Columns) -> Bucket:
         """More tokens at the end of every row."""
-        old, new = {"": self.positions, **self.columns}, {"": positions, **columns}
+        old, new = self._all(), {"": positions, **columns}
         more, space = positions.shape[1], self.space
         if any(x.requires_grad for x in (*old.values(), *new.values())):
             space, joined = None, {name: torch.cat([x, new[name]], 1) for name, x in old.items()}
@@ -89,7 +112,7 @@ class Bucket:
             room = (self.length - self.front) // SPARE
             space = Space(self.length + more, self.length + more + room) if room else None
             joined = {name: _written(_moved(x, more, room), new[name]) for name, x in old.items()}
-        return Bucket(self.rows, joined.pop(""), joined, self.packed, space)
+        return Bucket(self.rows, joined.pop(""), joined, self.packed, space, self.sinks)
 
 
 def _longer(column: Tensor, more: int) -> Tensor:
@@ -122,9 +145,16 @@ def regroup(buckets: Iterable[Bucket]) -> list[Bucket]:
     """Join buckets of equal length, packed as far, and sort their rows."""
     by_length: dict[tuple[int, int], list[Bucket]] = {}
     for bucket in buckets:
-        if len(bucket.rows):
+        if bucket.rows.shape[0]:
             by_length.setdefault((bucket.length, bucket.front), []).append(bucket)
     return [_join(some) for _, some in sorted(by_length.items(), reverse=True)]
+
+
+def numbers(rows: Int[Tensor, " r"]) -> list[int]:
+    """The same on the host. The device is asked once: buckets that grow out of one another share this tensor."""
+    if not hasattr(rows, "_numbers"):
+        rows._numbers = rows.tolist()
+    return rows._numbers
 
 
 def _join(buckets: list[Bucket]) -> Bucket:
@@ -135,7 +165,9 @@ def _join(buckets: list[Bucket]) -> Bucket:
         {name: torch.cat([x[name] for x in parts]).index_select(0, order) for name in parts[0]}
         for parts in ([b.columns for b in buckets], [b.packed for b in buckets])
     )
-    return Bucket(rows, torch.cat([b.positions for b in buckets]).index_select(0, order), columns, packed)
+    positions = torch.cat([b.positions for b in buckets]).index_select(0, order)
+    (sinks, *others) = {b.sinks for b in buckets}
+    return Bucket(rows, positions, columns, packed, sinks=None if others else sinks)
 
 
 class Store:
@@ -156,52 +188,60 @@ class Store:
             empty = {name: c[:, :0] for name, c in flat.items()}
             rows = torch.arange(self.sequences * self.kv_heads, device=device)
             self.buckets = [Bucket(rows, torch.zeros(len(rows), 0, dtype=torch.int32, device=device), empty)]
-        pieces = [self._grown(bucket, flat, real, counts) for bucket in self.buckets]
-        self.buckets = pieces[0] if len(pieces) == 1 and len(pieces[0]) == 1 else regroup(itertools.chain(*pieces))
+        pieces = [self._grown(part, count, flat, real) for count, part in self.pieces(counts)]
+        self.buckets = pieces if len(pieces) == 1 else regroup(pieces)
         self.seen = [s + c for s, c in zip(self.seen, counts)]
 
-    def _grown(self, bucket: Bucket, flat: Columns, real: Tensor | None, counts: list[int]) -> list[Bucket]:
-        out = []
-        for count, ids in self._by_count(bucket, counts):
-            part = bucket if len(ids) == len(bucket.rows) else bucket.pick(ids)
-            sequence = part.rows // self.kv_heads
-            positions = self._next(sequence)[:, None] + torch.arange(count, device=sequence.device)
-            whole = len(part.rows) == self.sequences * self.kv_heads
-            new = flat if whole else {name: c.index_select(0, part.rows) for name, c in flat.items()}
-            if real is not None:
-                token = real[sequence].nonzero()[:, 1].view(len(sequence), count)
-                new = {name: _tokens(c, token) for name, c in new.items()}
-            out.append(part.append(positions.int(), new))
-        return out
+    def _grown(self, bucket: Bucket, count: int, flat: Columns, real: Tensor | None) -> Bucket:
+        """Rows that all get so many new tokens, and these."""
+        whole = len(numbers(bucket.rows)) == self.sequences * self.kv_heads
+        new = flat if whole else {name: c.index_select(0, bucket.rows) for name, c in flat.items()}
+        if real is not None:
+            sequence = bucket.rows // self.kv_heads
+            token = real[sequence].nonzero()[:, 1].view(len(sequence), count)
+            new = {name: _tokens(c, token) for name, c in new.items()}
+        return bucket.append(self._next(bucket, count), new)
 
-    def _next(self, sequence: Int[Tensor, " r"]) -> Int[Tensor, " r"]:
-        """The position after the last one seen; where all are alike, nothing is copied from the host."""
-        if len(set(self.seen)) == 1:
-            return torch.full_like(sequence, self.seen[0])
-        return torch.tensor(self.seen, device=sequence.device)[sequence]
+    def _next(self, bucket: Bucket, count: int) -> Int[Tensor, "r n"]:
+        """The positions after the last one seen; where all are alike, nothing is copied from the host."""
+        seen, device = [self.seen[i] for i in self.sequence_of(bucket)], bucket.rows.device
+        if len(set(seen)) == 1:
+            return torch.arange(seen[0], seen[0] + count, dtype=torch.int32, device=device).expand(len(seen), -1)
+        first = torch.tensor(seen, dtype=torch.int32, device=device)
+        return first[:, None] + torch.arange(count, dtype=torch.int32, device=device)
 
-    def _by_count(self, bucket: Bucket, counts: list[int]) -> list[tuple[int, Tensor]]:
-        """(number of new tokens, rows of the bucket that get that many)."""
-        if len(set(counts)) == 1:
-            return [(counts[0], torch.arange(len(bucket.rows), device=bucket.rows.device))]
-        per_row = torch.tensor(counts, device=bucket.rows.device)[bucket.rows // self.kv_heads]
-        return [(int(c), (per_row == c).nonzero()[:, 0]) for c in per_row.unique()]
+    def sequence_of(self, bucket: Bucket) -> list[int]:
+        """The sequence of each row of a bucket."""
+        return [row // self.kv_heads for row in numbers(bucket.rows)]
 
-    def pieces(self, counts: list[int]) -> Iterable[tuple[int, Bucket]]:
+    def pieces(self, counts: Sequence[int]) -> Iterable[tuple[int, Bucket]]:
         """(new tokens, rows): rows of one length whose sequences all got the same number of new tokens."""
+        if len(set(counts)) == 1:
+            yield from ((counts[0], bucket) for bucket in self.buckets)
+            return
         for bucket in self.buckets:
-            for count, ids in self._by_count(bucket, counts):
-                yield count, bucket if len(ids) == len(bucket.rows) else bucket.pick(ids)
+            yield from self.parts(bucket, [counts[i] for i in self.sequence_of(bucket)])
+
+    def parts(self, bucket: Bucket, marks: Sequence[Any]) -> Iterable[tuple[Any, Bucket]]:
+        """(mark, rows): the rows of a bucket, which have a mark each, by their marks."""
+        entries: dict[Any, list[int]] = {}
+        for entry, mark in enumerate(marks):
+            entries.setdefault(mark, []).append(entry)
+        for mark, some in entries.items():
+            if len(some) == len(marks):
+                yield mark, bucket
+                continue
+            part = bucket.pick(torch.tensor(some, device=bucket.rows.device))
+            part.rows._numbers = [numbers(bucket.rows)[entry] for entry in some]
+            yield mark, part
 
     def whole_sequences(self, bucket: Bucket) -> list[int] | None:
         """The sequences in a bucket if all of their heads are in it, else None."""
-        g = self.kv_heads
-        if len(bucket.rows) == g * self.sequences:  # all there are: the device need not be asked
+        if len(numbers(bucket.rows)) == self.kv_heads * self.sequences:
             return list(range(self.sequences))
-        heads = torch.arange(g, device=bucket.rows.device)
-        if len(bucket.rows) % g or not torch.equal(bucket.rows.view(-1, g) % g, heads.expand(len(bucket.rows) // g, g)):
-            return None
-        return (bucket.rows[::g] // g).tolist()
+        sequences = list(dict.fromkeys(self.sequence_of(bucket)))
+        whole = [i * self.kv_heads + head for i in sequences for head in range(self.kv_heads)]
+        return sequences if whole == numbers(bucket.rows) else None
 
     def keep(self, bucket: Bucket, mask: Bool[Tensor, "r n"]) -> list[Bucket]:
         """The bucket with only the marked tokens, split by how many those are; order is kept."""
@@ -282,6 +322,6 @@ class Store:
         """True positions stored, per sequence and head."""
         out: list[list[Tensor]] = [[torch.empty(0)] * self.kv_heads for _ in range(self.sequences)]
         for b in self.buckets:
-            for row, positions in zip(b.rows.tolist(), b.positions):
+            for row, positions in zip(numbers(b.rows), b.positions):
                 out[row // self.kv_heads][row % self.kv_heads] = positions.cpu()
         return out

@@ -205,6 +205,13 @@ class Cache(Method):
         """
         return None
 
+    def reach(self, queries: Sequence[int], site: Site) -> list[list[tuple[int, int]]] | None:
+        """The same in numbers, where the rule is sinks and recent tokens: how many first tokens, and how many before
+        itself, the query at a position sees. One position and one row of `site.state` for each sequence; a pair for
+        each of its key/value heads. None: `visible` has to be asked, and the device with it.
+        """
+        return None
+
     @property
     def merges(self) -> bool:
         """Whether keys that stay take over from those that go. Only then `merge` and `stands_for` are asked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ class DuoAttention(Cache):
         return []
 
     def select(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Selection:
-        site.state["prompt"] = torch.full((q.shape[0],), site.seen, device=q.device)
+        site.state["prompt"] = torch.full((q.shape[0],), site.seen)  # on the host, where it is asked for
         if self.prefill == "dense":
             return dense(site.queries, site.keys)
         sinks, recent, full = self._split(site.seen, site)
@@ -121,13 +122,25 @@ class DuoAttention(Cache):
     ) -> Bool[Tensor, "r q k"]:
         behind = q_position[..., None] - k_position[:, None]
         out = torch.empty_like(behind, dtype=torch.bool)
-        prompt = site.state.get("prompt", torch.zeros_like(head))  # a row that began empty has no prompt
+        prompt = self._prompts(site, len(head))
         for n in prompt.unique().tolist():
             sinks, recent, full = self._split(n, site)
-            rows = prompt == n
+            rows = (prompt == n).to(head.device)
             near = (k_position[rows, None] < sinks) | (behind[rows] <= recent)
             out[rows] = near | full.to(head.device)[head[rows], None, None]
         return out
+
+    def reach(self, queries: Sequence[int], site: Site) -> list[list[tuple[int, int]]]:
+        prompts = self._prompts(site, len(queries)).tolist()
+        found = {prompt: self._split(prompt, site) for prompt in set(prompts)}
+        out = []
+        for n, (sinks, recent, full) in zip(queries, map(found.__getitem__, prompts)):
+            out.append([(sinks, n if whole else recent) for whole in full.tolist()])
+        return out
+
+    def _prompts(self, site: Site, rows: int) -> Int[Tensor, " r"]:
+        """The length of each row's prompt; 0 where it began empty."""
+        return site.state.get("prompt", torch.zeros(rows, dtype=torch.long))
 
     def calibrate(self, model: Any, samples: Sequence[Tensor], progress: Any = None) -> Artefact:
         gates, figures = model.train_gates(self, samples, progress)
@@ -143,6 +156,17 @@ class DuoAttention(Cache):
         The budget buys  F = floor(H (budget - c) / (n - c))  full heads of H, c = sink + recent being what a streaming
         head holds. A budget below that is all c, and pays for no full head.
         """
+        key = (prompt, site.layer, site.budget, site.bytes_per_token, site.seed)
+        if key not in self._splits:
+            self._splits[key] = self._find_split(prompt, site)
+        return self._splits[key]
+
+    @functools.cached_property
+    def _splits(self) -> dict[tuple[Any, ...], tuple[int, int, Bool[Tensor, " g"]]]:
+        """What was found: every token asks again."""
+        return {}
+
+    def _find_split(self, prompt: int, site: Site) -> tuple[int, int, Bool[Tensor, " g"]]:
         gates = self._gates()
         held = site.budget.tokens(prompt, site.bytes_per_token)
         if held >= prompt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -73,6 +74,10 @@ class Streaming(Cache):
         sinks = held.clamp(max=self.sink_tokens)
         behind = q_position[..., None] - k_position[:, None]
         return (k_position[:, None] < sinks[..., None]) | (behind <= (held - sinks)[..., None])
+
+    def reach(self, queries: Sequence[int], site: Site) -> list[list[tuple[int, int]]]:
+        held = [site.budget.tokens(n, site.bytes_per_token) for n in queries]
+        return [[(min(n, self.sink_tokens), n - min(n, self.sink_tokens))] * site.kv_heads for n in held]
 
 
 def _held(budget: Budget, position: Int[Tensor, "r q"], bytes_per_token: int) -> Int[Tensor, "r q"]:
