@@ -16,6 +16,7 @@ from saccade.core.artefact import Artefact
 from saccade.methods.cache.duo_attention import DuoAttention
 from saccade.methods.cache.snapkv import SnapKV
 from saccade.methods.cache.streaming import Streaming
+from saccade.methods.decode.quest import Quest
 from saccade.methods.sparse.full import Full
 from tests.methods.handmade import site, tiny, tokens
 
@@ -39,7 +40,10 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", [Full(), SnapKV(window_tokens=4), Streaming(), DUO], ids=lambda m: m.card.name)
+METHODS = [Full(), SnapKV(window_tokens=4), Streaming(), DUO, Quest(page_tokens=2, dense_layers=0)]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.card.name)
 def test_a_step_does_not_wait_for_the_device(method):
     budget = 1.0 if isinstance(method, Full) else 0.5
     with attach(MODEL, method, budget=budget), torch.no_grad():

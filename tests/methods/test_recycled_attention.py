@@ -171,7 +171,8 @@ def test_a_model_reads_a_batch_whose_rows_take_full_steps_at_different_times_as_
     with attach(model, method, budget=0.6), torch.no_grad():
         cache = model(rows[:, :40], use_cache=True)[CACHE]
         both = model(rows[:, 40:], **{CACHE: cache}).logits
-        one, other = (state["plan"][0, 0].tolist() for state in cache.layers[0].states["recycled-attention"])
+        plans = cache.layers[0].states["recycled-attention"].gather([0, 1])["plan"]
+        one, other = plans[:, 0].tolist()
         assert one[0] == 40 < other[0], "seen at the last choice"
         for i in range(2):
             torch.testing.assert_close(both[i : i + 1], in_pieces(model, rows[i : i + 1], [40])[:, 40:])

@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,6 +15,7 @@ from torch import Tensor
 from saccade import ops
 from saccade.attach import far, packing
 from saccade.attach.layer import SaccadeLayer
+from saccade.attach.states import Remembered, owned
 from saccade.attach.store import Bucket, Store, numbers, regroup
 from saccade.core.errors import CannotRun, DoesNotCompose
 from saccade.core.method import Cache, Decode, Method
@@ -70,6 +71,12 @@ class Engine:
         """Whether every token after the prompt decides what goes before the next one looks."""
         evictor = self.parts.get("evict")
         return isinstance(evictor, Cache) and evictor.weighing
+
+    @property
+    def _evicting(self) -> bool:
+        """Whether keys go after the prompt, too."""
+        evictor = self.parts.get("evict")
+        return isinstance(evictor, Cache) and (evictor.rolling or evictor.weighing)
 
     def _forward(
         self, layer: SaccadeLayer | None, q: Tensor, k: Tensor, v: Tensor, real: Bool[Tensor, "b q"] | None
@@ -157,10 +164,9 @@ class Engine:
         if owner is None:
             yield from pieces
             return
-        states = layer.states.get(owner.card.name) or [{}] * layer.store.sequences
+        states = layer.states.get(owner.card.name) or Remembered(layer.store.sequences)
         lying = [tuple((f.first, f.count) for f in layer.far_of([i])) for i in range(len(seen))]
-        shapes = [frozenset((name, x.shape) for name, x in state.items()) for state in states]
-        kinds = list(zip(seen, shapes, lying))
+        kinds = list(zip(seen, states.kinds(), lying))
         if len(set(kinds)) == 1:  # so that the device need not be asked
             yield from pieces
             return
@@ -346,8 +352,8 @@ class Engine:
         store.buckets = kept if len(kept) == 1 else regroup(kept)
 
     def _gone(self, method: Cache, layer: SaccadeLayer, rows: Bucket, ahead: int) -> list[tuple[int, int]] | None:
-        """For each row the slots, first and count, out of reach of a query `ahead` tokens behind the last one seen; None
-        if the device has to be asked."""
+        """For each row the slots, first and count, out of reach of a query `ahead` tokens behind the last one seen.
+        None: the device has to be asked."""
         if method.merges or rows.packed:
             return None
         store, ids = layer.store, list(range(layer.store.sequences))
@@ -373,7 +379,9 @@ class Engine:
                 empty += ids
                 continue
             kept.extend(self._best(method, layer, rows, ids, "prefill"))
-        _blank_state(layer, method, empty)
+        for kind in (layer.states, layer.prompt_states):
+            if method.card.name in kind:
+                kind[method.card.name].blank(empty)
         store.buckets = regroup(kept)
 
     def _evict_by_weight(self, layer: SaccadeLayer) -> None:
@@ -441,7 +449,8 @@ class Engine:
             layer=place.layer, layers=place.layers, heads=place.heads, kv_heads=place.kv_heads,
             head_size=place.head_size, stage=stage, queries=queries, keys=keys, seen=seen, scale=place.scale,
             budget=self.run.budget, softcap=place.softcap, seed=self.run.seed, bytes_per_token=self.run.bytes_per_token,
-            state=_gather_state(layer, owner, ids), handed=self._handed(owner, ids), turn=place.turn,
+            settled=stage == "decode" and not self._evicting, state=_gather_state(layer, owner, ids),
+            handed=self._handed(owner, ids), turn=place.turn,
             far=layer.far_of(ids or []) if stage == "decode" else (),
             attend=functools.partial(self._compute, stage), searched=self._searched,
         )  # fmt: skip
@@ -509,12 +518,9 @@ class Engine:
     def _keep_state(self, layer: SaccadeLayer, method: Method, site: Site, ids: list[int]) -> None:
         if not site.state:
             return
-        # copies: a view would hold on to the whole batch, and to all that the method computed with it
-        mine = [{name: value[i : i + 1].clone() for name, value in site.state.items()} for i in range(len(ids))]
+        state = owned(site.state)
         for kind in [layer.states] + [layer.prompt_states] * (site.stage == "prefill" and not method.dated):
-            states = kind.setdefault(method.card.name, [{} for _ in range(layer.store.sequences)])
-            for i, state in zip(ids, mine):
-                states[i] = state
+            kind.setdefault(method.card.name, Remembered(layer.store.sequences)).keep(ids, state)
 
 
 def _pliant(method: Method, prompt_done: bool) -> bool:
@@ -544,18 +550,7 @@ def _stretches(visible: Bool[Tensor, "r q k"] | None, queries: int) -> list[tupl
 def _gather_state(layer: SaccadeLayer, owner: Method | None, ids: list[int] | None) -> dict[str, Tensor]:
     if owner is None or ids is None or owner.card.name not in layer.states:
         return {}
-    states = layer.states[owner.card.name]
-    mine = [states[i] for i in ids]
-    shared = set(mine[0]).intersection(*mine)
-    return {name: torch.cat([state[name] for state in mine]) for name in shared}
-
-
-def _blank_state(layer: SaccadeLayer, method: Method, sequences: list[int]) -> None:
-    """Sequences that began empty remember nought where others remember something, so that all have the same names."""
-    for states in (layer.states.get(method.card.name, []), layer.prompt_states.get(method.card.name, [])):
-        like = next(filter(None, states), {})
-        for i in sequences if like else ():
-            states[i] = {name: torch.zeros_like(value) for name, value in like.items()}
+    return layer.states[owner.card.name].gather(ids)
 
 
 def _real_tokens(real: Tensor, sequence: Tensor, count: int) -> Tensor:

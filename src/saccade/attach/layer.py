@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from saccade.attach import far
+from saccade.attach.states import Remembered
 from saccade.attach.store import Store
 from saccade.core.errors import CannotRun
 from saccade.core.site import Far
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from saccade.attach.engine import Engine
     from saccade.attach.watch import Watch
 
-States = dict[str, list[dict[str, Tensor]]]  # method -> per sequence
+States = dict[str, Remembered]  # by method
 
 
 class SaccadeLayer(CacheLayerMixin):
@@ -99,7 +100,8 @@ class SaccadeLayer(CacheLayerMixin):
             self.store.crop(-tokens_to_remove)
             self.seen += tokens_to_remove
             dated = {m.card.name for m in self.engine.parts.values() if m.dated} if self.engine else set()
-            as_prompt = {name: list(states) for name, states in self.prompt_states.items()}
+            everyone = range(self.store.sequences)
+            as_prompt = {name: states.select(everyone) for name, states in self.prompt_states.items()}
             self.states = as_prompt | {name: states for name, states in self.states.items() if name in dated}
             left = {name: max(0, x.shape[1] + tokens_to_remove) for name, x in self.since.items()}
             self.since = {name: self.since[name][:, :count].clone() for name, count in left.items()}
@@ -142,7 +144,7 @@ class SaccadeLayer(CacheLayerMixin):
         self.store.select_sequences(index)
         order = index.tolist()
         self.states, self.prompt_states = (
-            {name: [dict(states[i]) for i in order] for name, states in kind.items()}
+            {name: states.select(order) for name, states in kind.items()}
             for kind in (self.states, self.prompt_states)
         )
         self.queries = [self.queries[i] for i in order] if self.queries else []
@@ -170,7 +172,8 @@ class SaccadeLayer(CacheLayerMixin):
         for kind in ("states", "prompt_states"):
             mine = [getattr(x, kind) for x in (self, *others)]
             names = {name: None for states in mine for name in states}
-            joined = {n: [s for c, states in zip(counts, mine) for s in states.get(n, [{}] * c)] for n in names}
+            several = {n: [states.get(n) or Remembered(c) for c, states in zip(counts, mine)] for n in names}
+            joined = {name: Remembered.joined(some) for name, some in several.items()}
             setattr(self, kind, joined)
         if any(x.far for x in (self, *others)):
             self.far = [f for c, x in zip(counts, (self, *others)) for f in x.far or [None] * c]
@@ -192,13 +195,7 @@ class SaccadeLayer(CacheLayerMixin):
 
     def bytes_held(self) -> int:
         """Of all storages, each counted once: tokens and what lies beside them, and what methods remember."""
-        remembered = [
-            tensor
-            for kind in (self.states, self.prompt_states)
-            for sequences in kind.values()
-            for state in sequences
-            for tensor in state.values()
-        ]
+        remembered = [x for kind in (self.states, self.prompt_states) for r in kind.values() for x in r.tensors()]
         tensors = [*(self.store.tensors() if self.store else []), *self.queries, *remembered, *self.since.values()]
         return _storages(tensors) + self.bytes_host()
 

@@ -58,6 +58,7 @@ class Site:
     state: what this method wants to remember between calls on this layer and cache. Tensors with the batch first; they
         follow beam reordering; when tokens are taken back, what the prompt left is there again (`Method.dated`: it
         stays). Sequences that remember different shapes are asked apart
+    settled: no stored key goes any more, but for tokens that are taken back
     handed: what this method hands from layer to layer within one forward: what it puts there is there in the layers
         behind, for the same sequences, and gone when the forward ends. Tensors with the batch first
     far: for each sequence what lies in host memory, where the method had it moved there; `keys` counts it
@@ -81,6 +82,7 @@ class Site:
     softcap: float | None = None
     seed: int = 0
     bytes_per_token: int = 0  # of the whole cache, for budgets in bytes
+    settled: bool = False
     state: State = field(default_factory=dict, repr=False, compare=False)
     handed: State = field(default_factory=dict, repr=False, compare=False)
     far: tuple[Far, ...] = field(default=(), repr=False, compare=False)

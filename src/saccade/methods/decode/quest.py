@@ -143,6 +143,8 @@ class Quest(Decode):
         if "last" not in site.state:
             return 0
         pages = min(site.state["last"].shape[2], site.offset // self.page_tokens)
+        if site.settled:
+            return pages
         ends = positions[:, :, self.page_tokens - 1 :: self.page_tokens][:, :, :pages]
         same = (ends == site.state["last"][:, :, :pages]).all(0).all(0)
         return int(same.int().cumprod(0).sum())

@@ -44,7 +44,8 @@ def _few(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if mask is None:  # no row is empty
-        weights, lse = logits.softmax(-1), logits.logsumexp(-1)
+        weights = logits.softmax(-1)
+        lse = logits.amax(-1) - weights.amax(-1).log()  # the largest weight is exp(max - lse)
     else:
         by_head = logits.view(*q.shape[:3], -1).masked_fill(~mask, -torch.inf)
         weights, lse = exponentials(by_head)
