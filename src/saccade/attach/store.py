@@ -9,10 +9,11 @@ tokens behind them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -285,3 +286,8 @@ class Store:
             for row, positions in zip(b.rows.tolist(), b.positions):
                 out[row // self.kv_heads][row % self.kv_heads] = positions.cpu()
         return out
+
+
+def by_head(columns: Mapping[str, Tensor], kv_heads: int) -> dict[str, Tensor]:
+    """Columns of rows [r n ...] as [b g n ...]."""
+    return {name: rearrange(c, "(b g) ... -> b g ...", g=kv_heads) for name, c in columns.items()}
