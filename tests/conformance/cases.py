@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
+from unittest import mock
 
 import torch
-from hypothesis import Phase, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from saccade import models
 from saccade.attach import attach, explain, fingerprint
 from saccade.attach.calibration import Subject
+from saccade.attach.probe import probe
 from saccade.core.artefact import Artefact
 from saccade.core.budget import Budget
 from saccade.core.card import Card
@@ -34,6 +38,8 @@ ANY = st.sampled_from([1, 2, 3, 5, 9, 17]) | LONG  # among them one more than th
 LAYERS = 2
 # the same examples every time, so that a verdict is repeatable; as they come, since making them smaller takes minutes
 FEW = settings(max_examples=3, derandomize=True, deadline=None, phases=[Phase.generate])
+ATTACH = sys.modules[attach.__module__]  # the name of the package is the function, too
+look = functools.cache(probe)
 SMALL_TOKENS = 8  # options in tokens are cut to this, so that a context of tens of tokens is a long one
 
 
@@ -65,17 +71,29 @@ class Case:
                 made = dataclasses.replace(made, **{name: SMALL_TOKENS})
         return made
 
-    @functools.cached_property
+    @property
     def parts(self) -> tuple[str, ...]:
         """What the method takes over."""
-        return self.method().parts
+        return _parts(self)
 
-    @functools.cached_property
+    @property
     def budgets(self) -> tuple[float | str, ...]:
         """Budgets below all that it takes. None where its sizes are fixed otherwise, as its `check` then says."""
-        choice = FRACTIONS if self.option.endswith("_layers") else FRACTIONS + TOKENS
-        model = tiny(4, 2, 16)
-        return tuple(b for b in choice if not explain(model, equipped(self.method(), model), budget=b))
+        return _budgets(self)
+
+
+@functools.cache
+def _parts(case: Case) -> tuple[str, ...]:
+    return case.method().parts
+
+
+@functools.cache  # every test has its own list of equal cases
+def _budgets(case: Case) -> tuple[float | str, ...]:
+    choice = FRACTIONS if case.option.endswith("_layers") else FRACTIONS + TOKENS
+    model = tiny(4, 2, 16)
+    method = equipped(case.method(), model)
+    with mock.patch.object(ATTACH, "probe", look):
+        return tuple(b for b in choice if not explain(model, method, budget=b))
 
 
 def cases() -> list[Case]:
@@ -91,6 +109,25 @@ def _choices(method: type[Method]) -> Iterator[tuple[str, Any]]:
         values = typing.get_args(hints[name]) if typing.get_origin(hints[name]) is Literal else ()
         values = (True, False) if hints[name] is bool else (1,) if name.endswith("_layers") else values
         yield from ((name, value) for value in values if value != default)
+
+
+def drawn(examples: int = 3) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A test of a `case` or an `owner` on drawn `data`: so many examples of a method as it comes; half as many, two at
+    least, of it with another choice."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        fewer = min(examples, max(2, examples // 2))
+        whole, half = (settings(FEW, max_examples=n)(given(data=st.data())(test)) for n in (examples, fewer))
+
+        def run(**fixtures: Any) -> None:
+            case = fixtures.get("case") or fixtures["owner"]
+            (half if case.option else whole)(**fixtures)
+
+        run.__name__, run.__doc__ = test.__name__, test.__doc__
+        run.__signature__ = inspect.signature(whole)  # what pytest asks for: without the data
+        return run
+
+    return decorate
 
 
 @functools.cache
@@ -143,10 +180,12 @@ class Trial:
         said = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[2:]} | options(self.method)
         printer.text(f"Trial({self.method.card.name}, {', '.join(f'{k}={v!r}' for k, v in said.items())})")
 
-    def attach(self, **changes: Any) -> Any:
-        """The run's context manager."""
-        given = {"budget": self.budget, "seed": self.seed, **changes}
-        return attach(self.model, equipped(self.method, self.model), **given)
+    def attach(self, anew: bool = False, **changes: Any) -> Any:
+        """The run's context manager. The tiny models do not change: what attaching finds in one is found once, unless
+        `anew`."""
+        said = {"budget": self.budget, "seed": self.seed, **changes}
+        with mock.patch.object(ATTACH, "probe", probe if anew else look):
+            return attach(self.model, equipped(self.method, self.model), **said)
 
     def ids(self, rows: int = 1, name: int = 0) -> torch.Tensor:
         """Prompt and rest; another `name`, other tokens."""

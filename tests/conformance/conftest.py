@@ -1,5 +1,6 @@
-"""Tests of a `case` run for every registered method in all of its forms, those of a `plain` case for each as it comes,
-those of a `probe` for each that reads only; `--method NAME` leaves one method.
+"""Tests of a `case` run for every registered method in all of its forms; those of a `plain` case for each as it comes;
+those of an `owner` for each as it comes and where a choice makes it own other parts: they are about attaching, which no
+other choice reaches; those of a `probe` for each that reads only. `--method NAME` leaves one method.
 
 A test marked `claims("chunks")` is expected to fail, and must, for a method whose card gives a reason against "chunks":
 a limitation that is none turns the suite red. A card speaks of the method as it comes; other forms of it may be better.
@@ -10,9 +11,14 @@ from __future__ import annotations
 import pytest
 
 from saccade.core.errors import CannotRun
-from tests.conformance.cases import cases
+from tests.conformance.cases import Case, cases
 
-KINDS = {"case", "plain", "probe"}
+KINDS = {
+    "case": lambda case: True,
+    "plain": lambda case: not case.option,
+    "owner": lambda case: not case.option or case.parts != Case(case.name).parts,
+    "probe": lambda case: not case.option and "observe" in case.parts,
+}
 
 
 def pytest_addoption(parser):
@@ -24,23 +30,23 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    taken = KINDS & set(metafunc.fixturenames)
+    taken = [kind for kind in KINDS if kind in metafunc.fixturenames]
     if not taken:
         return
     only = [name.replace("_", "-") for name in metafunc.config.getoption("--method", default=None) or []]
     some = [case for case in cases() if not only or case.name in only]
     if not some:
         raise pytest.UsageError(f"--method {' '.join(only)}: no such method is registered")
-    if taken != {"case"}:
-        some = [case for case in some if not case.option and (taken == {"plain"} or "observe" in case.parts)]
-    metafunc.parametrize(*taken, [_param(case, metafunc.definition) for case in some])
+    (kind,) = taken
+    metafunc.parametrize(kind, [_param(case, metafunc.definition) for case in some if KINDS[kind](case)])
 
 
 def _param(case, test):
     claim = test.get_closest_marker("claims")
     reason = case.card.lacks.get(claim.args[0], "") if claim else ""
-    lacking = (AssertionError, CannotRun)  # not had, or refused
-    marks = [pytest.mark.xfail(reason=reason, strict=not case.option, raises=lacking)] if reason else []
+    how = {"strict": True, "raises": (AssertionError, CannotRun)}  # not had, or refused
+    how = {"run": False} if case.option else how  # it may be better or not: either would do
+    marks = [pytest.mark.xfail(reason=reason, **how)] if reason else []
     return pytest.param(case, id=str(case), marks=marks)
 
 
@@ -48,6 +54,6 @@ def pytest_collection_modifyitems(config, items):
     """Under --method, tests that are about no method are left out."""
     if config.getoption("--method", default=None):
         here = str(config.rootpath / "tests" / "conformance")
-        drop = [i for i in items if str(i.path).startswith(here) and not KINDS & set(i.fixturenames)]
+        drop = [i for i in items if str(i.path).startswith(here) and not KINDS.keys() & set(i.fixturenames)]
         items[:] = [i for i in items if i not in drop]
         config.hook.pytest_deselected(items=drop)

@@ -9,7 +9,6 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from saccade.attach.layer import WatchedLayer
 from saccade.attach.run import Run
 from saccade.attach.store import SPARE
 from saccade.attach.watch import Watcher
-from tests.conformance.cases import FEW, tiny, trials
+from tests.conformance.cases import drawn, tiny, trials
 from tests.conformance.runs import Padded, assert_same, read
 from tests.methods.handmade import in_pieces
 
@@ -59,8 +58,7 @@ def test_12_the_poison_works():
 
 
 @pytest.mark.claims("memory")
-@given(data=st.data())
-@FEW
+@drawn()
 def test_12_fresh_memory_is_written_before_it_is_read(case, data):
     """Bit for bit the same under poison, for two rows of a batch; and where rows are padded, also at the padding."""
     trial = data.draw(trials(case))
@@ -80,12 +78,11 @@ def read_prompt(trial, rows):
 
 
 @pytest.mark.claims("memory")
-@given(data=st.data())
-@FEW
-def test_12_strided_inputs_do(case, data):
+@drawn()
+def test_12_strided_inputs_do(owner, data):
     """Queries, keys and values as every second number of a wider tensor, with NaN between."""
-    trial = data.draw(trials(case))
-    owner, name = (Watcher, "after") if "observe" in case.parts else (Engine, "forward")
+    trial = data.draw(trials(owner))
+    owner, name = (Watcher, "after") if "observe" in owner.parts else (Engine, "forward")
     plain = getattr(owner, name)
 
     def forward(self, layer, q, k, v, *rest):
@@ -110,8 +107,7 @@ def noted_of(trial):
 
 @pytest.mark.claims("memory")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
-@given(data=st.data())
-@settings(FEW, max_examples=1)
+@drawn(1)
 def test_12_the_dtype_stays(case, dtype, data):
     """Of the logits, and of the keys and values that are stored."""
     trial = data.draw(trials(case))
@@ -132,8 +128,7 @@ def keys_and_values(layer):
 
 
 @pytest.mark.claims("bytes")
-@given(data=st.data())
-@FEW
+@drawn()
 def test_14_bytes_reported_are_bytes_held(case, data):
     """Every tensor that can be reached from the cache's layers, after the prompt and after each of two forwards."""
     trial, rows = data.draw(trials(case)), data.draw(st.integers(1, 3))
@@ -166,8 +161,7 @@ def reachable(cache) -> int:
 
 
 @pytest.mark.claims("bytes")
-@given(data=st.data())
-@FEW
+@drawn()
 def test_14_what_was_dropped_is_given_back(case, data):
     """Nothing holds on to more than the kept keys and values, their positions, columns beside them, and the room that
     rows which grow have for a few more."""

@@ -8,21 +8,18 @@ import functools
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from saccade import models
 from saccade.attach import attach, fingerprint
 from saccade.core.method import Mixer
 from saccade.core.registry import get, list_methods
-from tests.conformance.cases import FEW, LAYERS, equipped, tiny, trials
+from tests.conformance.cases import LAYERS, drawn, equipped, tiny, trials
 from tests.conformance.runs import assert_same
 from tests.methods.handmade import in_pieces
 
 
 @pytest.mark.claims("gqa")
-@given(data=st.data())
-@settings(FEW, max_examples=6)
+@drawn(6)
 def test_07_grouped_heads_equal_repeated_heads(case, data):
     """The same model with its keys and values written out for every query head.
 
@@ -73,26 +70,24 @@ def for_model(artefact, model, heads):
 
 
 @pytest.mark.claims("detach")
-@given(data=st.data())
-@FEW
-def test_09_detach_puts_everything_back(case, data):
-    trial = data.draw(trials(case))
-    with unchanged(trial), trial.attach():
+@drawn()
+def test_09_detach_puts_everything_back(owner, data):
+    trial = data.draw(trials(owner))
+    with unchanged(trial), trial.attach(anew=True):
         in_pieces(trial.model, trial.ids(), [trial.prompt])
         trial.model.generate(trial.ids()[:, :4], max_new_tokens=2)
 
 
 @pytest.mark.claims("detach")
-@given(data=st.data())
-@FEW
-def test_09_detach_puts_everything_back_after_an_exception(case, data):
+@drawn()
+def test_09_detach_puts_everything_back_after_an_exception(owner, data):
     """Raised in the user's block, and in the middle of a forward."""
-    trial = data.draw(trials(case))
-    with unchanged(trial), pytest.raises(KeyError, match="ours"), trial.attach():
+    trial = data.draw(trials(owner))
+    with unchanged(trial), pytest.raises(KeyError, match="ours"), trial.attach(anew=True):
         in_pieces(trial.model, trial.ids(), [trial.prompt])
         raise KeyError("ours")
     last = trial.model.model.layers[-1].mlp
-    with unchanged(trial), pytest.raises(KeyError, match="theirs"), trial.attach():
+    with unchanged(trial), pytest.raises(KeyError, match="theirs"), trial.attach(anew=True):
         handle = last.register_forward_pre_hook(fail)
         try:
             in_pieces(trial.model, trial.ids(), [trial.prompt])

@@ -6,19 +6,17 @@ import contextlib
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saccade.attach.compat import CACHE
 from saccade.core.errors import CannotRun
-from tests.conformance.cases import FEW, trials
+from tests.conformance.cases import drawn, trials
 from tests.conformance.runs import assert_same, read
 from tests.methods.handmade import in_pieces
 
 
 @pytest.mark.claims("chunks")
-@given(data=st.data())
-@settings(FEW, max_examples=4)
+@drawn(4)
 def test_06_chunks_and_steps_equal_one_pass(case, data):
     """A prompt in chunks equals the prompt at once; a prompt and steps after it equal one forward over everything."""
     trial = data.draw(trials(case))
@@ -45,8 +43,7 @@ def in_chunks(trial, cuts):
     return torch.cat(out, 1)
 
 
-@given(data=st.data())
-@FEW
+@drawn()
 def test_06_steps_after_the_prompt_equal_one_forward(case, data):
     """No card excuses this: `generate` takes steps, and the tasks read the answer in one forward."""
     trial = data.draw(trials(case))
@@ -56,11 +53,10 @@ def test_06_steps_after_the_prompt_equal_one_forward(case, data):
     assert_same(read(trial, trial.ids(), cuts), read(trial, trial.ids()), trial, f"cut at {cuts}")
 
 
-@given(data=st.data())
-@settings(FEW, max_examples=2)
-def test_06_generate_takes_those_steps(case, data):
+@drawn(2)
+def test_06_generate_takes_those_steps(owner, data):
     """Greedy `generate` follows the logits of forwards."""
-    trial = data.draw(trials(case))
+    trial = data.draw(trials(owner))
     prompt = trial.ids()[:, : trial.prompt]
     with trial.attach():
         words = trial.model.generate(prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)
@@ -70,8 +66,7 @@ def test_06_generate_takes_those_steps(case, data):
     assert torch.equal(words[0, trial.prompt :], chosen)
 
 
-@given(data=st.data())
-@FEW
+@drawn()
 def test_08_beams_selection_and_repetition_commute_with_the_cache(case, data):
     """Rows of the cache that go elsewhere give there what they would have given. No card excuses this: beams do it."""
     trial, rows = data.draw(trials(case)), 3
@@ -89,8 +84,7 @@ def test_08_beams_selection_and_repetition_commute_with_the_cache(case, data):
 
 
 @pytest.mark.claims("cache-ops")
-@given(data=st.data())
-@settings(FEW, max_examples=4)
+@drawn(4)
 def test_08_tokens_taken_back_were_never_there(case, data):
     """Some tokens, a wrong guess, crop, other tokens: as if the guess had not been read."""
     trial = data.draw(trials(case))

@@ -10,15 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saccade.core.registry import get
-from tests.conformance.cases import FEW, trials
+from tests.conformance.cases import FEW, drawn, trials
 from tests.conformance.runs import assert_same, read, read_padded, watch
 from tests.methods.handmade import in_pieces
 
 
 @pytest.mark.claims("padding")
 @pytest.mark.parametrize("side", ["left", "right"])
-@given(data=st.data())
-@settings(FEW, max_examples=2)
+@drawn(2)
 def test_04_padding_changes_nothing_on_real_tokens(case, side, data):
     trial = data.draw(trials(case))
     short = data.draw(st.integers(1, trial.prompt))
@@ -32,8 +31,7 @@ def test_04_padding_changes_nothing_on_real_tokens(case, side, data):
 
 
 @pytest.mark.claims("batch")
-@given(data=st.data())
-@FEW
+@drawn()
 def test_05_a_row_does_not_depend_on_its_neighbours(case, data):
     trial = data.draw(trials(case))
     rows = trial.ids(rows=3)
@@ -42,8 +40,7 @@ def test_05_a_row_does_not_depend_on_its_neighbours(case, data):
 
 
 @pytest.mark.claims("batch")
-@given(data=st.data())
-@FEW
+@drawn()
 def test_05_a_row_does_not_depend_on_the_sample_before(case, data):
     """Bit for bit: the same shapes give the same numbers."""
     trial = data.draw(trials(case))
@@ -54,16 +51,14 @@ def test_05_a_row_does_not_depend_on_the_sample_before(case, data):
 
 
 @pytest.mark.claims("causality")
-@given(data=st.data())
-@settings(FEW, max_examples=6)
+@drawn(6)
 def test_10_no_prompt_token_depends_on_a_later_one(case, data):
     trial = data.draw(trials(case))
     last = data.draw(st.integers(1, 4))  # late changes: those that a choice made at the end of the prompt would show
     assert_unmoved(trial, trial.prompt - last)
 
 
-@given(data=st.data())
-@FEW
+@drawn()
 def test_10_no_later_token_depends_on_one_after_it(case, data):
     """What is read after the prompt in one forward. No card excuses this: it would not be what `generate` does."""
     trial = data.draw(trials(case))
@@ -79,8 +74,7 @@ def assert_unmoved(trial, changed):
 
 
 @pytest.mark.claims("seed")
-@given(data=st.data())
-@FEW
+@drawn()
 def test_15_the_same_seed_gives_the_same_selection(case, data):
     """Whatever torch's own generator stands at, which nobody touches."""
     trial = data.draw(trials(case))

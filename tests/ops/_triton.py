@@ -68,7 +68,9 @@ def assert_close_on_a_gpu(
 
 def _mend_the_interpreter() -> None:
     """Three faults of Triton 3.6's: scalars are arrays of one element, which NumPy 2.4 no longer takes for numbers;
-    `tl.dot` multiplies the bits of bfloat16 as if they were whole numbers; float32 is cut to bfloat16, not rounded."""
+    `tl.dot` multiplies the bits of bfloat16 as if they were whole numbers; float32 is cut to bfloat16, not rounded. And
+    two that take minutes: a reduction by a function of ours goes number by number, and every call of one of our
+    functions from a kernel changes the language again as the kernel's call already did."""
     import numpy
     import triton.language as tl
     from triton.runtime import interpreter as own
@@ -96,6 +98,33 @@ def _mend_the_interpreter() -> None:
         near = ((bits.astype(numpy.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(numpy.uint16)
         return numpy.where(numpy.isnan(x.view(numpy.float32)), numpy.uint16(0x7FC0), near)
 
+    one_by_one = own.ReduceOps.generic_reduce
+
+    def by_rows(self, given):
+        if self.axis is None or self.keep_dims or given[0].handle.data.ndim < 2:
+            return one_by_one(self, given)
+        rows = zip(*(numpy.moveaxis(x.handle.data, self.axis, 0) for x in given))
+        first, *others = [[self.to_tensor(row, x.dtype) for row, x in zip(some, given)] for some in rows]
+        for other in others:
+            both = self.combine_fn.fn(*first, *other)
+            first = both if isinstance(both, tuple) else (both,)
+        return list(first)
+
+    own.ReduceOps.generic_reduce = by_rows
+    change, launch, changed = own._patch_lang, own.GridExecutor.__call__, set()
+
+    def changed_once(fn):
+        here = {id(x) for x in fn.__globals__.values() if x is tl or x is tl.core}
+        if here <= changed:
+            return None
+        changed.update(here)
+        return change(fn)
+
+    def launched(self, *args, **options):
+        changed.clear()  # a kernel that ends puts the language back
+        return launch(self, *args, **options)
+
+    own._patch_lang, own.GridExecutor.__call__ = changed_once, launched
     own._patch_lang_tensor, own.InterpreterBuilder.create_dot, own._convert_float = patched, right_dot, rounded
 
 

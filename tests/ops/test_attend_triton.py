@@ -148,7 +148,7 @@ def cases(draw):
 
 @interpreter
 @settings(
-    max_examples=8,
+    max_examples=6,
     phases=[Phase.explicit, Phase.generate],  # a failure is not made smaller: that takes minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -160,8 +160,10 @@ def test_values_and_gradients(case, dtype, softcap, scale):
 
 
 @interpreter
-@pytest.mark.parametrize("q_block, k_block", [(64, 64), (128, 64), (64, 128), (16, 64), (8, 8), (48, 24)])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "q_block, k_block, causal",
+    [(64, 64, True), (64, 64, False), (128, 64, True), (64, 128, False), (16, 64, True), (8, 8, False), (48, 24, True)],
+)
 def test_blocks_of_any_size(q_block, k_block, causal):
     selection = blocks(1, 70, 135, q_block, k_block, causal)
     check(selection, tensors(1, 1, 1, 70, 135, 16))
@@ -176,7 +178,7 @@ def blocks(heads, queries, keys, q_block, k_block, causal=True, share=0.6):
 
 @interpreter
 @pytest.mark.parametrize("block", [16, 64])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_lists_of_lines_are_those_of_the_selection(block, seed):
     from saccade.ops.attend.triton.lines import drawn
 
@@ -195,9 +197,9 @@ def test_lists_of_lines_are_those_of_the_selection(block, seed):
 @interpreter
 @pytest.mark.parametrize("size", [16, 20, 48])
 def test_head_sizes_that_are_no_power_of_two_and_values_of_another_size(size):
-    q, k, _ = tensors(1, 4, 2, 40, 60, size)
-    v = tensors(1, 4, 2, 40, 60, 32)[2]
-    check(build("lines", 1, 4, 40, 60, True, 3, 16), [q, k, v])
+    q, k, _ = tensors(1, 2, 1, 20, 40, size)
+    v = tensors(1, 2, 1, 20, 40, 32)[2]
+    check(build("lines", 1, 2, 20, 40, True, 3, 16), [q, k, v])
 
 
 @interpreter
@@ -262,8 +264,8 @@ def test_single_keys_on_top_of_what_runs_gave():
     from saccade.ops.attend.triton import launch
     from saccade.ops.attend.triton.lists import listed
 
-    q, k, v = tensors(1, 4, 2, 70, 90, 32, torch.float16)
-    (both,) = listed(build("lines", 1, 4, 70, 90, True, 3, 16), q, 2)
+    q, k, v = tensors(1, 2, 1, 40, 60, 32, torch.float16)
+    (both,) = listed(build("lines", 1, 2, 40, 60, True, 3, 16), q, 2)
     out, lse, _ = launch.forward(q, k, v, [both], 0.2, None)
     runs = dataclasses.replace(both, index=None, bits=None)
     single = dataclasses.replace(both, count=None, col=None)

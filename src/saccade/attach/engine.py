@@ -1,11 +1,11 @@
-"""What happens in one attention layer: store the new tokens, ask the methods where to look, compute, evict."""
+"""What happens in one attention layer: store the new tokens, ask the methods where to look, compute, let go."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,14 +13,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saccade import ops
-from saccade.attach import far, packing
+from saccade.attach import eviction, far, packing
+from saccade.attach.counts import Counts
 from saccade.attach.layer import SaccadeLayer
 from saccade.attach.states import Remembered, owned
-from saccade.attach.store import Bucket, Store, numbers, regroup
+from saccade.attach.store import Bucket, Store, by_head
 from saccade.core.errors import CannotRun, DoesNotCompose
 from saccade.core.method import Cache, Decode, Method
-from saccade.core.selection import Gather, Selection, causal_mask
-from saccade.core.site import Seen, Site, Stage, State, Turn
+from saccade.core.selection import Gather, Selection
+from saccade.core.site import Site, Stage, State, Turn
 
 if TYPE_CHECKING:
     from saccade.attach.run import Run
@@ -46,8 +47,7 @@ class Engine:
     def __init__(self, run: Run, place: Place):
         self.run, self.place = run, place
         self.parts: dict[str, Method] = run.parts
-        self.pending: list[Selection] = []  # selections of the prefill, counted when somebody asks
-        self.decoded: Tensor | None = None  # pairs of later tokens, summed where they are until somebody asks
+        self.counts = Counts(functools.partial(run.layer_record, self))
 
     # --- one forward ------------------------------------------------------------------------------------------------
 
@@ -98,7 +98,7 @@ class Engine:
         if not layer.recording:
             self.evict(layer, prompt_end=stage == "prefill" and layer.prompt_done)
         if stage == "decode" and self._weighing:
-            self._evict_by_weight(layer)
+            eviction.evict_by_weight(self, layer)
         if self.place.layer == self.place.layers - 1:
             self.run.handed.clear()
         return out
@@ -115,7 +115,7 @@ class Engine:
         if isinstance(evictor, Cache) and evictor.tallies:
             columns["tally"] = k.new_zeros(k.shape[:3], dtype=torch.promote_types(k.dtype, torch.float32))
         if isinstance(reader, Decode):
-            columns |= reader.index(k, self._site(layer, stage, k.shape[2], k.shape[2], 0))
+            columns |= reader.index(k, self.site(layer, stage, k.shape[2], k.shape[2], 0))
         return columns
 
     def _attend(self, layer: SaccadeLayer, q: Tensor, real: Tensor | None, stage: Stage) -> Tensor:
@@ -151,7 +151,7 @@ class Engine:
         evictor = self.parts.get("evict")
         if isinstance(evictor, Cache) and evictor.tallies:
             seen = layer.store.seen[layer.store.sequence_of(rows)[0]]
-            site = self._site(layer, stage, q.shape[2], rows.length, seen, part="evict")
+            site = self.site(layer, stage, q.shape[2], rows.length, seen, part="evict")
             layer.store.add("tally", rows.rows, evictor.tally(q, rows.columns["keys"], site))
 
     def _alike(
@@ -174,7 +174,7 @@ class Engine:
             for _, part in layer.store.parts(rows, [kinds[i] for i in layer.store.sequence_of(rows)]):
                 yield count, part
 
-    def _sequences(self, layer: SaccadeLayer, rows: Bucket, owner: Method) -> list[int]:
+    def sequences(self, layer: SaccadeLayer, rows: Bucket, owner: Method) -> list[int]:
         """The sequences of a piece, for a method that reads all of their heads.
 
         Raises:
@@ -194,16 +194,16 @@ class Engine:
         owner = self.parts.get(stage)
         if owner is None or (stage == "prefill" and layer.store.dropped):
             return self._dense(layer, rows, q, stage)
-        ids, g = self._sequences(layer, rows, owner), layer.store.kv_heads
-        stored = _by_head({**rows.columns, "positions": rows.positions}, g)
+        ids, g = self.sequences(layer, rows, owner), layer.store.kv_heads
+        stored = by_head({**rows.columns, "positions": rows.positions}, g)
         q = _by_sequence(q, g)
         shelved = layer.far_of(ids)
         keys = rows.length + sum(f.count for f in shelved[:1])
-        site = self._site(layer, stage, q.shape[2], keys, layer.store.seen[ids[0]], ids)
+        site = self.site(layer, stage, q.shape[2], keys, layer.store.seen[ids[0]], ids)
         if isinstance(owner, Decode):
             selection = owner.select(q, stored, site)
             if shelved:
-                self._note_selection(q, selection)
+                self.counts.later(q, selection)
                 options = {"scale": self.place.scale, "softcap": self.place.softcap}
                 out = far.attend(q, stored, shelved, selection, **options)
             else:
@@ -215,14 +215,15 @@ class Engine:
             out = site.attend(q, stored["keys"], stored["values"], selection)
         else:
             out = owner.attend(q, stored["keys"], stored["values"], site)
-        self._keep_state(layer, owner, site, ids)
+        self.keep_state(layer, owner, site, ids)
         return _by_row(out, g)
 
     def _dense(self, layer: SaccadeLayer, rows: Bucket, q: Float[Tensor, "r s q d"], stage: Stage) -> Tensor:
         """Everything that is stored and that the eviction rule lets each query see."""
         queries = q.shape[2]
         visible = self._visible(layer, rows, queries, stage)
-        self._note_dense(layer, rows, q, stage, visible)
+        seen = [layer.store.seen[i] for i in layer.store.sequence_of(rows)]
+        self.counts.dense(seen, rows, q, stage, visible)
         evictor, packer = self.parts.get("evict"), self.parts.get("pack")
         if isinstance(evictor, Cache) and evictor.merges and layer.store.dropped:
             return self._merged(evictor, rows, q, visible)
@@ -263,145 +264,22 @@ class Engine:
         evictor = self.parts.get("evict")
         if not isinstance(evictor, Cache) or (stage == "prefill" and "prefill" not in evictor.parts):
             return None
-        if type(evictor).visible is Cache.visible:
+        if type(evictor).visible is Cache.visible:  # all: without asking the device which rows these are
             return None
-        gone = self._gone(evictor, layer, rows, -1) if queries == 1 else None
+        gone = eviction.out_of_reach(self, evictor, layer, rows, -1) if queries == 1 else None
         if gone is not None and not any(count for _, count in gone):
             return None
         ids = layer.store.sequence_of(rows)
         last = torch.tensor([layer.store.seen[i] for i in ids], device=rows.rows.device)
         at = last[:, None] + torch.arange(-queries, 0, device=last.device)
-        site = self._site(layer, stage, queries, rows.length, layer.store.seen[ids[0]], ids, "evict")
+        site = self.site(layer, stage, queries, rows.length, layer.store.seen[ids[0]], ids, "evict")
         return evictor.visible(at, rows.positions, rows.rows % layer.store.kv_heads, site)
 
-    # --- eviction ---------------------------------------------------------------------------------------------------
-
     def evict(self, layer: SaccadeLayer, prompt_end: bool = False) -> None:
-        """Drop what the method gives up: after every forward if it is rolling, else once, at the end of the prompt; at
-        both times if it is rolling and leaves the prefill alone.
+        """Drop what the methods give up now, and let begin what begins when the prompt has ended."""
+        eviction.evict(self, layer, prompt_end)
 
-        Then, at that end, what reads the cache from there on may begin; and from there on what is to be packed is.
-        """
-        method, reader, packer = (self.parts.get(part) for part in ("evict", "decode", "pack"))
-        if layer.store is None:
-            return
-        if isinstance(method, Cache):
-            always = method.rolling and "prefill" in method.parts
-            if prompt_end and not always:
-                self._evict_by_score(method, layer)
-            elif always or (method.rolling and layer.prompt_done):
-                self._evict_rolling(method, layer)
-        if prompt_end and isinstance(reader, Decode) and reader.observe_tokens:
-            self._begin(reader, layer)
-        if isinstance(packer, Cache) and layer.prompt_done:
-            packing.pack(layer.store, packer)
-        if prompt_end:
-            layer.queries = []
-
-    def _begin(self, method: Decode, layer: SaccadeLayer) -> None:
-        """Show the end of the prompt to a method that chooses by it what later queries read, or where that lies."""
-        layer.store.move(layer.queries[0].device)
-        left = []
-        for _, rows in layer.store.pieces(layer.store.seen):
-            left.append(rows)
-            if not rows.length:
-                continue
-            ids = self._sequences(layer, rows, method)
-            site = self._site(layer, "prefill", 0, rows.length, layer.store.seen[ids[0]], ids, "decode")
-            if method.shelves:
-                left[-1] = self._shelve(method, layer, rows, ids, site)
-            else:
-                method.begin(self._seen(layer, rows, ids, method), site)
-            self._keep_state(layer, method, site, ids)
-        if method.shelves:
-            layer.store.buckets = regroup(left)
-
-    def _shelve(self, method: Decode, layer: SaccadeLayer, rows: Bucket, ids: list[int], site: Site) -> Bucket:
-        """What of these rows stays on the device; the layer keeps the rest in host memory."""
-        found = method.shelve(self._seen(layer, rows, ids, method), site)
-        if found is None:
-            return rows
-        rows, shelved = far.shelve(rows, *found)
-        layer.far = layer.far or [None] * layer.store.sequences
-        for i, f in zip(ids, shelved):
-            layer.far[i] = f
-        return rows
-
-    def _seen(self, layer: SaccadeLayer, rows: Bucket, ids: list[int], method: Cache | Decode) -> Seen:
-        """What a method asked to look at."""
-        stored = _by_head({**rows.columns, "positions": rows.positions}, layer.store.kv_heads)
-        wanted = method.observe_tokens
-        queries = torch.stack([layer.queries[i][:, -wanted:] for i in ids]) if wanted else None
-        return Seen(stored["keys"], stored["values"], stored["positions"], queries, stored.get("tally"))
-
-    def _evict_rolling(self, method: Cache, layer: SaccadeLayer) -> None:
-        """Keep what the next query may still see."""
-        store, kept = layer.store, []
-        for rows in store.buckets:
-            gone = self._gone(method, layer, rows, 0)
-            if gone is not None:
-                for (first, count), part in store.parts(rows, gone):
-                    store.dropped = store.dropped or bool(count)
-                    kept.append(part.without(first, count) if count else part)
-                continue
-            ids = store.sequence_of(rows)
-            last = torch.tensor([store.seen[i] for i in ids], device=rows.rows.device)
-            site = self._site(layer, "decode", 1, rows.length, max(store.seen), ids, "evict")
-            stays = method.visible(last[:, None], rows.positions, rows.rows % store.kv_heads, site)
-            kept.extend([rows] if stays is None else _keep(method, store, rows, stays[:, 0]))
-        store.buckets = kept if len(kept) == 1 else regroup(kept)
-
-    def _gone(self, method: Cache, layer: SaccadeLayer, rows: Bucket, ahead: int) -> list[tuple[int, int]] | None:
-        """For each row the slots, first and count, out of reach of a query `ahead` tokens behind the last one seen.
-        None: the device has to be asked."""
-        if method.merges or rows.packed:
-            return None
-        store, ids = layer.store, list(range(layer.store.sequences))
-        site = self._site(layer, "decode", 1, rows.length, max(store.seen), ids, "evict")
-        reach = method.reach([seen + ahead for seen in store.seen], site)
-        if reach is None:
-            return None
-        gone = []
-        for i, row in zip(store.sequence_of(rows), numbers(rows.rows)):
-            found = rows.out_of_reach(*reach[i][row % store.kv_heads], store.seen[i] + ahead, store.seen[i])
-            if found is None:
-                return None
-            gone.append(found)
-        return gone
-
-    def _evict_by_score(self, method: Cache, layer: SaccadeLayer) -> None:
-        store, kept, empty = layer.store, [], []
-        for _, rows in store.pieces(store.seen):
-            ids = store.whole_sequences(rows)
-            assert ids is not None, "nothing was evicted before the end of the prompt"
-            if not rows.length:
-                kept.append(rows)
-                empty += ids
-                continue
-            kept.extend(self._best(method, layer, rows, ids, "prefill"))
-        for kind in (layer.states, layer.prompt_states):
-            if method.card.name in kind:
-                kind[method.card.name].blank(empty)
-        store.buckets = regroup(kept)
-
-    def _evict_by_weight(self, layer: SaccadeLayer) -> None:
-        """After a token: score again by its query. A sequence that got none stays as it is."""
-        method, store, kept = self.parts["evict"], layer.store, []
-        new = [bool(q.shape[1]) for q in layer.queries] or [True] * store.sequences
-        for mark, rows in store.pieces([2 * seen + some for seen, some in zip(store.seen, new)]):
-            ids = store.whole_sequences(rows)
-            assert ids is not None, "a weighing method keeps as many keys in every head"
-            kept.extend(self._best(method, layer, rows, ids, "decode") if mark % 2 else [rows])
-        store.buckets, layer.queries = regroup(kept), []
-
-    def _best(self, method: Cache, layer: SaccadeLayer, rows: Bucket, ids: list[int], stage: Stage) -> list[Bucket]:
-        """The rows with the keys of highest score, as many as each head is allowed."""
-        site = self._site(layer, stage, 0, rows.length, layer.store.seen[ids[0]], ids)
-        scores = method.score(self._seen(layer, rows, ids, method), site)
-        counts = method.allocate(scores, site.budget, site).to(scores.device).clamp(1, rows.length)
-        self._keep_state(layer, method, site, ids)
-        rank = torch.argsort(scores, dim=-1, descending=True, stable=True).argsort(-1)
-        return _keep(method, layer.store, rows, (rank < counts[..., None]).flatten(0, 1))
+    # --- what cannot be taken back ----------------------------------------------------------------------------------
 
     def refuse_taking_back(self) -> None:
         """Tokens whose queries have decided what went cannot be unread.
@@ -439,10 +317,11 @@ class Engine:
         new = [q[i, :, -wanted:] if real is None else q[i][:, real[i]][:, -wanted:] for i in range(len(q))]
         layer.queries = [torch.cat([a, b], 1)[:, -wanted:].clone() for a, b in zip(old, new)]
 
-    def _site(
+    def site(
         self, layer: SaccadeLayer, stage: Stage, queries: int, keys: int, seen: int, ids: list[int] | None = None,
         part: str = "",
     ) -> Site:
+        """What a method is told: the owner of `part`; else, without queries, of the eviction, or of the stage."""
         owner = self.parts.get(part or ("evict" if queries == 0 else stage))
         place = self.place
         return Site(
@@ -452,7 +331,7 @@ class Engine:
             settled=stage == "decode" and not self._evicting, state=_gather_state(layer, owner, ids),
             handed=self._handed(owner, ids), turn=place.turn,
             far=layer.far_of(ids or []) if stage == "decode" else (),
-            attend=functools.partial(self._compute, stage), searched=self._searched,
+            attend=functools.partial(self._compute, stage), searched=self.counts.searched,
         )  # fmt: skip
 
     def _handed(self, owner: Method | None, ids: list[int] | None) -> State:
@@ -465,57 +344,15 @@ class Engine:
         """What `Site.attend` does: compute, and note what was computed."""
         options = {"scale": self.place.scale, "softcap": self.place.softcap}
         if stage == "prefill":
-            self.pending.append(selection)
+            self.counts.pending.append(selection)
             return ops.attend(q, k, v, selection, **options)[0]
-        self._note_selection(q, selection)
+        self.counts.later(q, selection)
         if isinstance(selection, Gather) and selection.q_block == 1 and selection.ranges is None and selection.causal:
             return ops.decode(q, k, v, selection.index, **options)[0]
         return ops.attend(q, k, v, selection, **options)[0]
 
-    def _note_selection(self, q: Tensor, selection: Selection) -> None:
-        """Of later tokens; the device sums the pairs, and is not asked before somebody asks."""
-        pairs = selection.count().expand(*q.shape[:2]).sum()
-        self.decoded = pairs if self.decoded is None else self.decoded + pairs
-        self._note("decode", 0.0, selection.dense_pairs * q[..., 0, 0].numel())
-
-    def _searched(self, visited: int, there: int) -> None:
-        """What `Site.searched` does."""
-        record = self.run.layer_record(self)
-        record.keys_visited += visited
-        record.keys_searched += there
-
-    def _note(self, stage: Stage, pairs: float, causal: float) -> None:
-        record = self.run.layer_record(self)
-        record.pairs[stage] += pairs
-        record.pairs_causal[stage] += causal
-
-    def _note_dense(self, layer: SaccadeLayer, rows: Bucket, q: Tensor, stage: Stage, visible: Tensor | None) -> None:
-        """Against what a dense cache would have computed: every token seen, not only those still stored."""
-        (r, s, n, _), seen = q.shape, layer.store.seen
-        if len(set(seen)) == 1:  # the last position of every row, without asking the device
-            last = float(r * seen[0])
-        else:
-            last = float(sum(seen[i] for i in layer.store.sequence_of(rows))) if rows.length else 0.0
-        causal = (last * n - r * n * (n - 1) / 2) * s
-        if visible is None:
-            pairs = r * s * (rows.length * n - n * (n - 1) / 2)
-        else:
-            pairs = float((visible & causal_mask(n, rows.length, visible.device)).sum()) * s
-        self._note(stage, pairs, causal)
-
-    def count_pending(self) -> None:
-        """Count the selections of the prefill; put off until asked, since it can cost as much as choosing them. Then
-        note what the device has counted of later tokens.
-        """
-        for selection in self.pending:
-            share = float(selection.density().mean())
-            self._note("prefill", share * selection.dense_pairs, selection.dense_pairs)
-        self.pending.clear()
-        if self.decoded is not None:
-            self._note("decode", float(self.decoded), 0.0)
-            self.decoded = None
-
-    def _keep_state(self, layer: SaccadeLayer, method: Method, site: Site, ids: list[int]) -> None:
+    def keep_state(self, layer: SaccadeLayer, method: Method, site: Site, ids: list[int]) -> None:
+        """What a method left in `site.state` is remembered for each of these sequences."""
         if not site.state:
             return
         state = owned(site.state)
@@ -528,14 +365,6 @@ def _pliant(method: Method, prompt_done: bool) -> bool:
     if method.parts == ("pack",):
         return prompt_done
     return isinstance(method, Cache) and method.rolling and (prompt_done or "prefill" in method.parts)
-
-
-def _keep(method: Cache, store: Store, rows: Bucket, stays: Bool[Tensor, "r n"]) -> list[Bucket]:
-    """The rows with what stays, which takes over from what goes where the method merges."""
-    if method.merges and not bool(stays.all()):
-        keys, values = method.merge(rows.columns["keys"], rows.columns["values"], rows.positions, stays)
-        rows = replace(rows, columns={**rows.columns, "keys": keys, "values": values}, space=None)
-    return store.keep(rows, stays)
 
 
 def _stretches(visible: Bool[Tensor, "r q k"] | None, queries: int) -> list[tuple[int, int]]:
@@ -570,8 +399,3 @@ def _by_row(x: Float[Tensor, "b h q d"], kv_heads: int) -> Float[Tensor, "r s q 
 
 def _by_sequence(x: Float[Tensor, "r s q d"], kv_heads: int) -> Float[Tensor, "b h q d"]:
     return x.unflatten(0, (-1, kv_heads)).flatten(1, 2)
-
-
-def _by_head(columns: Mapping[str, Tensor], kv_heads: int) -> dict[str, Tensor]:
-    """Columns of rows [r n ...] as [b g n ...]."""
-    return {name: c.unflatten(0, (-1, kv_heads)) for name, c in columns.items()}

@@ -187,8 +187,7 @@ class Run:
         index = engine.place.layer
         self._layers[index] = layer
         self._record.layers[index] = LayerRecord(index)
-        engine.pending.clear()
-        engine.decoded = None
+        engine.counts.clear()
 
     def layer_record(self, engine: Engine) -> LayerRecord:
         """The entry of this engine's layer."""
@@ -198,7 +197,7 @@ class Run:
     def record(self) -> Record:
         """What the last sequence left: tokens kept, bytes held, pairs computed, per layer and head."""
         for engine in self._engines.values():
-            engine.count_pending()
+            engine.counts.settle()
             layer = self._layers.get(engine.place.layer)
             if layer is not None and layer.store is not None:
                 entry = self.layer_record(engine)

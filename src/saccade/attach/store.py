@@ -8,7 +8,7 @@ tokens behind them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -325,3 +325,8 @@ class Store:
             for row, positions in zip(numbers(b.rows), b.positions):
                 out[row // self.kv_heads][row % self.kv_heads] = positions.cpu()
         return out
+
+
+def by_head(columns: Mapping[str, Tensor], kv_heads: int) -> Columns:
+    """Columns of rows [r n ...] as [b g n ...]."""
+    return {name: c.unflatten(0, (-1, kv_heads)) for name, c in columns.items()}

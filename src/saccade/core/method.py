@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,13 +71,19 @@ def options(method: Method | type[Method]) -> dict[str, Any]:
     return {n: getattr(method, n) for n in given}
 
 
+@functools.cache
+def _option_types(method: type[Method]) -> dict[str, Any]:
+    """Option names and the types they are annotated with. Read once: annotations are text, and compiling it is slow."""
+    return typing.get_type_hints(method)
+
+
 def configure(method: Method, changes: Mapping[str, Any]) -> Method:
     """The same method with some options changed; text is read as the option's own type.
 
     Raises:
         BadOption: no such option (the nearest is said), or a value it does not allow.
     """
-    hints = typing.get_type_hints(type(method))
+    hints = _option_types(type(method))
     known = options(method)
     out = {}
     for name, value in changes.items():
@@ -120,7 +127,7 @@ def _say(hint: Any) -> str:
 
 
 def _check_option(method: Method, name: str, value: Any) -> None:
-    hint = typing.get_type_hints(type(method))[name]
+    hint = _option_types(type(method))[name]
     if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
         raise BadOption(f"{method.card.name}.{name}={value!r}", f"it takes {_say(hint)}", "Give one of these.")
     if hint is bool and not isinstance(value, bool):
@@ -348,7 +355,7 @@ class Neurons(_Planned):
     def parts(self) -> tuple[str, ...]:
         return ("neurons",)
 
-    def pick(self, activations: Float[Tensor, "b n f"], site: Site) -> Int[Tensor, m]:
+    def pick(self, activations: Float[Tensor, "b n f"], site: Site) -> Int[Tensor, " m"]:
         """Indices of the neurons that stay."""
         raise NotImplementedError
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch._dynamo
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from saccade.core.selection import Blocks, Selection, Spans
+
+if TYPE_CHECKING:  # imported where it is used: it brings PyTorch's compiler, which takes seconds
+    from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128  # queries and keys of a block where the selection names none; and the fewest queries that are worth it
 LEAST_SIZE = 16  # of a head, for the kernel's products
@@ -57,6 +58,9 @@ def attend(
     softcap: float | None,
 ) -> tuple[Float[Tensor, "b h q dv"], Float[Tensor, "b h q"]]:
     """softmax over the selected pairs, and lse; differentiable in q, k, v through both."""
+    import torch._dynamo
+    from torch.nn.attention.flex_attention import AuxRequest
+
     options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     if softcap is not None:
         options["score_mod"] = _capped(softcap)
@@ -69,6 +73,8 @@ def attend(
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, fullgraph=True)  # raises where it would go on uncompiled
 
 
@@ -133,6 +139,8 @@ def _mask(
     size: tuple[int, int],
 ) -> BlockMask:
     """`seen`: blocks of which some pair is computed, `whole`: those of which every pair is."""
+    from torch.nn.attention.flex_attention import BlockMask
+
     lists = [listed(seen & ~whole), listed(seen & whole)]
     (some, where), (full, at) = lists
     return BlockMask.from_kv_blocks(some, where, full, at, size, mask_mod=rule, seq_lengths=(s.queries, s.keys))
