@@ -7,5 +7,5 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start, 
 
 from hypothesis import settings
 
-settings.register_profile("saccade", deadline=None, max_examples=40)
+settings.register_profile("saccade", deadline=None, max_examples=25)
 settings.load_profile("saccade")

@@ -51,8 +51,12 @@ def attach(model: Any, methods: Methods, *, budget: float | str | Budget = FULL,
 
 def explain(model: Any, methods: Methods, *, budget: float | str | Budget = FULL) -> list[str]:
     """Every reason why the methods cannot work in the model; [] means that they will."""
+    return refusals(model, methods, Budget.of(budget), probe(model))
+
+
+def refusals(model: Any, methods: Methods, budget: Budget, found: Found) -> list[str]:
+    """As `explain`, for who asks much of one model: a probe has found out what there is to know of it."""
     try:
-        budget, found = Budget.of(budget), probe(model)
         return _reasons(model, [_equipped(model, m, found) for m in _as_list(methods)], budget, found)
     except DoesNotCompose as e:
         return e.found

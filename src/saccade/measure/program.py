@@ -8,6 +8,7 @@ from typing import Any
 
 from saccade import tasks as all_tasks
 from saccade.attach import fingerprint
+from saccade.attach.probe import probe
 from saccade.core.budget import FULL as WHOLE
 from saccade.core.budget import Budget
 from saccade.core.errors import CannotRun
@@ -46,15 +47,15 @@ def entrants(config: Config, model: Any) -> tuple[list[Entry], list[dict[str, An
     Raises:
         CannotRun: one that was asked for by name can run at no budget.
     """
-    mark, present, left_out = fingerprint(model), [], []
+    mark, found, present, left_out = fingerprint(model), probe(model), [], []
     for who in config.contestants:
         left_out += _refusals(who, dict.fromkeys(config.budgets, _too_long(config, who)))
     for entry in everybody(config):
         who = entry.who.equipped(mark)
-        reasons = {b: who.reasons(model, b) for b in entry.budgets}
+        reasons = {b: who.reasons(model, b, found) for b in entry.budgets}
         can = tuple(b for b in entry.budgets if not reasons[b])
         if not can and who.label in (config.asked or ()):
-            every = list(dict.fromkeys(r for found in reasons.values() for r in found))
+            every = list(dict.fromkeys(r for why in reasons.values() for r in why))
             raise CannotRun(f"compare {who.label!r} on {config.model_name}", every, "Leave it out of methods.")
         present += [Entry(who, can)] if can else []
         left_out += _refusals(who, reasons)
