@@ -348,7 +348,7 @@ class Engine:
             return ops.attend(q, k, v, selection, **options)[0]
         self.counts.later(q, selection)
         if isinstance(selection, Gather) and selection.q_block == 1 and selection.ranges is None and selection.causal:
-            return ops.decode(q, k, v, selection.index, **options)[0]
+            return ops.decode(q, k, v, selection.index[:, :: selection.shared], **options)[0]
         return ops.attend(q, k, v, selection, **options)[0]
 
     def keep_state(self, layer: SaccadeLayer, method: Method, site: Site, ids: list[int]) -> None:
