@@ -23,7 +23,7 @@ class TOVA(Cache):
     s_j = 1/h sum_heads softmax(q_t K^T / sqrt(d))_j;  the lowest s goes, the newest key like any other. All heads of a
     layer hold the same tokens.
 
-    Source: arXiv 2401.06104, section 3.2; schwartz-lab-NLP/TOVA, tova_cache.py.
+    Source: arXiv 2401.06104, section 4, equation 9; schwartz-lab-NLP/TOVA, tova_cache.py.
     """
 
     weighing: ClassVar[bool] = True
