@@ -1,17 +1,18 @@
-"""What kvpress, and the quantised cache of transformers, make of given prompts. Started by run.py, in the environment of
-requirements.txt; it knows nothing of the library.
+"""What kvpress, MInference and the quantised cache of transformers make of given prompts. Started by run.py, in the
+environment of requirements.txt; it knows nothing of the library.
 
     python benchmarks/agreement/peer.py FOLDER
 
-FOLDER holds `model`, `inputs.safetensors` (prompts [t n], following [t m], and gates [layers g]), `texts.json`, and
-`jobs.json`: name -> {press, options, around, cache, attention, steps}. For each job NAME.safetensors is written: logits
-[t steps vocab] of the tokens that follow, and of a press scores [t layers g n] and kept [t layers g n]. versions.json
-says what ran.
+FOLDER holds `model`, `inputs.safetensors` (prompts [t n], following [t m], gates [layers g], and of the prompts' last
+tokens queries [t layers h 1 d] with all keys [t layers g n d]), `texts.json`, and `jobs.json`: name -> {press, options,
+around, cache, reads, heads, attention, steps}. For each job NAME.safetensors is written: logits [t steps vocab] of the
+tokens that follow, and of a press scores [t layers g n] and kept [t layers g n]. versions.json says what ran.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -22,12 +23,13 @@ import kvpress
 import pandas
 import torch
 from kvpress.presses import duo_attention_press
+from optimum.quanto.library.extensions.extension import get_extension
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache
 from transformers.utils.logging import disable_progress_bar
 
-PACKAGES = ("kvpress", "optimum-quanto", "transformers", "torch")
+PACKAGES = ("kvpress", "minference", "optimum-quanto", "transformers", "torch")
 Job = dict[str, Any]
 
 
@@ -102,6 +104,7 @@ def pressed(model: Any, job: Job, inputs: dict[str, Tensor]) -> dict[str, Tensor
 @torch.no_grad()
 def quantised(model: Any, job: Job, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the quantised cache holds of every prompt, read back, and the logits after it."""
+    get_extension("quanto_cpp")._lib = SimpleNamespace(unpack=unpack)
     out: dict[str, list[Tensor]] = {"keys": [], "values": [], "logits": []}
     for ids, after in zip(inputs["prompts"], inputs["following"]):
         cache = QuantizedCache(config=model.config, backend="quanto", **job["options"])
@@ -113,6 +116,11 @@ def quantised(model: Any, job: Job, inputs: dict[str, Tensor]) -> dict[str, Tens
     return {name: torch.stack(rows).contiguous() for name, rows in out.items()}
 
 
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The codes in bytes, lowest bits first, slot behind slot: in place of a helper that quanto would have compiled."""
+    return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])
+
+
 def steps(model: Any, cache: Any, prompt: int, after: Tensor) -> Tensor:
     """Logits [m vocab], one token at a time at its true position."""
     out = []
@@ -120,6 +128,24 @@ def steps(model: Any, cache: Any, prompt: int, after: Tensor) -> Tensor:
         at = torch.tensor([prompt + i])
         out.append(model(token, past_key_values=cache, cache_position=at, position_ids=at[None]).logits[0, -1])
     return torch.stack(out)
+
+
+@torch.no_grad()
+def read(job: Job, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Which keys a query of each head reads, by MInference's Quest; [t layers h n]. Its package starts with kernels
+    that need CUDA, so this one file of it is loaded."""
+    home = importlib.util.find_spec("minference").submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location("minference_quest", Path(home) / "modules" / "quest.py")
+    quest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(quest)
+    masks, plain = [], quest.local_heavy_hitter_mask
+    quest.local_heavy_hitter_mask = lambda *given: masks.append(plain(*given)[0, :, 0]) or masks[-1][None, :, None]
+    layers, keys = inputs["queries"].flatten(0, 1), inputs["keys"].flatten(0, 1)
+    for q, k in zip(layers, keys):
+        k = k.repeat_interleave(q.shape[0] // k.shape[0], 0)[None]
+        asked = {"attn_forward_config": job["options"], "position_ids": torch.tensor([[k.shape[2] - 1]])}
+        quest.quest_decode_kernel(q[None], k, k, asked)
+    return {"kept": torch.stack(masks).unflatten(0, inputs["queries"].shape[:2]).contiguous()}
 
 
 def on_the_fly(model: Any, folder: Path) -> dict[str, Tensor]:
@@ -144,6 +170,8 @@ def main() -> None:
         model.set_attn_implementation(job.get("attention", "sdpa"))
         if job.get("cache"):
             found = quantised(model, job, inputs)
+        elif job.get("reads"):
+            found = read(job, inputs)
         elif job.get("heads"):
             found = on_the_fly(model, args.folder)
         else:

@@ -1,10 +1,10 @@
-"""Do other implementations of the same methods choose the same keys? Ours beside kvpress, and beside transformers'
+"""Do other implementations of the same methods choose the same keys? Ours beside kvpress, MInference and transformers'
 quantised cache, on the same model and the same prompts.
 
     python -m venv benchmarks/agreement/.venv
-    benchmarks/agreement/.venv/bin/pip install -r benchmarks/agreement/requirements.txt
+    benchmarks/agreement/.venv/bin/pip install -r benchmarks/agreement/requirements.txt    # it names one step more
     python benchmarks/agreement/run.py                                   # all methods, and their table
-    python benchmarks/agreement/run.py --only snapkv tova --json FILE    # some; stored too
+    python benchmarks/agreement/run.py --only snapkv tova --json FILE    # some; stored too, beside what FILE has
     python benchmarks/agreement/run.py --show benchmarks/results --markdown docs/agreement.md    # fill the page
 
 Prompts are passages of Moby-Dick, the model is SmolLM2-135M in float32. The peers run in an environment of their own,
@@ -22,7 +22,7 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ from transformers.utils.logging import disable_progress_bar
 from saccade import models, tasks
 from saccade.attach import attach, calibration, fingerprint
 from saccade.attach.compat import CACHE
+from saccade.core.budget import Budget
 from saccade.core.method import Method
+from saccade.core.site import Site
 from saccade.measure.contestants import parse
 from saccade.measure.environment import environment
 
@@ -180,6 +182,16 @@ def duo_attention(plan: Plan) -> list[Pair]:
     ]
 
 
+def quest(plan: Plan) -> list[Pair]:
+    job = {"reads": "quest", "options": {"chunk_size": 16, "token_budget": int(plan.prompt * plan.keep)}}
+    why = (
+        "The same bounds and pages; here the newest page is always read, there it competes. Each query head chooses for"
+        " itself, as in the peer; by default those of a key/value head choose together here."
+    )
+    said = "MInference's quest_decode_kernel, pages of 16"
+    return [Pair("quest:group=per-head,dense_layers=0", job, said, why, plan.keep)]
+
+
 def kivi(plan: Plan) -> list[Pair]:
     options = {"nbits": 2, "axis_key": -1, "axis_value": 0, "q_group_size": 32, "residual_length": 128}
     job = {"cache": "quanto", "options": options, "steps": STEPS}
@@ -192,7 +204,8 @@ def kivi(plan: Plan) -> list[Pair]:
 
 METHODS = {
     "full": full, "knorm": knorm, "snapkv": snapkv, "pyramidkv": pyramidkv, "adakv": adakv, "tova": tova, "h2o": h2o,
-    "expected-attention": expected_attention, "streaming": streaming, "duo-attention": duo_attention, "kivi": kivi,
+    "expected-attention": expected_attention, "streaming": streaming, "duo-attention": duo_attention, "quest": quest,
+    "kivi": kivi,
 }  # fmt: skip
 
 
@@ -252,6 +265,33 @@ def masks(heads: Sequence[Tensor], keys: int) -> Bool[Tensor, "g n"]:
     return out
 
 
+def chosen(model: Any, pair: Pair, inputs: Found) -> Found:
+    """Keys that the last query of every prompt reads, [t layers h n]."""
+    (method,) = parse(pair.ours).methods
+    place = calibration.Subject(model).found.sites[0].place
+    rows = []
+    for queries, keys in zip(inputs["queries"], inputs["keys"]):
+        n = keys.shape[2]
+        at = Site(**asdict(place), stage="decode", queries=1, keys=n, seen=n, budget=Budget.of(pair.budget))
+        positions = torch.arange(n, dtype=torch.int32).expand(1, keys.shape[1], n)
+        found = [  # each layer with a state of its own: bounds of pages are remembered in it
+            method.select(q[None], {"keys": k[None], "values": k[None], "positions": positions}, replace(at, layer=i, state={}))
+            for i, (q, k) in enumerate(zip(queries, keys))
+        ]
+        rows.append(torch.stack([selection.mask()[0, :, 0] for selection in found]))
+    return {"kept": torch.stack(rows)}
+
+
+def captured(model: Any, prompts: Tensor) -> Found:
+    """Of every prompt and layer the last token's queries, and all keys."""
+    out: dict[str, list[Tensor]] = {"queries": [], "keys": []}
+    for ids in prompts:
+        layers = [(q[0, :, -1:], k[0]) for _, q, k, _ in calibration.Subject(model).capture_qkv([ids[None]])]
+        for i, name in enumerate(out):
+            out[name].append(torch.stack([layer[i] for layer in layers]))
+    return {name: torch.stack(rows) for name, rows in out.items()}
+
+
 def stored(model: Any, method: Any, prompts: Tensor) -> Found:
     """Keys and values [t layers g n d] as a packing method reads them back."""
     out: dict[str, list[Tensor]] = {"keys": [], "values": []}
@@ -275,18 +315,18 @@ def ranks(x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
     return out
 
 
-def rank_correlation(a: Float[Tensor, "... n"], b: Float[Tensor, "... n"]) -> Float[Tensor, "..."]:
+def rank_correlation(a: Float[Tensor, "... n"], b: Float[Tensor, "... n"]) -> Tensor:
     """Spearman's, along the last axis."""
     a, b = (ranks(x) - (x.shape[-1] - 1) / 2 for x in (a, b))
     return (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
 
 
-def shared(a: Bool[Tensor, "... n"], b: Bool[Tensor, "... n"]) -> Float[Tensor, "..."]:
+def shared(a: Bool[Tensor, "... n"], b: Bool[Tensor, "... n"]) -> Tensor:
     """Keys in both, over those of the larger set: 1 only where the sets are the same."""
     return (a & b).sum(-1).double() / torch.maximum(a.sum(-1), b.sum(-1))
 
 
-def divergence(a: Float[Tensor, "... vocab"], b: Float[Tensor, "... vocab"]) -> Float[Tensor, "..."]:
+def divergence(a: Float[Tensor, "... vocab"], b: Float[Tensor, "... vocab"]) -> Tensor:
     """Kullback-Leibler, in nats, of what two answers say about the next token."""
     a, b = a.double().log_softmax(-1), b.double().log_softmax(-1)
     return (a.exp() * (a - b)).sum(-1)
@@ -334,14 +374,21 @@ def ask(folder: Path, python: Path, pairs: Sequence[Pair], inputs: Found, loaded
     tokenizer.save_pretrained(folder / "model")
     save_file({name: x.contiguous() for name, x in inputs.items()}, folder / "inputs.safetensors")
     (folder / "texts.json").write_text(json.dumps(tokenizer.batch_decode(inputs["prompts"])))
-    (folder / "jobs.json").write_text(json.dumps({str(i): pair.job for i, pair in enumerate(pairs)}))
+    (folder / "jobs.json").write_text(json.dumps({answer(pairs, pair): pair.job for pair in pairs}))
     threads = ["--threads", str(torch.get_num_threads())]
     subprocess.run([str(python), str(HERE / "peer.py"), str(folder), *threads], check=True)
+
+
+def answer(pairs: Sequence[Pair], pair: Pair) -> str:
+    """Name of what the peers said of a pair: the first with the same job, which is done once."""
+    return str([other.job for other in pairs].index(pair.job))
 
 
 def our_side(model: Any, pair: Pair, inputs: Found) -> Found:
     """All that of ours is compared in a pair."""
     method = next(iter(parse(pair.ours).equipped(fingerprint(model)).methods), None)
+    if "reads" in pair.job:
+        return chosen(model, pair, inputs)
     if "heads" in pair.job:
         return {"gates": inputs["gates"]}
     if method is None:
@@ -373,6 +420,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = models.load("smollm2", dtype=torch.float32)
     ids = texts(tokenizer, args.texts, args.tokens + STEPS)
     inputs = {"prompts": ids[:, :-STEPS], "following": ids[:, -STEPS:], "gates": gates(model)}
+    inputs |= captured(model, inputs["prompts"])
     plan = Plan(args.tokens, args.keep)
     pairs = [pair for name in args.only for pair in METHODS[name](plan)]
     rows = []
@@ -384,9 +432,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             mine.append(our_side(model, pair, inputs))
         pairs = [with_our_heads(pair, found) for pair, found in zip(pairs, mine)]
         ask(folder, args.python, pairs, inputs, (model, tokenizer))
-        for i, (pair, found) in enumerate(zip(pairs, mine)):
+        for pair, found in zip(pairs, mine):
             row = {"method": pair.method, "ours": pair.ours, "peer": pair.said, "why": pair.why, "job": pair.job}
-            rows.append(row | compared(pair, found, load_file(folder / f"{i}.safetensors")))
+            rows.append(row | compared(pair, found, load_file(folder / f"{answer(pairs, pair)}.safetensors")))
         peers = json.loads((folder / "versions.json").read_text())
     here = environment() | {"date": datetime.date.today().isoformat()}
     setting = {"model": "SmolLM2-135M", "texts": args.texts, "tokens": args.tokens, "keep": args.keep, "steps": STEPS}
@@ -399,7 +447,7 @@ def with_our_heads(pair: Pair, found: Found) -> Pair:
         return pair
     share = float((~found["kept"][0]).any(-1).double().mean())
     job = pair.job | {"options": pair.job["options"] | {"head_compression_ratio": share}}
-    return Pair(**{**pair.__dict__, "job": job})
+    return replace(pair, job=job)
 
 
 # --- the table ----------------------------------------------------------------------------------------------------
@@ -450,10 +498,10 @@ def source(data: dict[str, Any]) -> str:
     """On what it was measured."""
     here = data["environment"]
     peers = ", ".join(f"{name} {number}" for name, number in data["peers"].items())
+    ours = ", ".join(f"{name} {here[name]}" for name in ("saccade", "transformers", "torch"))
     return (
         f"{data['model']}, float32; {data['texts']} texts of {data['tokens']} tokens, {data['keep']} kept, up to"
-        f" {data['steps']} tokens after them. Ours: saccade {here['saccade']}, transformers {here['transformers']}, torch"
-        f" {here['torch']}; theirs: {peers}. {here['cpu']}, {here['date']}."
+        f" {data['steps']} tokens after them. Ours: {ours}; theirs: {peers}. {here['cpu']}, {here['date']}."
     )
 
 
@@ -462,6 +510,15 @@ def filled(page: str, data: dict[str, Any]) -> str:
     before, rest = page.split("<!-- table -->\n")
     _, after = rest.split("<!-- /table -->")
     return f"{before}<!-- table -->\n{markdown(data)}\n<!-- /table -->{after}"
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """What was stored, with the rows of the methods that were measured again in place of theirs."""
+    if {name: x for name, x in old.items() if name != "rows"} != {name: x for name, x in new.items() if name != "rows"}:
+        raise SystemExit("the file was measured otherwise, on another day or elsewhere: give another name")
+    again = {row["method"] for row in new["rows"]}
+    rows = [row for row in old["rows"] if row["method"] not in again] + new["rows"]
+    return new | {"rows": sorted(rows, key=lambda row: list(METHODS).index(row["method"]))}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -500,6 +557,8 @@ def main() -> None:
     else:
         torch.set_num_threads(args.threads)
         data = measure(args)
+        if args.json and args.json.is_file():
+            data = merged(json.loads(args.json.read_text("utf-8")), data)
         if args.json:
             args.json.write_text(json.dumps(data, indent=1) + "\n", "utf-8")
     print(plain(data))
