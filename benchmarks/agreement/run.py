@@ -274,10 +274,10 @@ def chosen(model: Any, pair: Pair, inputs: Found) -> Found:
         n = keys.shape[2]
         at = Site(**asdict(place), stage="decode", queries=1, keys=n, seen=n, budget=Budget.of(pair.budget))
         positions = torch.arange(n, dtype=torch.int32).expand(1, keys.shape[1], n)
-        found = [  # each layer with a state of its own: bounds of pages are remembered in it
-            method.select(q[None], {"keys": k[None], "values": k[None], "positions": positions}, replace(at, layer=i, state={}))
-            for i, (q, k) in enumerate(zip(queries, keys))
-        ]
+        found = []
+        for i, (q, k) in enumerate(zip(queries, keys)):
+            here = {"keys": k[None], "values": k[None], "positions": positions}
+            found.append(method.select(q[None], here, replace(at, layer=i, state={})))  # a state holds bounds of pages
         rows.append(torch.stack([selection.mask()[0, :, 0] for selection in found]))
     return {"kept": torch.stack(rows)}
 

@@ -46,6 +46,7 @@ class TOVA(Cache):
             "Keys keep their true positions; the authors' code can also number them anew, to run past the trained"
             " context.",
             "A token after the prompt sees the keys held and itself: the budget holds between tokens.",
+            "kvpress' TOVAPress never drops the newest key of a prompt; here it goes like any other, as in the paper.",
         ),
         lacks={
             "chunks": "the last prompt token decides what goes: tokens read later find less than one pass over"
