@@ -56,6 +56,12 @@ def test_sets_are_the_same_only_where_nothing_is_left_out():
                        torch.tensor([[1, 0, 1], [0, 0, 0]]).bool())  # fmt: skip
 
 
+def test_contested_keys_are_as_far_apart_as_their_scores():
+    scores = torch.tensor([[4.0, 3.0, 2.0], [4.0, 3.0, 2.0], [torch.inf, 3.0, 2.0]])
+    a, b = torch.tensor([[1, 1, 0]] * 3).bool(), torch.tensor([[1, 0, 1], [1, 1, 0], [0, 1, 1]]).bool()
+    assert run.contested(scores, a, b).tolist() == pytest.approx([1 / 3, 0, 1])
+
+
 def test_answers_that_say_the_same_do_not_diverge():
     logits = torch.tensor([[0.0, 1.0, 2.0]])
     assert float(run.divergence(logits, logits + 3)) == pytest.approx(0, abs=1e-12)

@@ -326,6 +326,15 @@ def shared(a: Bool[Tensor, "... n"], b: Bool[Tensor, "... n"]) -> Tensor:
     return (a & b).sum(-1).double() / torch.maximum(a.sum(-1), b.sum(-1))
 
 
+def contested(scores: Float[Tensor, "... n"], a: Bool[Tensor, "... n"], b: Bool[Tensor, "... n"]) -> Tensor:
+    """How far apart the scores are of keys that only one keeps, over the largest; 0: the same sets, 1: kept by rule."""
+    apart = a ^ b
+    most = scores.masked_fill(~apart, -torch.inf).amax(-1).double()
+    least = scores.masked_fill(~apart, torch.inf).amin(-1).double()
+    far = (most - least) / torch.maximum(most.abs(), least.abs())
+    return torch.where(apart.any(-1), far.nan_to_num(1.0), 0.0)
+
+
 def divergence(a: Float[Tensor, "... vocab"], b: Float[Tensor, "... vocab"]) -> Tensor:
     """Kullback-Leibler, in nats, of what two answers say about the next token."""
     a, b = a.double().log_softmax(-1), b.double().log_softmax(-1)
@@ -349,6 +358,8 @@ def compared(pair: Pair, mine: Found, theirs: Found) -> dict[str, Any]:
     if "kept" in mine and "kept" in theirs:
         out["shared"] = spread(shared(mine["kept"], theirs["kept"]))
         out["same"] = float((mine["kept"] == theirs["kept"]).all(-1).double().mean())
+        if "scores" in mine:
+            out["contested"] = spread(contested(mine["scores"], mine["kept"], theirs["kept"]))
         out["kept"] = [float(x["kept"].double().mean()) for x in (mine, theirs)]
     if "keys" in mine and "keys" in theirs:
         alike = [torch.isclose(mine[x], theirs[x], rtol=1e-4, atol=1e-5).double() for x in ("keys", "values")]
@@ -466,11 +477,11 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def told(x: dict[str, float] | None, worst: str) -> str:
-    """Mean, and the worst in brackets; one number where there is only one."""
+    """Mean, and the worst in brackets where it reads otherwise."""
     if x is None:
         return "–"
-    alone = x["least"] == x["most"]
-    return f"{x['mean']:.4f}" if alone else f"{x['mean']:.4f} ({x[worst]:.4f})"
+    mean, most = f"{x['mean']:.4f}", f"{x[worst]:.4f}"
+    return mean if mean == most else f"{mean} ({most})"
 
 
 def plain(data: dict[str, Any]) -> str:
