@@ -511,8 +511,8 @@ def source(data: dict[str, Any]) -> str:
     peers = ", ".join(f"{name} {number}" for name, number in data["peers"].items())
     ours = ", ".join(f"{name} {here[name]}" for name in ("saccade", "transformers", "torch"))
     return (
-        f"{data['model']}, float32; {data['texts']} texts of {data['tokens']} tokens, {data['keep']} kept, up to"
-        f" {data['steps']} tokens after them. Ours: {ours}; theirs: {peers}. {here['cpu']}, {here['date']}."
+        f"{data['model']}, float32; prompts: {data['texts']}, of {data['tokens']} tokens, {data['keep']} kept, up to"
+        f" {data['steps']} tokens after each. Ours: {ours}; theirs: {peers}. {here['cpu']}, {here['date']}."
     )
 
 
