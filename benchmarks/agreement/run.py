@@ -152,7 +152,7 @@ def h2o(plan: Plan) -> list[Pair]:
     undone = f"{why} Its scores are multiplied by that number before they are ranked."
     return [
         Pair("h2o:heavy_share=1", job, "ObservedAttentionPress, sums", undone, plan.keep, undo=lambda s: s * later,
-             steps=1),
+             sure=(0, 1), steps=1),
         Pair("h2o", job, "ObservedAttentionPress", why, plan.keep, (0, int(plan.prompt * plan.keep / 2)), steps=1),
     ]  # fmt: skip
 
