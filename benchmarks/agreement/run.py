@@ -496,7 +496,9 @@ def markdown(data: dict[str, Any]) -> str:
     lines = [HEADS, ("---",) * len(HEADS), *(tuple(code(cells(row))) for row in data["rows"])]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     reasons = "\n".join(f"- `{row['ours']}` and {row['peer']}: {row['why']}" for row in data["rows"])
-    return f"{table}\n\n{source(data)}\n\n{reasons}"
+    missing = [f"`{name}`" for name in METHODS if name not in {row["method"] for row in data["rows"]}]
+    left = f"\n\nNot measured yet: {', '.join(missing)}." if missing else ""
+    return f"{table}\n\n{source(data)}\n\n{reasons}{left}"
 
 
 def code(line: tuple[str, ...]) -> Iterator[str]:
