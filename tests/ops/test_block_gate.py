@@ -109,7 +109,8 @@ def test_blocks_above_a_threshold(n, block, threshold):
 
 def test_the_last_rows_are_whole_where_half_of_the_pairs_pays_for_them():
     score, options = noise(1, 1, 64, 64), {"queries": 512, "keys": 512, "block": 8}
-    counts = {w: ops.choose_blocks(score, row_tokens=100, whole_last=w, **options).table().sum(-1)[0, 0] for w in (0, 2)}
+    chosen = {w: ops.choose_blocks(score, row_tokens=100, whole_last=w, **options) for w in (0, 2)}
+    counts = {w: blocks.table().sum(-1)[0, 0] for w, blocks in chosen.items()}
     assert counts[2][-2:].tolist() == [63, 64] and counts[0][-2:].max() < 20
     assert counts[0].sum() - 1 <= counts[2].sum() <= counts[0].sum()
 
@@ -121,6 +122,6 @@ def test_what_does_not_fit_is_refused():
         ops.block_gate(q, k[:, :, :4], gate, turn, block=2)
     with pytest.raises(BadInput, match=r"the map of 5 queries over 5 keys in blocks of 0: a row must see its own key"):
         ops.pooled_map(q, k, 0, scale=1.0)
-    found = r"blocks of 2 for 5 queries over 5 keys, row_tokens=None, threshold=None: the scores are for \(3, 3\) blocks"
-    with pytest.raises(BadInput, match=found):
+    asked = "blocks of 2 for 5 queries over 5 keys, row_tokens=None, threshold=None"
+    with pytest.raises(BadInput, match=rf"{asked}: the scores are for \(3, 3\) blocks\. Give scores of that shape"):
         ops.choose_blocks(noise(1, 4, 3, 3), queries=5, keys=5, block=2)
