@@ -4,8 +4,8 @@
         --factor 4 --tokens 32768 --budget 0.1 --steps 200 --out OUT
 
 Positions are stretched by `--factor` (YaRN) first. The gates begin as trained for the model, or are trained on the
-first rows if there are none. Then each step adds the loss of the next tokens, in attention over the blocks that the gates
-choose, and the distance of the gates from the model's maps. The last row is left out and measured before and after.
+first rows if there are none. Then each step adds the loss of the next tokens, in attention over the blocks that the
+gates choose, and the distance of the gates from the maps. The last row is left out and measured before and after.
 OUT then holds the model with its tokenizer, and its gates, which `saccade` finds again from its own cache.
 On two threads of a CPU `--factor 2 --tokens 512 --steps 20` shows in some minutes that it runs.
 """

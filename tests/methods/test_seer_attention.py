@@ -16,7 +16,7 @@ from saccade.attach.distil import distance
 from saccade.core.artefact import Artefact
 from saccade.core.errors import BadInput, BadOption, CannotRun
 from saccade.core.selection import Spans
-from saccade.methods.sparse.seer_attention import SeerAttention
+from saccade.methods.sparse.seer_attention import SeerAttention, stored
 from tests.methods.handmade import noise, site, tiny, tokens
 
 SHORT = SeerAttention(block_tokens=8, train_steps=55, train_texts=2)
@@ -48,14 +48,15 @@ def learnt(parts=0):
 
 
 def handmade(keys, **options):
-    return SeerAttention(**options, artefact=Artefact("seer-attention", {"keys": keys}, "made up", "0"))
+    return SeerAttention(**options, artefact=Artefact("seer-attention", stored({"keys": keys}), "made up", "0"))
 
 
 @pytest.mark.parametrize(("parts", "shapes"), [(0, {"keys": (2, 4, 48, 16)}),
                                                (2, {"keys": (2, 2, 48, 32), "queries": (2, 4, 16, 32)})])  # fmt: skip
 def test_gates_come_closer_to_the_maps_than_means_are(parts, shapes):
     made = learnt(parts).artefact
-    assert {name: tuple(x.shape) for name, x in made.tensors.items()} == shapes
+    assert {name: tuple(x.shape) for name, x in learnt(parts).gates().items()} == shapes
+    assert {x.dtype for name, x in made.tensors.items() if name in shapes} == {torch.int8}
     assert made.figures["distance"] < 0.8 * made.figures["distance_at_first"]
 
 
@@ -93,6 +94,13 @@ def test_a_threshold_keeps_what_reaches_it():
     first = site(0.5, queries=512, keys=512, turn=still)
     said = "threshold=0.02 keeps every block that reaches it, and would ignore the budget 0.5"
     assert said in handmade(noise(2, 4, 24, 8), threshold=0.02).check(first)
+
+
+def test_stored_weights_are_within_half_a_step():
+    weights = noise(2, 3, 6, 4) * torch.tensor([1.0, 0.0, 1e-3, 50.0])
+    method = SeerAttention(artefact=Artefact("seer-attention", stored({"keys": weights}), "made up", "0"))
+    step = weights.abs().amax(-2, keepdim=True) / 127
+    assert ((method.gates()["keys"] - weights).abs() <= 0.6 * step + 1e-6).all()
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------

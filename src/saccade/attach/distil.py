@@ -90,7 +90,7 @@ class Distilling:
                 progress(len(examples) + step + 1, len(examples) + recipe.train_steps, said)
             if (step + 1) % SAVED_EVERY == 0:
                 self.draft.save("training", _state(losses, gates, optimiser))
-        return {name: x.detach().half().cpu() for name, x in gates.items()}, losses
+        return {name: x.detach() for name, x in gates.items()}, losses
 
     def _backward(self, examples: Sequence[Example], gates: Mapping[str, Tensor]) -> float:
         """Gradient of the gates on some texts; returns the loss, layer by layer so that little is held."""

@@ -19,7 +19,7 @@ from saccade.attach.probe import Spot
 from saccade.core.budget import Budget
 from saccade.core.errors import CannotRun
 from saccade.core.site import Site
-from saccade.methods.sparse.seer_attention import SeerAttention
+from saccade.methods.sparse.seer_attention import SeerAttention, stored
 
 
 class Tuning:
@@ -44,9 +44,7 @@ class Tuning:
             reasons.append("activations are checkpointed, and each layer would count twice; switch that off")
         if reasons:
             raise CannotRun(f"fine-tune {self.subject.name} under {method.card.name}", list(dict.fromkeys(reasons)), "")
-        assert method.artefact is not None, "checked above"
-        learnt = method.artefact.tensors
-        self.gates = {name: x.float().to(model.device).requires_grad_() for name, x in learnt.items()}
+        self.gates = {name: x.to(model.device).requires_grad_() for name, x in method.gates().items()}
 
     def step(self, ids: Int[Tensor, "b n"]) -> tuple[float, float]:
         """Adds up gradients of the model and the gates on rows without padding; returns both parts of the loss."""
@@ -59,9 +57,8 @@ class Tuning:
 
     def tuned(self, samples: Sequence[Tensor]) -> SeerAttention:
         """The method with the gates as they are now, stamped for the model as it is now; `samples`: what was read."""
-        gates = {name: x.detach().half() for name, x in self.gates.items()}
         subject, figures = Subject(self.subject.model), {"tuned_at": str(self.budget)}
-        made = subject.artefact(self.method, gates, checked(samples), figures)
+        made = subject.artefact(self.method, stored(self.gates), checked(samples), figures)
         return dataclasses.replace(self.method, artefact=made)
 
     def _site(self, place: Place, tokens: int) -> Site:

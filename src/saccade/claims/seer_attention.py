@@ -16,7 +16,7 @@ from saccade.core.artefact import Artefact
 from saccade.core.errors import CannotRun
 from saccade.measure.stats import Estimate, mean_interval
 from saccade.methods.sparse.minference import CANDIDATES, MInference
-from saccade.methods.sparse.seer_attention import SeerAttention
+from saccade.methods.sparse.seer_attention import SeerAttention, stored
 from saccade.tasks import passage
 
 CLAIM = Claim(
@@ -44,8 +44,8 @@ def measured_places(tokenizer: Any) -> list[tuple[int, int]]:
 def measure(tier: str, progress: Progress | None = None) -> Evidence:
     """Evidence of a tier: "smoke" or "cpu"."""
     if tier == "smoke":
-        keys = torch.linspace(-1, 1, 2 * 4 * 48 * 16).sin().view(2, 4, 48, 16)
-        return machinery(SeerAttention(artefact=Artefact("seer-attention", {"keys": keys}, "tiny", "")))
+        keys = torch.linspace(-1, 1, 2 * 4 * 48 * 16).view(2, 4, 48, 16)
+        return machinery(SeerAttention(artefact=Artefact("seer-attention", stored({"keys": keys}), "tiny", "")))
     text = Bench("loss", (TOKENS,), COUNT, progress)
     made = Artefact.find("seer-attention", text.mark)
     if made is None:
@@ -79,7 +79,7 @@ def _others(made: Artefact) -> dict[str, Any]:
     blocks, ends = (_all(shape, len(keys), heads, made.fingerprint) for shape in ("blocks", "spans"))
     return {
         "random blocks": "random:part=prefill",
-        "untrained gates": dataclasses.replace(seer, artefact=dataclasses.replace(made, tensors=first)),
+        "untrained gates": dataclasses.replace(seer, artefact=dataclasses.replace(made, tensors=stored(first))),
         "pooled means": MInference(artefact=blocks, block_tokens=64, force_diagonal=True),
         "sinks and window": MInference(artefact=ends),
     }

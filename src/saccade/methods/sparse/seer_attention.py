@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,7 @@ class SeerAttention(Sparse):
             " their gradients shrink with the length.",
             "Gates begin at the mean of the keys, with noise; the authors begin at noise alone, and train on 0.5"
             " billion tokens.",
+            "Weights are stored in 8 bits, with a scale for each column; the authors' are bfloat16.",
             "A gate wider than a head is rotated in parts of a head's size; the authors rotate it as one.",
             "Attention while decoding is dense. SeerAttention-R (arXiv:2506.08889) is another method.",
         ),
@@ -104,8 +105,8 @@ class SeerAttention(Sparse):
         if self.threshold is not None and site.budget != Budget(1.0):
             ignored = f"would ignore the budget {site.budget}"
             reasons.append(f"threshold={self.threshold} keeps every block that reaches it, and {ignored}")
-        heads, parts = tensors.get("queries", tensors["keys"]).shape[1], tensors["keys"].shape[-2] // 3
-        found, here = (len(tensors["keys"]), heads, parts), (site.layers, site.heads, site.head_size)
+        heads, size = tensors.get("queries", tensors["keys"]).shape[1], tensors["keys"].shape[-2] // 3
+        found, here = (len(tensors["keys"]), heads, size), (site.layers, site.heads, site.head_size)
         if found != here:
             reasons.append(f"its gates are for (layers, heads, head size) = {found}, here: {here}")
         return reasons
@@ -130,15 +131,20 @@ class SeerAttention(Sparse):
         shape = {"queries": site.queries, "keys": site.keys, "block": block}
         return ops.choose_blocks(score, **shape, **by, whole_last=self.dense_last_blocks)
 
+    def gates(self) -> dict[str, Float[Tensor, "layers heads i e"]]:
+        """The weights of all layers, by name, in float32."""
+        assert self.artefact is not None, "check refuses to run without gates"
+        stored = self.artefact.tensors
+        return {name: stored[name] * stored[f"{name}_scale"].float() for name in ("keys", "queries") if name in stored}
+
     def _gate(self, layer: int, device: torch.device) -> ops.Gate:
-        if (layer, device) not in self._placed:
-            assert self.artefact is not None, "check refuses to run without gates"
-            mine = {name: x[layer].to(device) for name, x in self.artefact.tensors.items()}
-            self._placed[layer, device] = ops.Gate(mine["keys"], mine.get("queries"))
-        return self._placed[layer, device]
+        if device not in self._placed:
+            self._placed[device] = {name: x.to(device) for name, x in self.gates().items()}
+        mine = {name: x[layer] for name, x in self._placed[device].items()}
+        return ops.Gate(mine["keys"], mine.get("queries"))
 
     @functools.cached_property
-    def _placed(self) -> dict[tuple[int, torch.device], ops.Gate]:
+    def _placed(self) -> dict[torch.device, dict[str, Tensor]]:
         """Gates where they are used: copying them there for every prompt would take longer than asking them."""
         return {}
 
@@ -147,4 +153,13 @@ class SeerAttention(Sparse):
     def calibrate(self, model: Any, samples: Sequence[Tensor], progress: Any = None) -> Artefact:
         """Gates of all layers, from one dense forward over each sample."""
         gates, figures = model.distil_gates(self, samples, progress)
-        return model.artefact(self, gates, samples, figures)
+        return model.artefact(self, stored(gates), samples, figures)
+
+
+def stored(gates: Mapping[str, Float[Tensor, "layers heads i e"]]) -> dict[str, Tensor]:
+    """Weights as an artefact holds them: in 8 bits, with a scale for each column."""
+    out = {}
+    for name, x in gates.items():
+        scale = (x.detach().abs().amax(-2, keepdim=True) / 127).clamp(min=1e-6).half()
+        out |= {name: (x.detach() / scale.float()).round().clamp(-127, 127).to(torch.int8), f"{name}_scale": scale}
+    return out
