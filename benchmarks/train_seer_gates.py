@@ -1,7 +1,7 @@
 """Train SeerAttention's gates for a model and write the artefact.
 
     PYTHONPATH=src python benchmarks/train_seer_gates.py --model PATH/smollm2 --device cuda --dtype bfloat16 \
-        --tokens 4096 --steps 500 --out OUT
+        --tokens 2048 --apart 500 --block 16 --parts 1 --steps 300 --out OUT
 
 Without `--text` the rows are those of the shipped text that `saccade claim seer-attention` does not measure. Each row
 is read once, which takes a dense forward; the steps then read a few megabytes a row, which are held in memory.
@@ -29,6 +29,8 @@ from saccade.core.paths import cache_dir
 from saccade.methods.sparse.seer_attention import SeerAttention
 from saccade.tasks import moby_dick
 
+STRIDE = 7  # rows are taken so many apart, then those between, so that a few come from all over the text
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,6 +40,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="a long plain text")
     parser.add_argument("--rows", type=int, default=300, help="of text, at most")
     parser.add_argument("--tokens", type=int, default=2048, help="of a row")
+    parser.add_argument("--apart", type=int, help="from one row to the next (a row; less gives rows that overlap)")
+    parser.add_argument("--block", type=int, default=64, help="tokens of a block")
     parser.add_argument("--parts", type=int, default=0, help="0: gates on keys alone; else on queries too, so wide")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--texts", type=int, default=8, help="rows of a step")
@@ -45,13 +49,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def spared(tokenizer: Any, text: str | None, tokens: int) -> list[torch.Tensor]:
-    """Rows of token ids one behind the other: of a text, or of the shipped one but for what the claim measures."""
+def spared(tokenizer: Any, text: str | None, tokens: int, apart: int) -> list[torch.Tensor]:
+    """Rows of token ids, `apart` from each other: of a text, or of the shipped one but for what the claim measures."""
     ids = tokenizer(text or moby_dick(), add_special_tokens=False, verbose=False)["input_ids"]
     taken = [] if text else sorted(measured_places(tokenizer))
     starts, ends = [0, *(z for _, z in taken)], [*(a for a, _ in taken), len(ids)]
     parts = [ids[a:z] for a, z in zip(starts, ends)]
-    return [torch.tensor([p[i : i + tokens]]) for p in parts for i in range(0, len(p) - tokens + 1, tokens)]
+    rows = [torch.tensor([p[i : i + tokens]]) for p in parts for i in range(0, len(p) - tokens + 1, apart)]
+    return [row for first in range(STRIDE) for row in rows[first::STRIDE]]
 
 
 def main() -> None:
@@ -59,8 +64,9 @@ def main() -> None:
     start = time.perf_counter()
     model, tokenizer = models.load(given.model, dtype=given.dtype, device=given.device)
     text = given.text.read_text(encoding="utf-8") if given.text else None
-    rows = spared(tokenizer, text, given.tokens)[: given.rows]
-    method = SeerAttention(train_parts=given.parts, train_steps=given.steps, train_texts=given.texts)
+    rows = spared(tokenizer, text, given.tokens, given.apart or given.tokens)[: given.rows]
+    options = {"train_parts": given.parts, "train_steps": given.steps, "train_texts": given.texts}
+    method = SeerAttention(block_tokens=given.block, **options)
 
     def progress(done: int, total: int, what: str) -> None:
         if done % 10 == 0 or done == total or done < len(rows):

@@ -75,6 +75,9 @@ def test_what_cannot_be_tuned_is_said():
     model, method = gated()
     with pytest.raises(CannotRun, match=r"fine-tune .* under seer-attention: no gates were trained for this model"):
         Tuning(model, SHORT, 0.5)
+    foreign = dataclasses.replace(method, artefact=dataclasses.replace(method.artefact, fingerprint="0" * 12))
+    with pytest.raises(CannotRun, match=f"made for .*{fingerprint(model)}"):
+        Tuning(model, foreign, 0.5)
     other = copy.deepcopy(model)
     other.model.gradient_checkpointing = True
     with pytest.raises(CannotRun, match="activations are checkpointed, and each layer would count twice"):

@@ -107,11 +107,11 @@ def test_blocks_above_a_threshold(n, block, threshold):
     assert threshold or chosen.mask().sum() == 2 * n * (n + 1) / 2
 
 
-def test_the_last_rows_are_whole_where_half_of_the_pairs_pays_for_them():
+def test_the_last_rows_are_whole_where_an_eighth_of_the_pairs_pays_for_them():
     score, options = noise(1, 1, 64, 64), {"queries": 512, "keys": 512, "block": 8}
-    chosen = {w: ops.choose_blocks(score, row_tokens=100, whole_last=w, **options) for w in (0, 2)}
+    chosen = {w: ops.choose_blocks(score, row_tokens=200, whole_last=w, **options) for w in (0, 2)}
     counts = {w: blocks.table().sum(-1)[0, 0] for w, blocks in chosen.items()}
-    assert counts[2][-2:].tolist() == [63, 64] and counts[0][-2:].max() < 20
+    assert counts[2][-2:].tolist() == [63, 64] and counts[0][-2:].max() < 35
     assert counts[0].sum() - 1 <= counts[2].sum() <= counts[0].sum()
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from jaxtyping import Int
 from torch import Tensor
 
 from saccade import ops
+from saccade.attach import _equipped
 from saccade.attach.calibration import Subject, checked
 from saccade.attach.distil import distance
 from saccade.attach.engine import Place
@@ -29,15 +30,16 @@ class Tuning:
     their distance from the whole map by blocks, which is made without a map of all rows. What a gate sees of a layer is
     taken as it is, so that the second part trains gates alone.
 
-    method: with gates for this model; budget: of each forward; gate_weight: of the distance
+    method: with its gates, or those that `attach` would find; budget: of each forward; gate_weight: of the distance
     gates: float32, by name, [layers ...]; give them to the optimiser beside the model's own weights
 
     Raises:
-        CannotRun: no gates, gates of another shape, or checkpointing of activations, which runs layers twice.
+        CannotRun: no gates, gates of another model, or checkpointing of activations, which runs layers twice.
     """
 
     def __init__(self, model: Any, method: SeerAttention, budget: float | str | Budget, gate_weight: float = 1.0):
-        self.subject, self.method, self.budget = Subject(model), method, Budget.of(budget)
+        self.subject, self.budget = Subject(model), Budget.of(budget)
+        self.method = method = cast("SeerAttention", _equipped(model, method, self.subject.found))
         self.gate_weight, self.distances = gate_weight, list[Tensor]()
         reasons = [r for spot in self.subject.found.sites for r in method.check(self._site(spot.place, 1))]
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):

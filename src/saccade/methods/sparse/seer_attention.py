@@ -31,9 +31,9 @@ class SeerAttention(Sparse):
     blocks of largest S in each row of blocks. W is learnt from the frozen model's own maps,
     min KL(G || softmax S),  G[I, J] = max_{i in I, j in J} A_ij / sum_J'.
 
-    block_tokens: b, for queries and keys; a smaller power of two where a row of the budget is shorter than two blocks
+    block_tokens: b, for queries and keys; a smaller power of two where a row of the budget is shorter than four blocks
     threshold: keep the blocks with softmax S at or above it, as many as they are, and take no budget; None: by budget
-    dense_last_blocks: last blocks of queries that see everything, fewer where that takes more than half of the budget
+    dense_last_blocks: last blocks of queries that see everything; fewer where they take over an eighth of the budget
     train_parts: 0: W for every query head, as wide as a head; else W for every key/value head and another for the
         queries, so many heads wide
     train_steps, train_texts, learning_rate: of the training (AdamW, cosine); texts of a step
@@ -125,7 +125,7 @@ class SeerAttention(Sparse):
         assert site.turn is not None, "check refuses to run without"
         block = self.block_tokens
         if self.threshold is None:
-            block = min(block, 1 << max(0, (row // 2).bit_length() - 1))
+            block = min(block, 1 << max(0, (row // 4).bit_length() - 1))
         score = ops.block_gate(q, k, gate, site.turn, block=block, first=site.seen - site.keys)
         by = {"row_tokens": row} if self.threshold is None else {"threshold": self.threshold}
         shape = {"queries": site.queries, "keys": site.keys, "block": block}

@@ -12,6 +12,8 @@ from torch import Tensor
 from saccade.core.errors import BadInput
 from saccade.core.selection import Blocks
 
+WHOLE = 1 / 8  # of the pairs beside the diagonal, at most, goes to rows that see everything
+
 
 @torch.no_grad()
 def choose_blocks(
@@ -29,7 +31,7 @@ def choose_blocks(
     row_tokens: as many pairs as rows of so many keys (fewer where there are fewer) make, at most; what is left of a
         block is carried on to the next row of blocks. At least a block, or two where `queries` does not begin at one
     threshold: instead, the blocks whose share of softmax(score) reaches it
-    whole_last: the last rows of blocks that see everything, as long as that takes at most half of the other pairs
+    whole_last: the last rows of blocks that see everything, as long as that takes at most an eighth of the other pairs
 
     Raises:
         BadInput: scores of another shape, or not one of `row_tokens` and `threshold`.
@@ -78,7 +80,7 @@ def _plan(row: int, queries: int, keys: int, block: int, whole: int, device: tor
     spare = torch.zeros(len(first), dtype=torch.float64).index_add_(0, mine, spare.double())
     size = (last - first + 1) * block
     dear, total = own * size, spare.sum()
-    ends = len(first) - int((dear.flip(0)[:whole].cumsum(0) <= total / 2).sum())
+    ends = len(first) - int((dear.flip(0)[:whole].cumsum(0) <= total * WHOLE).sum())
     spare = spare[:ends] * ((total - dear[ends:].sum()) / spare[:ends].sum().clamp(min=1))
     more = (spare / size[:ends]).cumsum(0).add(1e-6).floor().long().diff(prepend=own.new_zeros(1))
     place, here = torch.arange(-(-keys // block)), last[:, None] // block
