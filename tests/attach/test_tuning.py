@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +71,18 @@ def test_at_full_budget_it_is_ordinary_training():
     logits = under_mask(model, text(), lambda layer, q, k: torch.ones(1, 1, 70, 70, dtype=torch.bool))
     wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), text()[:, 1:].flatten())
     assert loss == pytest.approx(float(wanted))
+
+
+def test_a_model_with_stretched_positions_is_tuned(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent.parent / "benchmarks"))
+    model = tiny()
+    plain = under_mask(model, text(), lambda layer, q, k: torch.ones(1, 1, 70, 70, dtype=torch.bool))
+    importlib.import_module("finetune_seer").stretch(model, 4.0)
+    other = under_mask(model, text(), lambda layer, q, k: torch.ones(1, 1, 70, 70, dtype=torch.bool))
+    assert (plain - other).abs().max() > 1e-6 and model.config.rope_parameters["rope_type"] == "yarn"
+    method = dataclasses.replace(SHORT, artefact=SHORT.calibrate(Subject(model), [tokens(64)]))
+    loss, apart = Tuning(model, method, 0.5).step(text())
+    assert 0 < loss < torch.inf and 0 < apart < torch.inf
 
 
 def test_what_cannot_be_tuned_is_said():

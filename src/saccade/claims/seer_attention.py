@@ -29,8 +29,8 @@ CLAIM = Claim(
     how="SmolLM2-135M with the shipped gates and blocks of 16 tokens, as large a share of the text as the paper's 64 at"
     " 8k: loss on the last 512 of 2,048 tokens of real prose that gates were not trained on, at a half, a quarter and a"
     " tenth of the causal pairs; against full, random blocks, blocks by pooled means, the same gates before training,"
-    " and sinks with a window, at a quarter. 4 to 64 times shorter than the paper, where attention is less sparse, and a"
-    " ten-thousandth of its training: scaled down. Speed is measured elsewhere.",
+    " and sinks with a window, at a quarter. 4 to 64 times shorter than the paper, where attention is less sparse, with"
+    " far less than a thousandth of its training: scaled down. Speed is measured elsewhere.",
     counts="Perplexity within 3 % of full at a quarter and 10 % at a tenth; at a quarter better than random blocks by"
     " 2 %, and no worse than pooled means or sinks and window; 85 % of the attention mass kept at a tenth.",
 )

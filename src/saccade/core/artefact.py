@@ -97,11 +97,21 @@ class Draft:
     folder: Path | None = None
 
     def load(self, name: str) -> dict[str, Tensor] | None:
-        """What was saved under this name, or None."""
+        """What was saved under this name, or None.
+
+        Raises:
+            BadArtefact: the file is truncated or not one of ours.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         file = self._file(name)
-        return None if file is None or not file.exists() else load_file(file)
+        if file is None or not file.exists():
+            return None
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as e:
+            raise BadArtefact(f"draft {file}", f"it cannot be read ({e})", "Delete its folder.") from e
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """In place of what was saved under this name.
