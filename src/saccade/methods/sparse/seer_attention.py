@@ -134,8 +134,8 @@ class SeerAttention(Sparse):
     def gates(self) -> dict[str, Float[Tensor, "layers heads i e"]]:
         """The weights of all layers, by name, in float32."""
         assert self.artefact is not None, "check refuses to run without gates"
-        stored = self.artefact.tensors
-        return {name: stored[name] * stored[f"{name}_scale"].float() for name in ("keys", "queries") if name in stored}
+        codes = self.artefact.tensors
+        return {name: codes[name] * codes[f"{name}_scale"].float() for name in ("keys", "queries") if name in codes}
 
     def _gate(self, layer: int, device: torch.device) -> ops.Gate:
         if device not in self._placed:
