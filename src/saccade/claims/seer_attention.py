@@ -65,7 +65,8 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
         at_least("sinks and window minus ours, nats", text.difference(theirs["sinks and window"], ours[0.25]), 0.0),
         at_least("attention mass kept at a tenth", kept, 0.85),
     ]
-    setting = f"SmolLM2-135M-Instruct, float32; {COUNT} passages of {TOKENS} tokens; gates: {made.data}"
+    trained = f"gates trained on blocks of {made.options['block_tokens']} of {made.data}"
+    setting = f"SmolLM2-135M-Instruct, float32; {COUNT} passages of {TOKENS} tokens; {trained}"
     gained = text.difference(theirs["untrained gates"], ours[0.25]).mean
     reason = f"{ceiling(text, 0.25, math.log(1.03))} Training the gates is worth {gained:+.3f} nats at a quarter."
     return Evidence(checks, setting, reason, table=[*text.rows(), dict(made.figures)])
