@@ -52,10 +52,9 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     made = Artefact.find("seer-attention", text.mark)
     if made is None:
         raise CannotRun("claim seer-attention", "no gates were trained for SmolLM2", "saccade calibrate seer-attention")
-    seer, others = SeerAttention(artefact=made, block_tokens=BLOCK), _others(made)
+    seer = SeerAttention(artefact=made, block_tokens=BLOCK)
     full, ours = text.scores("full"), {b: text.scores(seer, b, "seer-attention") for b in (0.5, 0.25, 0.1)}
-    text.scores(others["random"], 0.1, "random")
-    theirs = {name: text.scores(method, 0.25, name) for name, method in others.items()}
+    theirs = {name: text.scores(method, 0.25, name) for name, method in _others(made).items()}
     kept = _kept_mass(text, seer, 0.1)
     checks = [
         at_most("a quarter minus full, nats (3 %)", text.difference(ours[0.25], full), math.log(1.03)),
