@@ -208,6 +208,7 @@ def _full_line(run: Run, task: str) -> dict[str, Any]:
 
 # --- seconds and bytes against length ------------------------------------------------------------------------------
 
+WHOLE = "1"  # the budget of full, and of what takes none: they are in every panel
 PANELS = (
     ("prefill", "Prefill", "prefill_seconds", "seconds", "seconds"),
     ("decode", "Decode, one token", "decode_seconds", "seconds per token", "seconds"),
@@ -220,6 +221,7 @@ def speeds(run: Run, looks: dict[str, Style]) -> Plots:
     """One panel for each of prefill, decode, bytes and warm-up, with the budget chosen for all at once."""
     rows = run.summary["speed"]
     budgets = list(dict.fromkeys(r["budget"] for r in rows if r["method"] != "full"))
+    budgets = [b for b in budgets if b != WHOLE] or budgets
     figures = [
         Figure(panel[0], panel[1], {b: _panel(run, panel, b, looks) for b in budgets})
         for panel in PANELS
@@ -233,7 +235,7 @@ def speeds(run: Run, looks: dict[str, Style]) -> Plots:
 def _panel(run: Run, panel: tuple[str, ...], budget: str, looks: dict[str, Style]) -> dict[str, Any]:
     name, _, value, unit, kind = panel
     rows = [r for r in run.summary["speed"] if r.get(value) is not None]
-    rows = [r for r in rows if r["budget"] == budget or r["method"] == "full"]
+    rows = [r for r in rows if r["budget"] in (budget, WHOLE)]
     data = []
     for label in dict.fromkeys(r["label"] for r in rows):
         mine = sorted((r for r in rows if r["label"] == label), key=lambda r: r["tokens"])
@@ -259,7 +261,7 @@ def _byte_ticks(values: Sequence[float]) -> dict[str, Any]:
 def _crossings(run: Run, stage: str, budget: str, looks: dict[str, Style]) -> dict[str, Any]:
     """A dotted line where a method becomes faster than `full`; none for what is faster at every length."""
     shortest = min(r["tokens"] for r in run.summary["speed"])
-    found = [c for c in run.summary["crossover"] if c["stage"] == stage and c["budget"] == budget]
+    found = [c for c in run.summary["crossover"] if c["stage"] == stage and c["budget"] in (budget, WHOLE)]
     found = [c for c in found if c["tokens"] is not None and c["tokens"] > shortest]
     found.sort(key=lambda c: c["tokens"])
     return {
@@ -284,22 +286,29 @@ def _flag(i: int, tokens: float, look: Style) -> dict[str, Any]:
 
 
 def heat_map(run: Run) -> Plots:
-    """Share kept of each stretch of the prompt, layer by layer and head by head."""
+    """What is kept or read of each stretch of the prompt, layer by layer and head by head."""
     variants: dict[str, dict[str, Any]] = {}
     for cell in run.cells:
-        name = f"{cell['label']} at {cell['budget']}"
-        if cell.get("kept") and name not in variants:
-            variants[name] = _heat(cell["kept"])
+        if cell.get("kept"):
+            name = f"{cell['label']} at {cell['budget']}: {_what(cell['kept'])}"
+            if name not in variants:
+                variants[name] = _heat(cell["kept"])
     figures = [Figure("kept-map", "Layer by head by position", variants)] if variants else []
     return Plots("kept", [Chooser("Method", [(n, n) for n in variants])], figures)
+
+
+def _what(kept: dict) -> str:
+    """What a picture shows, in words."""
+    said = {"kept": "keys stored", "bits": f"bits of {kept['bits']}", "read": "queries that read it"}
+    return said[kept["what"]]
 
 
 def _heat(kept: dict) -> dict[str, Any]:
     heads = [head for layer in kept["share"] for head in layer]
     names = [f"{i}.{j}" for i, layer in enumerate(kept["share"]) for j in range(len(layer))]
     trace = {"type": "heatmap", "z": _packed(heads), "y": names, "zmin": 0, "zmax": 100, "colorscale": "Cividis"}
-    trace |= {"colorbar": {"ticksuffix": " %", "thickness": 12, "outlinewidth": 0, "title": {"text": "kept"}}}
-    trace |= {"hovertemplate": "layer.head %{y}, stretch %{x}: %{z} % kept<extra></extra>"}
+    trace |= {"colorbar": {"ticksuffix": " %", "thickness": 12, "outlinewidth": 0, "title": {"text": _what(kept)}}}
+    trace |= {"hovertemplate": "layer.head %{y}, stretch %{x}: %{z} %<extra></extra>"}
     firsts = [name for name in names if name.endswith(".0")]
     y = {"type": "category", "autorange": "reversed", "tickvals": firsts, "ticktext": [n[:-2] for n in firsts]}
     layout = _layout(

@@ -1,4 +1,4 @@
-"""The report for a terminal: the overview and the verdicts, without colour where there is no terminal."""
+"""The report for a terminal: the transfer table and the verdicts, without colour where there is no terminal."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ BEST = 20  # heads that a terminal shows
 
 
 def render(run: Run) -> str:
-    """The overview, the verdicts and the crossover as text, in colour only where stdout is a terminal."""
-    shown = [tables.overview(run), tables.crossover(run), tables.claims(verdicts(run)), tables.absent(run)]
-    return _printed(shown, "dim: not to be told from full; red: worse than the same budget at random")
+    """The transfer table, the verdicts and the crossover as text, in colour only where stdout is a terminal."""
+    shown = [tables.transfer(run), tables.crossover(run), tables.claims(verdicts(run)), tables.absent(run)]
+    key = ["dim: not to be told from full; red: seen, and worse than the same budget at random"]
+    return _printed(shown, "\n".join([*key, *(f"{sign}: {words}" for sign, words in tables.SIGNS.values())]))
 
 
 def render_heads(heads: Heads) -> str:
@@ -48,8 +49,8 @@ def _printed(shown: Sequence[tables.Table], note: str) -> str:
 def table(t: tables.Table) -> Table:
     """One table for rich."""
     made = Table(title=t.caption, title_justify="left", header_style="bold")
-    for i, head in enumerate(t.heads):
-        made.add_column(Text(head), justify="right" if i else "left", no_wrap=i == 0)
+    for i, head in enumerate(t.titles):
+        made.add_column(Text(head), justify="right" if i else "left", no_wrap=i == 0, overflow="fold")
     for row in t.rows:
-        made.add_row(*[Text(c.text, style=STYLES.get(c.mark, "")) for c in row])
+        made.add_row(*[Text(c.signed, style=STYLES.get(c.mark, "")) for c in row])
     return made
