@@ -25,8 +25,8 @@ class Run:
     """The handle that `attach` returns: a context manager, `detach()`, and the record.
 
     While it is attached, `model.generate()` and `model()` work as ever; caches that they make hold what the methods
-    decide. `record` is that of the last sequence. With `note_reads` it also says which keys the queries after the prompt
-    read, which takes the whole mask of each of their forwards.
+    decide. `record` is that of the last sequence. With `note_reads` it also says which keys the queries after the
+    prompt read, which takes the whole mask of each of their forwards.
     """
 
     slot = "_saccade"

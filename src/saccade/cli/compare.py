@@ -27,7 +27,8 @@ AFTER_INTERRUPT = "Finished cells are kept; the same command resumes."
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What `compare` takes: all that `Config.command` writes, and where to."""
     parser.add_argument("--methods", nargs="*", metavar="METHOD", help=f"each {METHOD} (some usual ones)")
-    parser.add_argument("--family", nargs="+", metavar="FAMILY", help="all methods of these: sparse, cache, decode; words or one,two")
+    families = "all methods of these: sparse, cache, decode (or sparse,cache)"
+    parser.add_argument("--family", nargs="+", metavar="FAMILY", help=families)
     parser.add_argument("--budgets", nargs="+", metavar="BUDGET", help=f"each {BUDGET} (0.5 0.25 0.1)")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="see: saccade list (continuation-loss passkey)")
     parser.add_argument("--tokens", type=int, metavar="N", help="length of a sample")

@@ -67,7 +67,8 @@ def compare(
         ModelUnavailable: the model cannot be had.
         CorruptResult: the folder holds a broken line.
     """
-    config = Config.of(model, methods, budgets, tasks, tokens, quick, seed, lengths, count, rounds, dtype, device, families)
+    given = (model, methods, budgets, tasks, tokens, quick, seed, lengths, count, rounds, dtype, device, families)
+    config = Config.of(*given)
     return execute(config, _folder(config, out), progress or _unwatched)
 
 
@@ -92,7 +93,8 @@ def plan(
     Raises:
         UnknownName, BadOption, BadBudget, DoesNotCompose: as `compare` would.
     """
-    config = Config.of(model, methods, budgets, tasks, tokens, quick, seed, lengths, count, rounds, dtype, device, families)
+    given = (model, methods, budgets, tasks, tokens, quick, seed, lengths, count, rounds, dtype, device, families)
+    config = Config.of(*given)
     return estimate(config, all_cells(config, everybody(config)))
 
 

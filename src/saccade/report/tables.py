@@ -37,7 +37,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """What a figure was drawn from, or what is read by itself. `groups` lie over the last heads: (title, heads each)."""
+    """What a figure was drawn from, or what is read by itself. `groups` lie over the last heads: (title, how many)."""
 
     caption: str
     heads: tuple[str, ...]
