@@ -24,7 +24,7 @@ def render(run: Run) -> str:
     parts += ["## Claims", table(tables.claims(verdicts(run)))]
     for found in (tables.speed(run), tables.crossover(run), tables.noise(run), tables.absent(run)):
         parts += [f"## {found.caption}", table(found)] if found.rows else []
-    parts += ["## How to repeat it", *(f"```bash\n{command}\n```" for command in run.summary["repeat"])]
+    parts += ["## How to repeat it", *map(_safe, run.summary["repeat"])]
     return "\n\n".join(parts) + "\n"
 
 
