@@ -172,7 +172,7 @@ def test_a_family_takes_part_as_far_as_it_can_and_the_rest_is_said(tiny, tmp_pat
     assert summary["failed"] == [] and problems(summary, schema("summary")) == []
     assert problems(read(out, "run"), schema("run")) == []
     standing = {(x["label"], x["budget"]): x["standing"] for x in summary["transfer"]}
-    assert standing["kivi", "1"] == "no random" and standing["quest", "0.5"] != "no random"
+    assert standing["kivi", "1"] == "no random" and standing["h2o", "0.5"] != "no random"
 
 
 def test_the_oracle_of_long_samples_has_to_be_named(tiny):

@@ -10,7 +10,7 @@ import base64
 import html
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,8 +159,9 @@ def frontier(run: Run, looks: dict[str, Style]) -> Plots:
 
 
 def _frontier(run: Run, task: str, axis: str, looks: dict[str, Style]) -> dict[str, Any]:
-    points = [(_place(row, axis), row) for row in run.rows if row["task"] == task and row["method"] != "full"]
-    points = sorted(((x, row) for x, row in points if x is not None), key=lambda p: p[0])
+    every = [(_place(row, axis), row) for row in run.rows if row["task"] == task and row["method"] != "full"]
+    points = sorted(((x, row) for x, row in every if x is not None), key=lambda p: p[0])
+    absent = dict.fromkeys(row["label"] for x, row in every if x is None)
     lower = run.summary["tasks"][task]["metric"] == "nll"
     y = "loss above full, nats per token" if lower else "hit rate, difference to full"
     scale = _scale(axis, [x for x, _ in points])
@@ -169,7 +170,7 @@ def _frontier(run: Run, task: str, axis: str, looks: dict[str, Style]) -> dict[s
         return {"data": [], "layout": layout | _nothing("This task runs in one pass: it holds no cache.")}
     labels = dict.fromkeys(row["label"] for _, row in points)
     traces = [_with_intervals(label, looks[label], [p for p in points if p[1]["label"] == label]) for label in labels]
-    return {"data": list(itertools.chain(*traces)), "layout": layout | _full_line(run, task)}
+    return {"data": list(itertools.chain(*traces)), "layout": layout | _full_line(run, task, absent)}
 
 
 def _place(row: dict, axis: str) -> float | None:
@@ -194,7 +195,8 @@ def _with_intervals(label: str, style: Style, points: list[tuple[float, dict]]) 
     return [_bars(label, style, spans), _series(label, style, xs, ys, hover)]
 
 
-def _full_line(run: Run, task: str) -> dict[str, Any]:
+def _full_line(run: Run, task: str, absent: Mapping[str, None]) -> dict[str, Any]:
+    """The line of full, its noise, and in words what has no place on this axis."""
     across = {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "layer": "below"}
     shapes = [across | {"type": "line", "y0": 0, "y1": 0, "line": {"color": "$fg", "width": 1.5}}]
     spread = run.summary["noise"].get(task)
@@ -203,7 +205,8 @@ def _full_line(run: Run, task: str) -> dict[str, Any]:
     full = next(r for r in run.rows if r["method"] == "full" and r["task"] == task)
     words = f"full = {say(full['mean'], 'score')}"
     note = {"text": words, "xref": "paper", "x": 0, "xanchor": "left", "y": 0, "yanchor": "bottom", "showarrow": False}
-    return {"shapes": shapes, "annotations": [note]}
+    gone = note | {"text": html.escape(f"not on this axis: {', '.join(absent)}"), "yref": "paper", "y": 1}
+    return {"shapes": shapes, "annotations": [note, gone] if absent else [note]}
 
 
 # --- seconds and bytes against length ------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from saccade.report.run import Run
-from saccade.report.words import interval, say
+from saccade.report.words import MISSING, interval, say
 
 FULL = "full"
 # marks of a cell: grey, red, or none of them
@@ -93,7 +93,7 @@ def transfer(run: Run, only: Sequence[str] = ()) -> Table:
     budgets = [b for b in dict.fromkeys(budget for _, budget, _ in run.beside) if not only or b in only]
     there = [label for label, budget, _ in run.beside if budget in budgets]
     out = [x["label"] for x in run.summary["left_out"] if set(x["budgets"]) & set(budgets)]
-    parts = {x["label"]: x["part"] for x in run.summary["transfer"]}
+    parts = {x["label"]: (x["part"] or MISSING).replace("+", " + ") for x in run.summary["transfer"]}
     lines = [
         [cell(label), cell(parts.get(label)), *(_place(run, label, b, task) for task in run.compared for b in budgets)]
         for label in dict.fromkeys([*there, *out])
