@@ -215,7 +215,8 @@ def crossover(run: Run) -> Table:
 
 def absent(run: Run) -> Table:
     """What has no number, and why."""
-    lines = [[out["label"], "everywhere", "; ".join(out["reasons"])] for out in run.summary["left_out"]]
+    left = run.summary["left_out"]
+    lines = [[out["label"], f"at {', '.join(out['budgets'])}", "; ".join(out["reasons"])] for out in left]
     lines += [
         [f"{out['label']} at {out['budget']}", out["task"], f"{out['type']}: {out['text']}"]
         for out in run.summary["failed"]

@@ -6,6 +6,7 @@ import io
 import sys
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -48,9 +49,18 @@ def _printed(shown: Sequence[tables.Table], note: str) -> str:
 
 def table(t: tables.Table) -> Table:
     """One table for rich."""
-    made = Table(title=t.caption, title_justify="left", header_style="bold")
+    # many columns of figures: no lines between them, and each interval under its figure
+    close = {"box": SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)} if t.groups else {}
+    made = Table(title=t.caption, title_justify="left", header_style="bold", **close)
     for i, head in enumerate(t.titles):
-        made.add_column(Text(head), justify="right" if i else "left", no_wrap=i == 0, overflow="fold")
+        words = head.replace(", ", "\n") if t.groups else head
+        made.add_column(Text(words), justify="right" if i else "left", no_wrap=i == 0, overflow="fold")
     for row in t.rows:
-        made.add_row(*[Text(c.signed, style=STYLES.get(c.mark, "")) for c in row])
+        made.add_row(*[Text(_stacked(c) if t.groups else c.signed, style=STYLES.get(c.mark, "")) for c in row])
     return made
+
+
+def _stacked(c: tables.Cell) -> str:
+    """Figure and sign, and under them the interval."""
+    middle, bracket, ends = c.text.partition(" [")
+    return f"{middle} {c.sign}".strip() + (f"\n[{ends}" if bracket else "")
