@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,6 @@ from saccade.core.site import Seen, Site, Stage, State, Turn
 if TYPE_CHECKING:
     from saccade.attach.run import Run
 
-Note = Callable[[Selection], None]  # told what some queries after the prompt read
 
 @dataclass(frozen=True)
 class Place:
@@ -204,11 +203,13 @@ class Engine:
             # where some lie in host memory nothing was dropped, so that places are positions
             position = torch.arange(keys)[None, None] if shelved else stored["positions"]
             note = functools.partial(reading.note, self.run.layer_record(self), ids, position, q.shape[1])
-            site = replace(site, attend=functools.partial(self._compute, stage, note=note))
+            site = reading.noting(site, note)
         if isinstance(owner, Decode):
             selection = owner.select(q, stored, site)
             if shelved:
-                self._note_selection(q, selection, note)
+                if note is not None:
+                    note(selection)
+                self._note_selection(q, selection)
                 options = {"scale": self.place.scale, "softcap": self.place.softcap}
                 out = far.attend(q, stored, shelved, selection, **options)
             else:
@@ -437,23 +438,19 @@ class Engine:
             return {}
         return self.run.handed.setdefault(tuple(ids), {})
 
-    def _compute(
-        self, stage: Stage, q: Tensor, k: Tensor, v: Tensor, selection: Selection, note: Note | None = None
-    ) -> Tensor:
+    def _compute(self, stage: Stage, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
         """What `Site.attend` does: compute, and note what was computed."""
         options = {"scale": self.place.scale, "softcap": self.place.softcap}
         if stage == "prefill":
             self.pending.append(selection)
             return ops.attend(q, k, v, selection, **options)[0]
-        self._note_selection(q, selection, note)
+        self._note_selection(q, selection)
         if isinstance(selection, Gather) and selection.q_block == 1 and selection.ranges is None and selection.causal:
             return ops.decode(q, k, v, selection.index, **options)[0]
         return ops.attend(q, k, v, selection, **options)[0]
 
-    def _note_selection(self, q: Tensor, selection: Selection, note: Note | None) -> None:
+    def _note_selection(self, q: Tensor, selection: Selection) -> None:
         """Of later tokens; the device sums the pairs, and is not asked before somebody asks."""
-        if note is not None:
-            note(selection)
         pairs = selection.count().expand(*q.shape[:2]).sum()
         self.decoded = pairs if self.decoded is None else self.decoded + pairs
         self._note("decode", 0.0, selection.dense_pairs * q[..., 0, 0].numel())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Int
@@ -11,6 +12,19 @@ from torch.nn.functional import pad
 
 from saccade.core.record import LayerRecord
 from saccade.core.selection import Selection
+from saccade.core.site import Site
+
+Note = Callable[[Selection], None]  # told what some queries after the prompt read
+
+
+def noting(site: Site, note: Note) -> Site:
+    """The same site, whose `attend` tells what it is given to read."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
+        note(selection)
+        return site.attend(q, k, v, selection)
+
+    return replace(site, attend=attend)
 
 
 def note(
