@@ -63,6 +63,11 @@ class Contestant:
         """Whether its speed is anybody's concern: of full, and of what a paper proposes."""
         return not self.methods or any(m.card.paper for m in self.methods)
 
+    @property
+    def takes_budget(self) -> bool:
+        """Whether a budget changes anything: not of full, and not of what saves by its options alone."""
+        return any(m.card.takes_budget for m in self.methods)
+
     def exercised(self, one_pass: bool) -> bool:
         """Whether a task has any of its parts to do: a single pass has a prefill and nothing else."""
         return not self.methods or not one_pass or "prefill" in self.parts
