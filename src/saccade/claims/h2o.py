@@ -26,7 +26,7 @@ CLAIM = Claim(
 )
 SHARE = 0.2
 TEXTS, KEYS = 3, 10
-RECENT, HEAVY = "h2o:heavy_share=0", "h2o:heavy_share=1"
+RECENT, HEAVY = "streaming:sink_tokens=0", "h2o:heavy_share=1"
 
 
 def measure(tier: str, progress: Progress | None = None) -> Evidence:
