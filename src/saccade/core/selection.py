@@ -348,6 +348,11 @@ class Places:
     hole_low: Int[Tensor, "b h q"] | None = None
     hole_high: Int[Tensor, "b h q"] | None = None
 
+    def to(self, device: torch.device) -> Places:
+        """There, the last axis of each in one piece."""
+        given = {name: x if x is None else x.to(device) for name, x in vars(self).items()}
+        return Places(**{n: x if x is None or x.stride(-1) == 1 else x.contiguous() for n, x in given.items()})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Buckets(Selection):
