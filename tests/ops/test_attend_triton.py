@@ -175,10 +175,9 @@ def blocks(heads, queries, keys, q_block, k_block, causal=True, share=0.6):
 
 
 @interpreter
-@pytest.mark.parametrize("size, dtype", [(16, torch.float32), (64, torch.float16)])
-@pytest.mark.parametrize("sizes", [(40, 3, 90), (1, 1, 1, 60), (133,)], ids=str)
+@pytest.mark.parametrize("sizes, dtype", [((40, 3, 90), torch.float32), ((1, 2, 3, 60), torch.float16)])
 @pytest.mark.parametrize("kind", ["causal", "free", "others"])
-def test_buckets_of_any_size(sizes, kind, size, dtype):
+def test_buckets_of_any_size(sizes, dtype, kind):
     """Larger and smaller than a tile, also of keys that no query asks for; with orders given, some keys left out."""
     n = sum(sizes)
     bucket = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
@@ -190,7 +189,7 @@ def test_buckets_of_any_size(sizes, kind, size, dtype):
         k_bucket = torch.full_like(k_bucket, -1).scatter(-1, order, k_bucket.gather(-1, order))
     shape = {"queries": q_bucket.shape[-1], "keys": n, "causal": kind == "causal", "family": 2 * (kind == "others")}
     selection = Buckets(q_bucket=q_bucket, k_bucket=k_bucket, k_order=order, **shape)
-    check(selection, tensors(1, 4, 2, shape["queries"], n, size, dtype))
+    check(selection, tensors(1, 4, 2, shape["queries"], n, 16, dtype))
 
 
 @interpreter

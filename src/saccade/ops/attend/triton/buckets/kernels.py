@@ -69,10 +69,10 @@ def over_keys(
     some = low < high
     first = tl.min(tl.where(some, low, listed))
     last = tl.maximum(tl.max(high), first)
-    # every row sees [inner, outer), whole tiles
+    # every row sees [inner, outer), whole tiles; inner may be up to a tile behind last
     begin = tl.max(tl.where(alive, low, 0))
     end = tl.min(tl.where(alive, high, listed))
-    inner = tl.minimum(first + (tl.maximum(begin - first, 0) + BN - 1) // BN * BN, last)
+    inner = first + (tl.maximum(begin - first, 0) + BN - 1) // BN * BN
     outer = inner + _tiles(inner, end, BN) * BN
     before = outer
     after = outer
@@ -141,7 +141,7 @@ def over_keys(
         key = following
     left = _tiles(first, inner, BN)
     middle = left + _tiles(before, after, BN)
-    for j in range(middle + (last - outer + BN - 1) // BN):
+    for j in range(middle + (tl.maximum(last - outer, 0) + BN - 1) // BN):
         start = tl.where(j < middle, before + (j - left) * BN, outer + (j - middle) * BN)
         start = tl.where(j < left, first + j * BN, start)
         there = start + n
