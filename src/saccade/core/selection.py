@@ -432,6 +432,8 @@ class PerHead(Selection):
 class Together(Selection):
     """Disjoint selections of any kind, under one softmax. A pair of part i counts `times[i]` times in it, as if
     log(times[i]) were added to its logit: keys that were drawn stand for all that could have been.
+
+    `causal`: that all parts are, by their own causality or by what they list.
     """
 
     parts: tuple[Selection, ...]
