@@ -103,7 +103,7 @@ def _lined(p: Places) -> list[int]:
 
 
 def _queries(p: Places, step: int) -> tuple[Int[Tensor, "b h t"], Int[Tensor, "b h t"]]:
-    """Which queries, as places, may see each tile of `step` keys: [first, last). Neither edge of what they see falls."""
+    """The queries, as places, that may see each tile of `step` keys: [first, last)."""
     listed = p.k_order.shape[2]
     tile = (steps(-(-listed // step), p.low.device) * step).int().expand(*p.low.shape[:2], -1).contiguous()
     first = torch.searchsorted(p.high, tile, right=True, out_int32=True)
