@@ -350,8 +350,8 @@ class Places:
 
     def to(self, device: torch.device) -> Places:
         """There, the last axis of each in one piece."""
-        given = {name: x if x is None else x.to(device) for name, x in vars(self).items()}
-        return Places(**{n: x if x is None or x.stride(-1) == 1 else x.contiguous() for n, x in given.items()})
+        given = {name: x.to(device) for name, x in vars(self).items() if x is not None}
+        return Places(**{n: x if x.stride(-1) == 1 else x.contiguous() for n, x in given.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
