@@ -42,7 +42,7 @@ def as_exact(heads, dtype):
 
 
 @pytest.mark.claims("mask")
-@drawn()
+@drawn(4)
 def test_02_output_equals_dense_under_its_mask(case, data):
     """A dense pass of the whole model under the pairs that the method chose and kept gives the same logits."""
     trial = data.draw(trials(case, prompts=ANY))

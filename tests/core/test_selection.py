@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from saccade.core.selection import (
     PerHead,
     Selection,
     Spans,
+    Together,
     causal_mask,
     dense,
 )
@@ -147,6 +149,54 @@ def test_buckets(shape, seed):
         for a, b in zip(q, k)
     ]
     assert_means(made, torch.stack(wanted))
+
+
+@given(shapes(), SEEDS, st.integers(1, 3))
+def test_the_others_of_a_family_and_orders_that_are_given(shape, seed, family):
+    (queries, keys, _), draw = shape, rng.python("families", seed)
+    q, k = ([draw.randint(-1, 5) for _ in range(n)] for n in (queries, keys))
+    offset, buckets = keys - queries, {"q_bucket": torch.tensor([[q]]), "k_bucket": torch.tensor([[k]])}
+    place = {"queries": queries, "keys": keys, "causal": False}
+    made = Buckets(**buckets, family=family, **place)
+
+    def other(i, j):
+        mine, there = q[i - offset], k[j]
+        return min(mine, there) >= 0 and mine != there and mine // family == there // family
+
+    assert_means(made, oracles.table(queries, keys, other)[None])
+    some = [j for j in sorted(range(keys), key=k.__getitem__) if k[j] >= 0]  # those of no bucket left out
+    given = replace(made, q_order=buckets["q_bucket"].sort(stable=True).indices, k_order=torch.tensor([[some]]).long())
+    assert torch.equal(given.count(), made.count())
+    own = replace(given, family=0)
+    assert torch.equal(own.count(), own.mask().double().sum((-2, -1)))
+
+
+@given(shapes(), SEEDS)
+def test_places_are_the_pairs_and_never_fall(shape, seed):
+    queries, keys, causal = shape
+    q, k = (torch.randint(-1, 4, (1, 2, n), generator=rng.generator("places", seed, n)) for n in (queries, keys))
+    made = Buckets(q_bucket=q, k_bucket=k[:, :1], queries=queries, keys=keys, causal=causal)
+    p, found = made.places(), torch.zeros(1, 2, queries, keys, dtype=torch.bool)
+    for head in range(2):
+        for i, a, z in zip(p.q_order[0, head].tolist(), p.low[0, head].tolist(), p.high[0, head].tolist()):
+            found[0, head, i, p.k_order[0, 0, a:z].long()] = True
+    assert torch.equal(found, made.mask())
+    assert (p.low.diff() >= 0).all() and (p.high.diff() >= 0).all()
+
+
+def test_a_family_is_not_causal():
+    with pytest.raises(AssertionError, match="causally, are no range of keys"):
+        Buckets(q_bucket=torch.zeros(1, 1, 2), k_bucket=torch.zeros(1, 1, 2), family=2, queries=2, keys=2)
+
+
+@given(shapes(), SEEDS)
+def test_together_is_all_of_its_parts(shape, seed):
+    place = {"queries": shape[0], "keys": shape[1], "causal": shape[2]}
+    bucket = {"q_bucket": torch.arange(shape[0])[None, None] % 3, "k_bucket": torch.arange(shape[1])[None, None] % 3}
+    own = Buckets(**bucket, **place)
+    rest = Pairs(allowed=~own._pairs(), **place)
+    made = Together(parts=(own, rest), times=(1.0, 2.0), **place)
+    assert_means(made, dense(**place).mask()[0])
 
 
 @given(shapes(), SEEDS)

@@ -9,7 +9,7 @@ from torch import Tensor
 from saccade.core import rng
 from saccade.core.selection import Blocks, Buckets, Gather, Lines, Pairs, PerHead, Selection, Spans
 
-KINDS = ("blocks", "gather", "spans", "lines", "buckets", "pairs", "perhead", "grid")
+KINDS = ("blocks", "gather", "spans", "lines", "buckets", "others", "pairs", "perhead", "grid")
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 
 
@@ -53,6 +53,9 @@ def build(kind: str, b: int, h: int, queries: int, keys: int, causal: bool, seed
         return Lines(verticals=verticals, slashes=slashes, block=block, **shape | {"causal": True})
     if kind == "buckets":
         return Buckets(q_bucket=drawn((b, h, queries), -1, 3, seed), k_bucket=drawn((b, h, keys), 0, 3, seed), **shape)
+    if kind == "others":
+        several = {"q_bucket": drawn((b, h, queries), -1, 7, seed), "k_bucket": drawn((b, h, keys), -1, 7, seed)}
+        return Buckets(**several, family=1 + seed % 4, **shape | {"causal": False})
     if kind == "pairs":
         return Pairs(allowed=drawn((b, h, queries, keys), 0, 2, seed) == 0, **shape)
     if kind == "perhead":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import shutil
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from saccade import ops
 from saccade.core import rng
 from saccade.core.errors import BadInput, BadOption, CannotRun
-from saccade.core.selection import Blocks, Pairs, Selection, Spans, dense
+from saccade.core.selection import Blocks, Pairs, Selection, Spans, Together, dense
 from saccade.ops.attend import flex
 from saccade.ops.attend.tiles import shares
 from tests.helpers import (
@@ -118,6 +119,25 @@ def test_back_ends_agree_and_say_their_name(case):
         out, lse = ops.attend(q, k, v, selection, impl=impl, report=said.append)
         assert_close_as_torch(out, q, k, v, selection.mask(), lse=lse)
     assert said == ["attend:torch", "attend:torch", "attend:reference"]
+
+
+def test_together_counts_its_pairs_as_often_as_it_says():
+    near = build("buckets", 2, 4, 90, 110, False, 3, 16)
+    shape = {"queries": 90, "keys": 110, "causal": False}
+    far = Pairs(allowed=~near.mask() & build("pairs", 1, 1, 90, 110, False, 3, 16).mask(), **shape)
+    both = Together(parts=(near, far), times=(1.0, 2.5), **shape)
+    inputs = [x.double().requires_grad_() for x in tensors(2, 4, 2, 90, 110, 32)]
+    k, v = (x.repeat_interleave(2, 1) for x in inputs[1:])
+    logits = inputs[0] @ k.mT * 32**-0.5 + torch.where(near.mask(), 0.0, math.log(2.5))
+    logits = logits.masked_fill(~both.mask(), -torch.inf)
+    assert both.mask().any(-1).all()
+    said = []
+    found = ops.attend(*inputs, both, report=said.append)
+    assert said == ["attend:torch"] * 2
+    exact = logits.softmax(-1) @ v, logits.logsumexp(-1)
+    torch.testing.assert_close(found, exact)
+    for mine, theirs in zip(*(torch.autograd.grad(o.square().sum() + e.sum(), inputs) for o, e in (found, exact))):
+        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("kind", KINDS)

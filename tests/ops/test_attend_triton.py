@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from saccade import ops
 from saccade.core import rng
 from saccade.core.errors import CannotRun
-from saccade.core.selection import Blocks, PerHead, Selection, dense
+from saccade.core.selection import Blocks, Buckets, PerHead, Selection, dense
 from saccade.ops.attend.triton import lists as kernel_lists
 from tests.helpers import TURNS, assert_within, error, exact_attention, rounding
 from tests.ops._triton import CHILD, interpreter, run_in_interpreter
 from tests.ops.shapes import HEAD_SIZES, build, tensors
 
-KINDS = ("blocks", "gather", "lines", "spans", "perhead")
+KINDS = ("blocks", "gather", "lines", "spans", "buckets", "others", "perhead")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EXACT = (torch.float32, torch.float16)  # the interpreter cuts numbers off to bfloat16, where a device rounds
 
@@ -174,6 +174,24 @@ def blocks(heads, queries, keys, q_block, k_block, causal=True, share=0.6):
     shape = (1, heads, -(-queries // q_block), -(-keys // k_block))
     keep = torch.rand(shape, generator=rng.generator("keep", 0, *shape)) < share
     return Blocks.of(keep, queries=queries, keys=keys, q_block=q_block, k_block=k_block, causal=causal)
+
+
+@interpreter
+@pytest.mark.parametrize("sizes, dtype", [((40, 3, 90), torch.float32), ((1, 2, 3, 60), torch.float16)])
+@pytest.mark.parametrize("kind", ["causal", "free", "others"])
+def test_buckets_of_any_size(sizes, dtype, kind):
+    """Larger and smaller than a tile, also of keys that no query asks for; with orders given, some keys left out."""
+    n = sum(sizes)
+    bucket = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    mixed = torch.stack([torch.randperm(n, generator=rng.generator("mixed", i)) for i in range(4)])
+    q_bucket, k_bucket = bucket[mixed][None, :, -n // 2 :], bucket[mixed.flip(0)][None]
+    order = k_bucket.sort(stable=True).indices
+    if kind == "others":
+        order = order[..., n // 8 :]
+        k_bucket = torch.full_like(k_bucket, -1).scatter(-1, order, k_bucket.gather(-1, order))
+    shape = {"queries": q_bucket.shape[-1], "keys": n, "causal": kind == "causal", "family": 2 * (kind == "others")}
+    selection = Buckets(q_bucket=q_bucket, k_bucket=k_bucket, k_order=order, **shape)
+    check(selection, tensors(1, 4, 2, shape["queries"], n, 16, dtype))
 
 
 @interpreter

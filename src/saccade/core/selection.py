@@ -336,16 +336,79 @@ class Lines(Selection):
         return self.gather().count()
 
 
+@dataclass(frozen=True)
+class Places:
+    """Buckets in order: query `q_order[i]` sees `k_order[low[i] : high[i]]`, but for [hole_low[i], hole_high[i]) of it.
+
+    low and high never fall from one i to the next. Rows that see nothing: low = high = 0. Int32.
+    """
+
+    q_order: Int[Tensor, "b h q"]
+    k_order: Int[Tensor, "b h m"]
+    low: Int[Tensor, "b h q"]
+    high: Int[Tensor, "b h q"]
+    hole_low: Int[Tensor, "b h q"] | None = None
+    hole_high: Int[Tensor, "b h q"] | None = None
+
+    def to(self, device: torch.device) -> Places:
+        """There, the last axis of each in one piece."""
+        given = {name: x.to(device) for name, x in vars(self).items() if x is not None}
+        return Places(**{n: x if x.stride(-1) == 1 else x.contiguous() for n, x in given.items()})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Buckets(Selection):
-    """Queries see the keys of their own bucket: clusters or hashes. -1: in no bucket."""
+    """Queries see the keys of their own bucket: clusters or hashes. -1: in no bucket.
+
+    `family`: where above 0, buckets are families of so many that follow on one another, the first from 0 on, and a
+    query sees the keys of the others of its family instead; not with `causal`.
+    `q_order`, `k_order`: indices in the order of their buckets, where they are known already. With `causal` the keys
+    and the queries of a bucket must then ascend. Keys of no bucket may be left out.
+    """
 
     q_bucket: Int[Tensor, "b h q"]
     k_bucket: Int[Tensor, "b h k"]
+    family: int = 0
+    q_order: Int[Tensor, "b h q"] | None = None
+    k_order: Int[Tensor, "b h m"] | None = None
+
+    def __post_init__(self):
+        assert not (self.family and self.causal), "the other buckets of a family, causally, are no range of keys"
 
     def _pairs(self) -> Tensor:
-        same = rearrange(self.q_bucket, "b h q -> b h q 1") == rearrange(self.k_bucket, "b h k -> b h 1 k")
-        return same & (self.q_bucket[..., None] >= 0)
+        q, k = rearrange(self.q_bucket, "b h q -> b h q 1"), rearrange(self.k_bucket, "b h k -> b h 1 k")
+        seen = (q // self.family == k // self.family) & (q != k) if self.family else q == k
+        return seen & (q >= 0) & (k >= 0)
+
+    def places(self) -> Places:
+        """In order, with what each query sees as a range. Linear in memory."""
+        q_order, k_order = (
+            (bucket.sort(stable=True).indices if order is None else order).long()
+            for bucket, order in ((self.q_bucket, self.q_order), (self.k_bucket, self.k_order))
+        )
+        q, k = self.q_bucket.long().gather(-1, q_order), self.k_bucket.long().gather(-1, k_order)
+        rows = torch.broadcast_shapes(q.shape[:2], k.shape[:2])
+        q, k = q.expand(*rows, -1).contiguous(), k.expand(*rows, -1).contiguous()
+
+        def find(value: Tensor, right: bool = False) -> Tensor:
+            return torch.searchsorted(k, value.contiguous(), right=right, out_int32=True).masked_fill_(q < 0, 0)
+
+        orders = q_order.int(), k_order.int()
+        if self.family:
+            first = q.div(self.family, rounding_mode="floor") * self.family
+            return Places(*orders, find(first), find(first + self.family), find(q), find(q, right=True))
+        low = find(q)
+        if self.causal:  # by bucket and position
+            k = k * (self.keys + 1) + k_order
+            q = torch.where(q >= 0, q * (self.keys + 1) + q_order + self.offset, -1)
+        return Places(*orders, low, find(q, right=True))
+
+    def count(self) -> Tensor:
+        p = self.places()
+        pairs = (p.high - p.low).double().sum(-1)
+        if p.hole_low is None or p.hole_high is None:
+            return pairs
+        return pairs - (p.hole_high - p.hole_low).double().sum(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,6 +428,27 @@ class PerHead(Selection):
 
     def count(self) -> Tensor:
         return self._spread([s.count() for _, s in self.parts])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Together(Selection):
+    """Disjoint selections of any kind, under one softmax. A pair of part i counts `times[i]` times in it, as if
+    log(times[i]) were added to its logit: keys that were drawn stand for all that could have been.
+
+    `causal`: that all parts are, by their own causality or by what they list.
+    """
+
+    parts: tuple[Selection, ...]
+    times: tuple[float, ...]
+
+    def _pairs(self) -> Tensor:
+        out = self.parts[0].mask()
+        for part in self.parts[1:]:
+            out = out | part.mask()
+        return out
+
+    def count(self) -> Tensor:
+        return torch.stack(torch.broadcast_tensors(*[part.count() for part in self.parts])).sum(0)
 
 
 def dense(queries: int, keys: int, causal: bool = True) -> Spans:

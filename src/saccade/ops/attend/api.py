@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 from jaxtyping import Float
 from torch import Tensor
 
 from saccade.core.errors import BadInput
-from saccade.core.selection import Selection
+from saccade.core.selection import Selection, Together
 from saccade.ops import dispatch
 from saccade.ops.attend import flash4, flex, reference
 from saccade.ops.attend import torch as tiled
 from saccade.ops.attend import triton as kernels
 from saccade.ops.attend.tiles import axes
+from saccade.ops.merge_lse.api import merge_lse
 
 
 def attend(
@@ -32,12 +35,14 @@ def attend(
     heads in order (h / g each). Sums are in float32 or better; the output has the dtype of q, lse float32 or better.
     Differentiable in q, k and v, through both results.
 
+    A `Together` is computed part by part, and merged.
+
     impl: "auto" (kernels of our own where they can compute it, else "torch"), "triton" (those kernels: blocks, gather,
-        lines and spans on a CUDA device), "torch", "reference" (dense under a mask, the oracle), "flex"
+        lines, spans and buckets on a CUDA device), "torch", "reference" (dense under a mask, the oracle), "flex"
         (FlexAttention: blocks and spans on a CUDA device; never chosen by "auto", since it is compiled anew for shapes
         that it has not seen), "flash4" (the optional `flash-attn-4`: blocks of multiples of 128 and causal spans in
         16 bits on Hopper and Blackwell; has to be asked for)
-    report: is told which back end ran, as "attend:torch"
+    report: is told which back end ran, as "attend:torch"; of each part
 
     Raises:
         BadInput: shapes, dtypes or a selection that do not fit together.
@@ -46,6 +51,9 @@ def attend(
     check(q, k, v)
     check_selection(q, k, selection)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if isinstance(selection, Together):
+        every = [attend(q, k, v, s, scale=scale, softcap=softcap, impl=impl, report=report) for s in selection.parts]
+        return merge_lse([o for o, _ in every], [e + math.log(n) for (_, e), n in zip(every, selection.times)])
     plain = {"torch": list, "reference": list, "flex": lambda: flex.reasons(q, v, selection, softcap)}
     plain["flash4"] = lambda: flash4.reasons(q, k, v, selection, scale)  # behind "torch": "auto" never comes to it
     able = dispatch.with_triton(q, lambda: kernels.reasons(q, v, selection, scale), plain)

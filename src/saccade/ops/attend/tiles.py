@@ -5,6 +5,7 @@ A tile costs two matrix products over its keys, so what matters is that few keys
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,19 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from saccade.core.selection import Blocks, Buckets, Gather, Lines, Pairs, PerHead, Selection, Spans, causal_mask
+from saccade.core.selection import (
+    Blocks,
+    Buckets,
+    Gather,
+    Lines,
+    Pairs,
+    PerHead,
+    Places,
+    Selection,
+    Spans,
+    Together,
+    causal_mask,
+)
 
 ROWS = 128  # queries in a tile: its logits then stay in the second-level cache up to about 2,000 keys
 SMALL_BLOCK = 16  # lists for fewer queries than this are joined: one masked tile beats many thin products
@@ -43,6 +56,20 @@ class _Drawn(Selection):
     q_block: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sorted(Selection):
+    """Buckets whose queries and keys were brought into the order of their places."""
+
+    places: Places
+
+    def _pairs(self) -> Tensor:
+        p, at = self.places, torch.arange(self.keys, device=self.places.low.device)
+        seen = (at >= p.low[..., None]) & (at < p.high[..., None])
+        if p.hole_low is None or p.hole_high is None:
+            return seen
+        return seen & ((at < p.hole_low[..., None]) | (at >= p.hole_high[..., None]))
+
+
 @dataclass(frozen=True)
 class Share:
     """Query heads of one key/value head that look at the same keys: row (batch, head) of a selection of one kind."""
@@ -60,6 +87,8 @@ class Share:
             return _of_blocks(self.selection, *self.row, first, last)
         if kind is _Drawn:
             return _of_lines(self.selection, *self.row, first, last)
+        if kind is Sorted:
+            return _of_places(self.selection.places, *self.row, first, last)
         if kind is Gather and self.selection.q_block >= SMALL_BLOCK:
             return _of_lists(self.selection, *self.row, first, last)
         if kind is Spans and self.selection.causal and self.selection.dilation == 1:
@@ -124,10 +153,15 @@ def axes(selection: Selection) -> tuple[int, int]:
         case Buckets():
             both = selection.q_bucket.shape, selection.k_bucket.shape
             return max(s[0] for s in both), max(s[1] for s in both)
+        case Sorted():
+            return selection.places.low.shape[0], selection.places.low.shape[1]
         case Spans():
             return 1, max(len(selection.sinks), len(selection.window))
         case PerHead():
             return max(axes(s)[0] for _, s in selection.parts), sum(len(h) for h, _ in selection.parts)
+        case Together():
+            every = [axes(s) for s in selection.parts]
+            return max(b for b, _ in every), max(h for _, h in every)
     raise AssertionError(f"a new kind of selection: {selection.kind}")
 
 
@@ -313,6 +347,24 @@ def _band(rows: int, keys: int, sunk: int, window: int) -> Bool[Tensor, "r k"]:
     return (behind < 0) | (behind >= window) & (torch.arange(keys) >= sunk)
 
 
+def _of_places(p: Places, b: int, h: int, first: int, last: int) -> Iterator[Tile]:
+    """Tiles of queries in order: the keys from the first that one of them sees to the last."""
+    edges = (None if x is None else x[b, h].cpu().numpy()[:, None] for x in (p.low, p.high, p.hole_low, p.hole_high))
+    low, high, *hole = edges
+    for start, stop in _pieces(first, last):
+        a, z = low[start:stop], high[start:stop]
+        some = a < z
+        if not some.any():
+            yield Tile(start, stop, slice(0, 0), 0, None)
+            continue
+        begin, end = int(a[some].min()), int(z[some].max())
+        place = np.arange(begin, end, dtype=np.int32)
+        hidden = (place < a) | (place >= z)
+        if hole[0] is not None:
+            hidden |= (place >= hole[0][start:stop]) & (place < hole[1][start:stop])
+        yield Tile(start, stop, slice(begin, end), end - begin, torch.from_numpy(hidden) if hidden.any() else None)
+
+
 def _row_mask(s: Selection, b: int, h: int, start: int, stop: int) -> Bool[Tensor, "r k"]:
     """Which keys each of the queries [start, stop) looks at, causality apart."""
     match s:
@@ -323,8 +375,9 @@ def _row_mask(s: Selection, b: int, h: int, start: int, stop: int) -> Bool[Tenso
         case Pairs():
             return s.allowed[b, h, start:stop].cpu()
         case Buckets():
-            q, k = (x[b if len(x) > 1 else 0, _at(x[0], h)].cpu() for x in (s.q_bucket, s.k_bucket))
-            return (q[start:stop, None] == k) & (q[start:stop, None] >= 0)
+            q, k = (x[_at(x, b), _at(x[0], h)].cpu() for x in (s.q_bucket, s.k_bucket))
+            rows = dataclasses.replace(s, q_bucket=q[None, None, start:stop], k_bucket=k[None, None])
+            return rows._pairs()[0, 0]
         case Spans():
             behind = torch.arange(start + s.offset, stop + s.offset)[:, None] - torch.arange(s.keys)
             near = (behind.abs() < int(s.window[_at(s.window, h)])) & (behind % s.dilation == 0)

@@ -21,10 +21,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from saccade.core.selection import Gather, Selection
+from saccade.core.selection import Buckets, Gather, Selection
 from saccade.ops.attend import fused
 from saccade.ops.attend.rows import FEW, gathered
-from saccade.ops.attend.tiles import ROWS, Batch, Share, batches, shares
+from saccade.ops.attend.tiles import ROWS, Batch, Share, Sorted, batches, shares
 
 LOG2E = math.log2(math.e)
 CHUNK = 1024  # queries in a job: small enough that the threads end together
@@ -68,7 +68,25 @@ def attend(
     """softmax over the selected pairs, and lse; differentiable in q, k, v through both."""
     if _few_lists(selection) and not needs_grad(q, k, v):
         return gathered(q, k, v, selection.index, None, scale=scale, softcap=softcap)
+    if isinstance(selection, Buckets):
+        return _by_bucket(q, k, v, selection, Logits(scale, softcap))
     return _Attend.apply(q, k, v, selection, Logits(scale, softcap))  # type: ignore[return-value]
+
+
+def _by_bucket(q: Tensor, k: Tensor, v: Tensor, selection: Buckets, logits: Logits) -> tuple[Tensor, Tensor]:
+    """Queries and keys brought into the order of their buckets, and back: tiles then read ranges of keys."""
+    places = selection.places()
+    b, h, n, _ = q.shape
+    group = h // k.shape[1]
+    if places.k_order.shape[1] > 1 and group > 1:
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    q_order = places.q_order.long().expand(b, h, n)[..., None]
+    k_order = places.k_order.long().expand(*k.shape[:2], -1)[..., None]
+    k, v = (torch.take_along_dim(x, k_order, 2) for x in (k, v))
+    shape = {"queries": n, "keys": k.shape[2], "causal": False}
+    out, lse = _Attend.apply(torch.take_along_dim(q, q_order, 2), k, v, Sorted(places=places, **shape), logits)  # type: ignore[misc]
+    back = q_order.argsort(2)
+    return torch.take_along_dim(out, back, 2), lse.gather(2, back[..., 0])
 
 
 def needs_grad(*tensors: Tensor) -> bool:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saccade.core.errors import BadInput
+from saccade.ops import device
 
 
 def merge_lse(
@@ -23,6 +24,10 @@ def merge_lse(
         BadInput: no parts, or parts whose shapes differ.
     """
     _check(outs, lses)
+    if _by_kernel(outs, lses):
+        from saccade.ops.merge_lse import triton as kernels
+
+        return kernels.merge_lse(outs, lses)
     stacked = torch.stack(list(lses))
     top = stacked.detach().amax(0).clamp(min=torch.finfo(stacked.dtype).min)
     weight = torch.exp(stacked - top)  # exactly 0, with gradient 0, where lse_i is -inf
@@ -34,6 +39,13 @@ def merge_lse(
     for o, w in zip(outs, weight):
         out = out + o * (w / safe)[..., None]
     return out.to(outs[0].dtype), lse
+
+
+def _by_kernel(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> bool:
+    """Whether our own kernel merges them: on a CUDA device, up to float32."""
+    kinds = {x.dtype for x in outs}, {x.dtype for x in lses}
+    narrow = kinds[0] in [{d} for d in (*device.HALVES, torch.float32)] and kinds[1] == {torch.float32}
+    return outs[0].is_cuda and narrow and not device.machine_reasons(outs[0])
 
 
 def _check(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 Every kind of selection becomes lists (`lists.py`): numbers of whole key blocks, lists of keys, ranges, or a window,
 for each query block. One kernel walks over them (`kernels.py`), query heads that read the same keys side by side. Spans
-on a grid have kernels of their own (`grid/`), which read no lists. Triton is imported with the first call.
+on a grid (`grid/`) and buckets (`buckets/`) have kernels of their own. Triton is imported with the first call.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from saccade.core.selection import Blocks, PerHead, Selection, Spans
+from saccade.core.selection import Blocks, Buckets, PerHead, Places, Selection, Spans
 from saccade.ops import device
 from saccade.ops.attend.triton import grid
 from saccade.ops.attend.triton.grid import Grid
@@ -43,6 +43,8 @@ def reasons(q: Tensor, v: Tensor, selection: Selection, scale: float) -> list[st
     if torch.are_deterministic_algorithms_enabled() and adds_up(selection) and _wants_gradients(q, v):
         why = "added up in no fixed order, and deterministic algorithms are asked for"
         out.append(f"its gradients over {selection.kind} are {why}")
+    if isinstance(selection, Buckets):
+        return out
     return out + (grid.reasons(selection) if _on_a_grid(selection) else of_selection(selection))
 
 
@@ -55,7 +57,7 @@ def adds_up(selection: Selection) -> bool:
     if isinstance(selection, PerHead):
         return any(adds_up(part) for _, part in selection.parts)
     blocks = isinstance(selection, Blocks) and selection.q_block % TILE == selection.k_block % TILE == 0
-    return not (blocks or isinstance(selection, Spans))
+    return not (blocks or isinstance(selection, (Buckets, Spans)))
 
 
 def _wants_gradients(*inputs: Tensor) -> bool:
@@ -73,14 +75,21 @@ def attend(
 ) -> tuple[Float[Tensor, "b h q dv"], Float[Tensor, "b h q"]]:
     """softmax over the selected pairs, and lse; differentiable in q, k, v through both."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    parts = grid.of(selection) if _on_a_grid(selection) else listed(selection, q, q.shape[1] // k.shape[1])
-    return _Attend.apply(q, k, v, parts, scale, softcap)  # type: ignore[return-value]
+    return _Attend.apply(q, k, v, _parts(selection, q, q.shape[1] // k.shape[1]), scale, softcap)  # type: ignore[return-value]
+
+
+def _parts(selection: Selection, q: Tensor, group: int) -> list[Lists] | Grid | Places:
+    """What its kernels walk."""
+    if isinstance(selection, Buckets):
+        return selection.places().to(q.device)
+    return grid.of(selection) if _on_a_grid(selection) else listed(selection, q, group)
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: list[Lists] | Grid, scale: float, softcap: float | None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: list[Lists] | Grid | Places, scale: float,
+        softcap: float | None,
     ):
         out, lse, aux = _launches(parts).forward(q, k, v, parts, scale, softcap)
         ctx.save_for_backward(q, k, v, out, lse, aux)
@@ -94,9 +103,11 @@ class _Attend(torch.autograd.Function):
         return (*back(*ctx.saved_tensors, d_out, d_lse, *ctx.rest), None, None, None)
 
 
-def _launches(parts: list[Lists] | Grid) -> Any:
+def _launches(parts: list[Lists] | Grid | Places) -> Any:
     """The module that launches the kernels."""
-    if isinstance(parts, Grid):
+    if isinstance(parts, Places):
+        from saccade.ops.attend.triton.buckets import launch
+    elif isinstance(parts, Grid):
         from saccade.ops.attend.triton.grid import launch
     else:
         from saccade.ops.attend.triton import launch

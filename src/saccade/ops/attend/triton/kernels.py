@@ -536,6 +536,47 @@ def row_sums(O, DO, LSE, DLSE, DELTA, BASE, heads, queries, o_b, o_h, o_n, do_b,
 
 
 @triton.jit
+def turn(
+    k,  # [n d]
+    v,  # [n dv]
+    q,  # [m d]
+    do,  # [m dv]
+    lse,  # [m]
+    rest,  # [m] what is to be taken off beside lse, where WIDE
+    delta,  # [m]
+    dk,
+    dv,
+    scale,
+    cap,
+    seen,  # [n m] or anything
+    MASKED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One tile of queries onto dK and dV."""
+    s = tl.dot(k, tl.trans(q), input_precision="ieee")
+    log: tl.constexpr = 1.0 if WIDE else LOG2E
+    unit = scale * log
+    if CAPPED:
+        t = tanh(s * (scale / cap), WIDE)
+        s = t * (cap * log)
+        unit = 1.0
+    if MASKED:
+        s = tl.where(seen, s, -float("inf"))
+    s = s * unit - lse[None, :]
+    if WIDE:
+        s = s * LOG2E - rest[None, :]
+    p = tl.math.exp2(s)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+    dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+    ds = p * (dp - delta[None, :])
+    if CAPPED:
+        ds = ds * (1 - t * t)
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
 def _turned(
     k,  # [n d]
     v,  # [n dv]
@@ -566,7 +607,7 @@ def _turned(
     WIDE: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):
-    """One tile of queries, rows q0 + m, onto dK and dV."""
+    """Queries q0 + m onto dK and dV."""
     row = q0 + m
     alive = row < queries
     at = row.to(tl.int64)
@@ -586,26 +627,9 @@ def _turned(
     else:
         lse = tl.load(LSE + row, mask=alive, other=float("inf"))
         delta = tl.load(DELTA + row, mask=alive, other=0.0)
-    s = tl.dot(k, tl.trans(q), input_precision="ieee")
-    log: tl.constexpr = 1.0 if WIDE else LOG2E
-    unit = scale * log
-    if CAPPED:
-        t = tanh(s * (scale / cap), WIDE)
-        s = t * (cap * log)
-        unit = 1.0
-    if MASKED:
-        s = tl.where(seen, s, -float("inf"))
-    s = s * unit - lse[None, :]
-    if WIDE:
-        s = s * LOG2E - rest[None, :]
-    p = tl.math.exp2(s)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-    dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-    ds = p * (dp - delta[None, :])
-    if CAPPED:
-        ds = ds * (1 - t * t)
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
+    if not WIDE:
+        rest = lse
+    return turn(k, v, q, do, lse, rest, delta, dk, dv, scale, cap, seen, MASKED, CAPPED, WIDE)
 
 
 @triton.jit

@@ -70,7 +70,8 @@ def reasons(selection: Selection) -> list[str]:
         odd += ["a dilated window"] if selection.dilation > 1 else []
         return [f"it takes spans along the line, undilated; the selection is {what}" for what in odd]
     if not isinstance(selection, (Blocks, Gather, Lines)):
-        return [f"it takes blocks, gather, lines and spans; the selection is of {selection.kind}"]
+        some = "blocks, gather, lines and spans, and buckets where all heads have them"
+        return [f"it takes {some}; the selection is of {selection.kind}"]
     return []
 
 
