@@ -109,15 +109,8 @@ def _composed(methods: tuple[Method, ...]) -> Contestant:
 
 
 def _read(text: str) -> Method:
-    name, _, given = text.strip().partition(":")
-    method = registry.get(name)()
-    changes = {}
-    for pair in filter(None, given.split(",")):
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise BadOption(f"method {text!r}", f"{pair!r} is no option=value", "Write NAME:OPTION=VALUE,OPTION=VALUE.")
-        changes[key.strip()] = value.strip()
-    return configure(method, changes)
+    name, changes = registry.split(text)
+    return configure(registry.get(name)(), changes)
 
 
 def _spec(method: Method) -> str:
