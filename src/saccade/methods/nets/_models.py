@@ -99,7 +99,7 @@ class LanguageModel(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """A picture to logits over classes: square patches, blocks in which all see all, norm, mean, a linear head.
+    """A picture to logits over classes: square patches with a learned place each, blocks, norm, mean, a linear head.
 
     image: channels, rows and columns of a picture; patch: rows and columns of a patch, which must divide them
     mixer, budget, seed: as in `LanguageModel`; the slot tells the mixer the grid of patches
@@ -129,6 +129,8 @@ class VisionModel(nn.Module):
         self.patch, grid = patch, (height // patch, width // patch)
         with drawn(seed, "patches"):
             self.patches = nn.Linear(colours * patch * patch, channels)
+            self.places = nn.Embedding(grid[0] * grid[1], channels)
+            nn.init.normal_(self.places.weight)
         slots = _slots(channels, heads, layers, budget, seed, causal=False, grid=grid)
         self.blocks = nn.ModuleList(Block(slot, mixer) for slot in slots)
         self.norm = nn.RMSNorm(channels)
@@ -138,7 +140,7 @@ class VisionModel(nn.Module):
     def forward(self, images: Float[Tensor, "b colours height width"]) -> Float[Tensor, "b classes"]:
         """Logits of each picture."""
         cells = rearrange(images, "b c (h y) (w x) -> b (h w) (c y x)", y=self.patch, x=self.patch)
-        x = self.patches(cells)
+        x = self.patches(cells) + self.places.weight
         for block in self.blocks:
             x, _ = block(x)
         return self.head(self.norm(x).mean(1))
