@@ -19,6 +19,7 @@ from saccade.core.budget import FULL, Budget
 from saccade.core.card import Card
 from saccade.core.errors import BadOption, CannotRun, DoesNotCompose
 from saccade.core.record import Notes, Table
+from saccade.core.registry import get, split
 from saccade.core.selection import Selection
 from saccade.core.site import Seen, Site, State
 
@@ -63,8 +64,11 @@ class Method:
         raise CannotRun(f"calibrate {self.card.name}", "it has nothing to learn", "Attach it as it is.")
 
 
-def options(method: Method | type[Method]) -> dict[str, Any]:
+def options(method: Method | type[Method] | type[Mixer]) -> dict[str, Any]:
     """Option names and values (of a class: its defaults), in the order they are written."""
+    if isinstance(method, type) and issubclass(method, Mixer):
+        keywords = inspect.signature(method).parameters.values()
+        return {p.name: p.default for p in keywords if p.kind is inspect.Parameter.KEYWORD_ONLY}
     given = {f.name: f for f in dataclasses.fields(method) if f.name != "artefact"}
     if isinstance(method, type):
         return {n: (f.default_factory() if callable(f.default_factory) else f.default) for n, f in given.items()}  # type: ignore[misc]
@@ -437,23 +441,32 @@ class Mixer(torch.nn.Module):
         raise NotImplementedError
 
 
-def arguments(mixer: type[Mixer]) -> dict[str, Any]:
-    """Option names of a mixer and their defaults, in the order they are written."""
-    keywords = inspect.signature(mixer).parameters.values()
-    return {p.name: p.default for p in keywords if p.kind is inspect.Parameter.KEYWORD_ONLY}
-
-
 def place(mixer: type[Mixer], slot: Slot, changes: Mapping[str, Any]) -> Mixer:
     """A mixer made for a slot, with some options changed; text is read as the option's own type.
 
     Raises:
         BadOption: no such option (the nearest is said), or a value it does not allow.
     """
-    hints, known = typing.get_type_hints(mixer.__init__), arguments(mixer)
+    hints, known = typing.get_type_hints(mixer.__init__), options(mixer)
     for name in changes:
         _check_known(mixer, name, known)
     read = {n: _read(mixer, n, x, hints[n]) if isinstance(x, str) else x for n, x in changes.items()}
     return mixer(slot, **read)
+
+
+def made(text: str) -> Method:
+    """The method of "NAME" or "NAME:OPTION=VALUE,...", to be attached.
+
+    Raises:
+        UnknownName: nobody has a method of that name. BadOption: no such option, or a value it does not take.
+        CannotRun: it is a layer.
+    """
+    name, changes = split(text)
+    kind = get(name)
+    if issubclass(kind, Mixer):
+        found = "it is a layer that is trained, with weights of its own"
+        raise CannotRun(f"use {name!r} in a loaded model", found, f"Train it: saccade train --mixer {name}")
+    return configure(kind(), changes)
 
 
 def compose(methods: Iterable[Method]) -> dict[str, Method]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import functools
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ class Shelf:
     kind: str
     see: str
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019: two shelves, for as long as the process lives
     def files(self) -> dict[str, Path]:
         """Name -> file, sorted."""
         found = sorted(self.folder.glob("*.py"))

@@ -25,7 +25,7 @@ class Batch:
     """
 
     inputs: Tensor
-    targets: Int[Tensor, "..."]
+    targets: Int[Tensor, "*targets"]
 
     def rows(self, which: slice, device: Any = None) -> Batch:
         """Some of the rows, on a device."""
@@ -67,8 +67,8 @@ class TrainingTask(ABC):
             found = f"the shortest row has {self.least_tokens}"
             raise BadOption(f"{self.name} with {tokens} tokens", found, "Ask for more.")
 
-    def prepare(self, progress: Progress) -> None:  # noqa: B027: what is generated or shipped needs none
-        """Fetch what is needed, if it is not here.
+    def prepare(self, progress: Progress) -> None:  # noqa: B027
+        """Fetch what is needed, if it is not here; what is generated or shipped needs nothing.
 
         Raises:
             ModelUnavailable: it cannot be had.
@@ -82,7 +82,7 @@ class TrainingTask(ABC):
     def held_out(self, rows: int) -> list[Batch]:
         """What is judged on, in batches of so many rows; none of it is ever trained on."""
 
-    def score(self, logits: Float[Tensor, "... vocabulary"], targets: Int[Tensor, "..."]) -> tuple[float, int]:
+    def score(self, logits: Float[Tensor, "*targets vocabulary"], targets: Int[Tensor, "*targets"]) -> tuple[float, int]:
         """Sum of the metric over the targets that count, and how many these are."""
         counts = targets != IGNORED
         logits, targets = logits[counts], targets[counts]

@@ -16,7 +16,7 @@ JUDGED = 512  # held-out rows
 class MQAR(TrainingTask):
     """Pairs of key and value, then each key again, once, at a drawn distance: its value is to be told there.
 
-    A row of n tokens has n / 16 pairs. Keys and values have a half of the vocabulary each; what lies between is token 0.
+    A row of n tokens has n / 16 pairs. Keys and values have a half of the vocabulary each; between lies token 0.
     Accuracy is the share of all questions answered exactly, over the whole vocabulary.
     Source: arXiv 2312.04927, section 4 and appendix; HazyResearch/zoology, zoology/data/multiquery_ar.py.
     """
@@ -35,8 +35,8 @@ class MQAR(TrainingTask):
         super().__init__(tokens)
         self.pairs = self.tokens // PER_PAIR
         if self.tokens % 2 or self.pairs >= self.vocabulary // 2:
-            asked = f"mqar with {self.tokens} tokens"
-            raise BadOption(asked, f"their number must be even and below {PER_PAIR * self.vocabulary // 2}", "Change it.")
+            found = f"their number must be even and below {PER_PAIR * self.vocabulary // 2}"
+            raise BadOption(f"mqar with {self.tokens} tokens", found, "Change it.")
 
     def batch(self, step, rows, seed):
         return self._rows(rows, rng.generator("train/mqar", seed, step))
