@@ -25,7 +25,7 @@ class Fading(Mixer):
 
     def forward(self, x, state=None, lengths=None):
         real = torch.full((len(x),), x.shape[1]) if lengths is None else lengths
-        sums, carried = [], state["sum"] if state else x.new_zeros(len(x), x.shape[2]), None
+        sums, carried = [], state["sum"] if state else x.new_zeros(len(x), x.shape[2])
         for t in range(x.shape[1]):
             new = self.decay * carried + x[:, t]
             carried = torch.where((t < real)[:, None], new, carried)

@@ -52,11 +52,19 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path("saccade-runs") / f"train-{args.task}"
     names = ("budget", "seeds", "steps", "rows", "tokens", "channels", "layers", "heads", "learning_rate")
     given = {name: getattr(args, name) for name in (*names, "dtype", "device")}
+    if first:
+        _announce(args.task)
     with Bar(args.quiet or not first) as bar:
         found = train(args.task, args.mixer, out, checkpoint_steps=args.checkpoint, progress=bar, **given)
     if first:
         _show(found, out, args.json)
     return 0
+
+
+def _announce(task: str) -> None:
+    data = training.get(task).missing()
+    if data:
+        note(f"Fetching {data.title}: {data.download_bytes / 2**20:.0f} MiB, once. {data.licence}: {data.terms}")
 
 
 def _show(found: dict[str, Any], out: Path, as_json: bool) -> None:

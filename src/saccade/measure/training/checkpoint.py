@@ -37,7 +37,7 @@ def load(folder: Path, mark: str) -> dict[str, Any] | None:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CorruptResult(f"read {file}", f"it is no checkpoint ({error})", "Delete it to begin anew.") from error
+        raise CorruptResult(f"read {file}", "it is no whole checkpoint", "Delete it to begin anew.") from error
     if state["mark"] != mark:
         raise CannotRun(f"go on from {file}", "it was made with other options", "Give the same, or another --out.")
     return state

@@ -78,9 +78,14 @@ class Plan:
 
 def contestants(mixers: Sequence[str] | Mapping[str, Spec]) -> dict[str, Spec]:
     """Label -> mixer: `full`, those that were asked for, then `random` unless one of its forms was."""
-    asked = dict(mixers) if isinstance(mixers, Mapping) else {name.replace("_", "-"): name for name in mixers}
+    asked = dict(mixers) if isinstance(mixers, Mapping) else {_label(text): text for text in mixers}
     last = {} if any(label.partition(":")[0] == "random" for label in asked) else {"random": "random"}
     return {"full": "full"} | asked | last
+
+
+def _label(text: str) -> str:
+    name, colon, given = text.partition(":")
+    return name.replace("_", "-") + colon + given
 
 
 def file_name(mixer: str, seed: int) -> str:

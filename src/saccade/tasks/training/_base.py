@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saccade.core.errors import BadOption
+from saccade.models.known import Download
 
 IGNORED = -100  # a target that does not count
 Progress = Callable[[int, int, str], None]
@@ -67,6 +68,10 @@ class TrainingTask(ABC):
             found = f"the shortest row has {self.least_tokens}"
             raise BadOption(f"{self.name} with {tokens} tokens", found, "Ask for more.")
 
+    def missing(self) -> Download | None:
+        """What `prepare` would fetch; None: nothing."""
+        return None
+
     def prepare(self, progress: Progress) -> None:  # noqa: B027
         """Fetch what is needed, if it is not here; what is generated or shipped needs nothing.
 
@@ -82,7 +87,9 @@ class TrainingTask(ABC):
     def held_out(self, rows: int) -> list[Batch]:
         """What is judged on, in batches of so many rows; none of it is ever trained on."""
 
-    def score(self, logits: Float[Tensor, "*targets vocabulary"], targets: Int[Tensor, "*targets"]) -> tuple[float, int]:
+    def score(
+        self, logits: Float[Tensor, "*targets vocabulary"], targets: Int[Tensor, "*targets"]
+    ) -> tuple[float, int]:
         """Sum of the metric over the targets that count, and how many these are."""
         counts = targets != IGNORED
         logits, targets = logits[counts], targets[counts]
