@@ -1,4 +1,4 @@
-"""Training: what was broken off goes on to the same end, shared work is the same work, and the table says what it was."""
+"""Training: what was broken off goes on to the same end, and shared work is the same work."""
 
 from __future__ import annotations
 
@@ -191,7 +191,8 @@ def test_a_folder_of_another_training_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut off"])
 def test_a_broken_checkpoint_is_said(tmp_path, content):
     (tmp_path / checkpoint.NAME).write_bytes(content)
-    with pytest.raises(CorruptResult, match=r"read .*checkpoint\.pt: it is no whole checkpoint\. Delete it to begin anew"):
+    said = r"read .*checkpoint\.pt: it is no whole checkpoint\. Delete it to begin anew"
+    with pytest.raises(CorruptResult, match=said):
         checkpoint.load(tmp_path, "mark")
 
 
