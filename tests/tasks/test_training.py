@@ -35,7 +35,7 @@ def test_the_tasks_of_the_library():
 @pytest.mark.parametrize("name", training.list_training_tasks())
 def test_what_is_said_of_a_task_is_what_it_is(name):
     made, said = training.get(name), training.describe(name)
-    assert made.name == said["name"] == name and said["about"] and made.steps > 0
+    assert (made.name, said["name"]) == (name, name) and said["about"] and made.steps > 0
     assert made.kind in ("language", "vision") and made.metric in ("bits", "accuracy")
 
 
