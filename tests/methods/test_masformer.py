@@ -12,7 +12,6 @@ from saccade.methods.sparse.masformer import Masformer, _block
 from tests.methods.handmade import noise, site
 from tests.mixers import assert_as_good
 
-
 USUAL = Masformer()
 
 

@@ -48,7 +48,7 @@ def test_a_batch_depends_on_step_rows_and_seed_alone(name, step, rows, seed):
     others = [training.get(name).batch(step + 1, 8, seed), training.get(name).batch(step, 8, seed + 1)]
     assert not any(torch.equal(training.get(name).batch(step, 8, seed).inputs, other.inputs) for other in others)
     counted = one.targets[one.targets != IGNORED]
-    assert len(counted) and 0 <= int(counted.min()) and int(counted.max()) < training.get(name).vocabulary
+    assert len(counted) and int(counted.min()) >= 0 and int(counted.max()) < training.get(name).vocabulary
 
 
 @pytest.mark.parametrize("name", MADE)
