@@ -14,7 +14,7 @@ from saccade.methods.sparse.masformer import Masformer
 CLAIM = Claim(
     says="A decoder with full attention in a few bottom layers and block-local attention elsewhere is competitive with"
     " full attention at up to 75 % less attention cost; with local layers alone it is clearly worse.",
-    where="abstract and section 4",
+    where="arXiv 2310.12442, abstract and section 4",
     setting="GPT-Neo 1.3B continued on texts of 8,192 tokens, 4 or 8 of 24 layers full, blocks of 1,024",
     how="A byte-level model of 4 layers trained from scratch on Moby-Dick, rows of 256 bytes, 3 seeds, half of the"
     " pairs: one full layer at the bottom, at the top, none, random blocks, and full attention. Same steps, same"
