@@ -62,6 +62,7 @@ ACHIEVED = {
     "decode": 'run.record.density("decode")',
     "probes": "run.result()",
 }
+TRAIN = "saccade train --task mqar --mixer {}"
 assert set(PROPERTIES) <= set(WORDS), "a new property needs its words"
 
 
@@ -124,6 +125,8 @@ def _use(card: Card) -> str:
     budget = ", budget=0.25" if card.takes_budget and card.family != "probes" else ""
     code = f'with saccade.attach(model, "{card.name}"{budget}) as run:\n    out = model.generate(**inputs)\n'
     text = f"## Use\n\n```python\n{code}print({ACHIEVED.get(card.family, 'run.record.bytes_held')})\n```"
+    if card.family == "mixers":
+        text = f"## Use\n\n```bash\n{TRAIN.format(card.name)}\n```\n\n[How layers are trained](../train.md)."
     text += f"\n\nA budget means: {card.budget}." if card.budget else ""
     text += f"\n\nIts score is given the model's {' and '.join(card.needs)}." if card.needs else ""
     if card.calibrated:
@@ -135,6 +138,8 @@ def _claim(name: str, card: Card) -> str:
     found = measured(name)
     again = f"Measure it: `saccade claim {name} --tier cpu`."
     compare = f"Compare it: `saccade compare --methods {name}{'' if card.takes_budget else ' --budgets 1'}`."
+    if card.family == "mixers":
+        compare = f"Compare it: `{TRAIN.format(name)}`."
     if card.family == "probes":
         compare = f"See it: `saccade calibrate {name}` prints a path, and `saccade report PATH` draws its heads."
     if found is None:

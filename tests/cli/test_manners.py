@@ -27,7 +27,7 @@ def test_every_verb_has_a_line_in_the_overview_and_an_example_that_parses(verb):
 @pytest.mark.parametrize(
     ("given", "code", "said"),
     [
-        (["compair"], 2, "UnknownName: no verb 'compair': 14 are known. Did you mean 'compare' or"),
+        (["compair"], 2, "UnknownName: no verb 'compair': 15 are known. Did you mean 'compare' or"),
         (["show", "snapkw"], 2, "Did you mean 'snapkv'? See them with: saccade list"),
         (["list", "--family", "chache"], 2, "WrongUsage: saccade list: argument --family: invalid choice: 'chache'"),
         (["list", "--jsn"], 2, "unrecognized arguments: --jsn"),
@@ -55,6 +55,10 @@ def test_every_verb_has_a_line_in_the_overview_and_an_example_that_parses(verb):
         (["serve", "--batch", "0"], 2, "BadOption: batch=0: it must be 1 or more. Give such a number."),
         (["serve", "--api-key", ""], 2, "BadOption: an API key: it is empty, or holds what a header cannot carry."),
         (["serve", "--method", "knorm", "--method", "snapkv"], 3, "DoesNotCompose: attach [knorm, snapkv] together"),
+        (["train"], 2, "WrongUsage: saccade train: the following arguments are required: --task"),
+        (["train", "--task", "digit"], 2, "UnknownName: no training task 'digit': 6 are known. Did you mean 'digits'"),
+        (["train", "--task", "mqar", "--mixer", "knorm"], 3, "CannotRun: train 'knorm' in a net: it selects nothing"),
+        (["train", "--task", "mqar", "--rows", "0"], 2, "BadOption: rows=0: it must be above zero. Give such a number"),
         (["check", "hop"], 2, "UnknownName: no method 'hop'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, type([])) else "",

@@ -95,8 +95,13 @@ def _budgets(case: Case) -> tuple[float | str, ...]:
     return tuple(b for b in choice if not refusals(model, method, Budget.of(b), look(model)))
 
 
+def layers() -> list[Case]:
+    """The registered layers that are trained, and attention over what two methods select, as it comes for them."""
+    return [Case(n) for n in [*list_methods(family="mixers"), "full", "streaming"]]
+
+
 def cases() -> list[Case]:
-    """All of them, in the order of the registry."""
+    """All that attach, in the order of the registry."""
     names = [n for n in list_methods() if card(n).family in ATTACHED]
     return [Case(n, *change) for n in names for change in [(), *_choices(get(n))]]
 

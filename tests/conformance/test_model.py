@@ -1,4 +1,4 @@
-"""Properties 7, 9 and 11: grouped heads, the model as it was found, and mixers."""
+"""Properties 7 and 9: grouped heads, and the model as it was found."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import torch
 
 from saccade import models
 from saccade.attach import attach, fingerprint
-from saccade.core.method import Mixer
-from saccade.core.registry import get, list_methods
 from tests.conformance.cases import LAYERS, drawn, equipped, tiny, trials
 from tests.conformance.runs import assert_same
 from tests.methods.handmade import in_pieces
@@ -118,15 +116,3 @@ class unchanged:
     def _look(self):
         carried = [(name, sorted(m.__dict__), len(m._forward_pre_hooks)) for name, m in self.model.named_modules()]
         return in_pieces(self.model, self.ids, [self.cut]), self.model.config._attn_implementation, carried
-
-
-def without_forms(cls):
-    """Forms that a mixer inherits unwritten."""
-    return [form for form in ("forward", "step", "reference") if form not in vars(cls)]
-
-
-def test_11_there_is_no_mixer_yet_and_one_without_forms_would_be_seen():
-    """The family has no method. Its first must bring what compares the forms and their gradients: this says so."""
-    assert list_methods(family="mixers") == [], "write property 11: all forms agree, gradients too"
-    assert [n for n in list_methods(family="mixers") if without_forms(get(n))] == []
-    assert without_forms(type("Bare", (Mixer,), {"forward": None})) == ["step", "reference"]

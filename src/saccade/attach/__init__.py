@@ -14,8 +14,7 @@ from saccade.attach.watch import Watch
 from saccade.core.artefact import Artefact
 from saccade.core.budget import FULL, Budget
 from saccade.core.errors import CannotRun, DoesNotCompose, SaccadeError
-from saccade.core.method import Method, compose
-from saccade.core.registry import get
+from saccade.core.method import Method, compose, made
 from saccade.core.site import Site
 
 __all__ = ["Run", "attach", "calibrate", "explain", "fingerprint", "replace"]
@@ -74,7 +73,7 @@ def calibrate(model: Any, method: str | Method, samples: Sequence[Any], progress
     from saccade.attach.calibration import Subject
     from saccade.core.paths import cache_dir
 
-    chosen = get(method)() if isinstance(method, str) else method
+    chosen = made(method) if isinstance(method, str) else method
     artefact = chosen.calibrate(Subject(model, cache_dir("drafts")), samples, progress)
     artefact.save(cache_dir("artefacts", artefact.method, artefact.fingerprint))
     return artefact
@@ -95,7 +94,7 @@ def _as_list(methods: Methods) -> list[str | Method]:
 
 def _equipped(model: Any, method: str | Method, found: Found) -> Method:
     """The method, with the artefact that belongs to this model."""
-    chosen = get(method)() if isinstance(method, str) else method
+    chosen = made(method) if isinstance(method, str) else method
     if not chosen.card.calibrated or not found.sites:  # no sites: it is refused, and need not have weights to know
         return chosen
     mark = fingerprint(model)

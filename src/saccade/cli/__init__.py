@@ -23,7 +23,7 @@ VERBS = {
     "look": ("list", "show", "explain"),
     "use": ("run", "serve", "calibrate"),
     "measure": ("compare", "report", "claim", "power", "bench"),
-    "build": ("new", "check", "doctor"),
+    "build": ("train", "new", "check", "doctor"),
 }
 INTERRUPTED, PIPE_CLOSED = 130, 141  # as shells report SIGINT and SIGPIPE
 

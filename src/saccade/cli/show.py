@@ -47,16 +47,26 @@ def options(name: str) -> list[dict[str, str]]:
     node = registry.source(name)[1]
     lines = re.findall(r"^([a-z_, ]+): (.*(?:\n {2,}.*)*)", ast.get_docstring(node) or "", re.MULTILINE)
     said = {option: about for names, about in lines for option in names.split(", ")}
-    fields = [line for line in node.body if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)]
     return [
-        {
-            "option": field.target.id,
-            "type": ast.unparse(field.annotation),
-            "default": ast.unparse(field.value) if field.value else "",
-            "about": " ".join(said.get(field.target.id, "").split()),
-        }
-        for field in fields
-        if "ClassVar" not in ast.unparse(field.annotation)
+        {"option": name, "type": kind, "default": default, "about": " ".join(said.get(name, "").split())}
+        for name, kind, default in [*_fields(node), *_keywords(node)]
+    ]
+
+
+def _fields(node: ast.ClassDef) -> list[tuple[str, str, str]]:
+    """Name, type and default of what is written in the class: options of a method."""
+    lines = [line for line in node.body if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)]
+    found = [(x.target.id, ast.unparse(x.annotation), ast.unparse(x.value) if x.value else "") for x in lines]
+    return [field for field in found if "ClassVar" not in field[1]]
+
+
+def _keywords(node: ast.ClassDef) -> list[tuple[str, str, str]]:
+    """The same of what its constructor takes by keyword alone: options of a layer."""
+    makers = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
+    pairs = [pair for f in makers for pair in zip(f.args.kwonlyargs, f.args.kw_defaults)]
+    return [
+        (arg.arg, ast.unparse(arg.annotation) if arg.annotation else "", ast.unparse(value) if value else "")
+        for arg, value in pairs
     ]
 
 

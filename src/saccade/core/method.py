@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +16,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saccade.core.artefact import Artefact
-from saccade.core.budget import Budget
+from saccade.core.budget import FULL, Budget
 from saccade.core.card import Card
 from saccade.core.errors import BadOption, CannotRun, DoesNotCompose
 from saccade.core.record import Notes, Table
+from saccade.core.registry import get, split
 from saccade.core.selection import Selection
-from saccade.core.site import Seen, Site
+from saccade.core.site import Seen, Site, State
 
 # the parts of a model's work that a method can own, in the order of the data flow; at most one owner each
 PARTS = ("tokens", "steer", "prefill", "evict", "merge", "pack", "decode", "neurons", "observe")
@@ -63,8 +65,11 @@ class Method:
         raise CannotRun(f"calibrate {self.card.name}", "it has nothing to learn", "Attach it as it is.")
 
 
-def options(method: Method | type[Method]) -> dict[str, Any]:
+def options(method: Method | type[Method] | type[Mixer]) -> dict[str, Any]:
     """Option names and values (of a class: its defaults), in the order they are written."""
+    if isinstance(method, type) and issubclass(method, Mixer):
+        keywords = inspect.signature(method).parameters.values()
+        return {p.name: p.default for p in keywords if p.kind is inspect.Parameter.KEYWORD_ONLY}
     given = {f.name: f for f in dataclasses.fields(method) if f.name != "artefact"}
     if isinstance(method, type):
         return {n: (f.default_factory() if callable(f.default_factory) else f.default) for n, f in given.items()}  # type: ignore[misc]
@@ -87,19 +92,20 @@ def configure(method: Method, changes: Mapping[str, Any]) -> Method:
     known = options(method)
     out = {}
     for name, value in changes.items():
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            meant = f"Did you mean {close[0]!r}? " if close else ""
-            raise BadOption(
-                f"option {name!r} of {method.card.name}",
-                "there is none of that name",
-                f"{meant}It has: {', '.join(known)}.",
-            )
+        _check_known(method, name, known)
         out[name] = _read(method, name, value, hints[name]) if isinstance(value, str) else value
     return dataclasses.replace(method, **out)
 
 
-def _read(method: Method, name: str, text: str, hint: Any) -> Any:
+def _check_known(of: Method | type[Mixer], name: str, known: Mapping[str, Any]) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        meant = f"Did you mean {close[0]!r}? " if close else ""
+        asked = f"option {name!r} of {of.card.name}"
+        raise BadOption(asked, "there is none of that name", f"{meant}It has: {', '.join(known)}.")
+
+
+def _read(of: Method | type[Mixer], name: str, text: str, hint: Any) -> Any:
     kinds = typing.get_args(hint) if typing.get_origin(hint) not in (None, Literal) else (hint,)
     for kind in kinds:
         if typing.get_origin(kind) is Literal:
@@ -117,7 +123,7 @@ def _read(method: Method, name: str, text: str, hint: Any) -> Any:
                 return kind(text)
             except ValueError:
                 continue
-    raise BadOption(f"{method.card.name}.{name}={text!r}", f"it takes {_say(hint)}", "Give such a value.")
+    raise BadOption(f"{of.card.name}.{name}={text!r}", f"it takes {_say(hint)}", "Give such a value.")
 
 
 def _say(hint: Any) -> str:
@@ -385,19 +391,96 @@ class Probe(Method):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Slot:
+    """Where a mixer stands in a net, and all that the net tells it.
+
+    channels, heads: of the tokens it is given, and how many heads share them
+    causal: no token may see a later one. grid: rows and columns of a picture whose cells the tokens are; None: a line
+    layer, layers: which of how many
+    budget, seed: for those that choose pairs or draw; the others have sizes among their options
+    """
+
+    channels: int
+    heads: int = 4
+    causal: bool = True
+    layer: int = 0
+    layers: int = 1
+    grid: tuple[int, int] | None = None
+    budget: Budget = FULL
+    seed: int = 0
+
+    def __post_init__(self):
+        if min(self.channels, self.heads) < 1 or self.channels % self.heads:
+            found = "the channels are not shared out evenly"
+            raise BadOption(f"{self.channels} channels in {self.heads} heads", found, "Give a multiple of the heads.")
+
+
 class Mixer(torch.nn.Module):
-    """A trainable layer: forms `forward`, `step` and a readable `reference` that agree."""
+    """A trainable layer that mixes tokens, x [b n c] to y [b n c]. Its forms agree: `forward`, `step`, `reference`.
+
+    It is made as `TheMixer(slot, option=...)`: options are keywords of its constructor. A state is a dictionary of
+    tensors with the batch first, so that it follows beams; what `forward` gives back is where `step` goes on.
+    """
 
     card: ClassVar[Card]
 
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """One token, with the state so far."""
+    def __init__(self, slot: Slot):
+        super().__init__()
+        self.slot = slot
+
+    def forward(
+        self, x: Float[Tensor, "b n c"], state: State | None = None, lengths: Int[Tensor, " b"] | None = None
+    ) -> tuple[Float[Tensor, "b n c"], State]:
+        """What comes of these tokens, behind those that the state stands for; differentiable.
+
+        lengths: real tokens of each row, the rest is padding behind them, of which nothing comes; None: all are real
+        """
         raise NotImplementedError
 
-    @staticmethod
-    def reference(*args: Tensor) -> Tensor:
-        """The paper's equation, loop and all."""
+    def step(self, x: Float[Tensor, "b c"], state: State) -> tuple[Float[Tensor, "b c"], State]:
+        """One token of each row, with the state so far; {}: the first. Default: `forward` over one.
+
+        Raises:
+            CannotRun: its tokens see later ones.
+        """
+        if not self.slot.causal:
+            found = "tokens see later ones in this net, which are not there yet"
+            raise CannotRun(f"a step of {self.card.name}", found, "Give it all tokens at once.")
+        y, state = self.forward(x[:, None], state)
+        return y[:, 0], state
+
+    def reference(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """The paper's equation over whole rows, loop and all, with the weights of this layer."""
         raise NotImplementedError
+
+
+def place(mixer: type[Mixer], slot: Slot, changes: Mapping[str, Any]) -> Mixer:
+    """A mixer made for a slot, with some options changed; text is read as the option's own type.
+
+    Raises:
+        BadOption: no such option (the nearest is said), or a value it does not allow.
+    """
+    hints, known = typing.get_type_hints(mixer.__init__), options(mixer)
+    for name in changes:
+        _check_known(mixer, name, known)
+    read = {n: _read(mixer, n, x, hints[n]) if isinstance(x, str) else x for n, x in changes.items()}
+    return mixer(slot, **read)
+
+
+def made(text: str) -> Method:
+    """The method of "NAME" or "NAME:OPTION=VALUE,...", to be attached.
+
+    Raises:
+        UnknownName: nobody has a method of that name. BadOption: no such option, or a value it does not take.
+        CannotRun: it is a layer.
+    """
+    name, changes = split(text)
+    kind = get(name)
+    if issubclass(kind, Mixer):
+        found = "it is a layer that is trained, with weights of its own"
+        raise CannotRun(f"use {name!r} in a loaded model", found, f"Train it: saccade train --mixer {name}")
+    return configure(kind(), changes)
 
 
 def compose(methods: Iterable[Method]) -> dict[str, Method]:

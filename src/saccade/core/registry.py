@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saccade.core.card import Card
-from saccade.core.errors import BugInSaccade, UnknownName
+from saccade.core.errors import BadOption, BugInSaccade, UnknownName
 
 if TYPE_CHECKING:
     from saccade.core.method import Method
@@ -47,6 +47,22 @@ def _place(name: str) -> str:
     if key not in places:
         raise UnknownName("method", name, places, "See them with: saccade list")
     return places[key]
+
+
+def split(text: str) -> tuple[str, dict[str, str]]:
+    """The name and the options of "NAME" or "NAME:OPTION=VALUE,OPTION=VALUE", as they are written.
+
+    Raises:
+        BadOption: something behind the colon that is no OPTION=VALUE.
+    """
+    name, _, given = text.strip().partition(":")
+    changes = {}
+    for pair in filter(None, given.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise BadOption(f"method {text!r}", f"{pair!r} is no option=value", "Write NAME:OPTION=VALUE,OPTION=VALUE.")
+        changes[key.strip()] = value.strip()
+    return name, changes
 
 
 @functools.cache

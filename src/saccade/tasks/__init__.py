@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saccade.core.errors import UnknownName
+from saccade.tasks._shelf import Shelf
 
 if TYPE_CHECKING:
     from saccade.tasks._base import Sample, Task
 
-FOLDER = Path(__file__).parent
-
-
-@functools.lru_cache(maxsize=1)
-def _files() -> dict[str, Path]:
-    return {f.stem.replace("_", "-"): f for f in sorted(FOLDER.glob("*.py")) if not f.stem.startswith("_")}
+_SHELF = Shelf(Path(__file__).parent, "saccade.tasks", "task", "See them with: saccade list")
 
 
 def list_tasks() -> list[str]:
     """Names of all tasks, sorted."""
-    return list(_files())
-
-
-def _file(name: str) -> Path:
-    key = name.replace("_", "-")
-    if key not in _files():
-        raise UnknownName("task", name, _files(), "See them with: saccade list")
-    return _files()[key]
+    return list(_SHELF.files())
 
 
 @functools.cache
@@ -40,13 +27,7 @@ def describe(name: str) -> dict[str, Any]:
     Raises:
         UnknownName: there is no such task; the nearest are said.
     """
-    tree = ast.parse(_file(name).read_text(encoding="utf-8"))
-    (task,) = (node for node in tree.body if isinstance(node, ast.ClassDef))
-    said = {"one_pass": False, "chance": None, "about": ast.get_docstring(task)}
-    for line in task.body:
-        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
-            said[line.targets[0].id] = ast.literal_eval(line.value)
-    return said
+    return {"one_pass": False, "chance": None} | _SHELF.describe(name)
 
 
 def get(name: str) -> Task:
@@ -55,11 +36,7 @@ def get(name: str) -> Task:
     Raises:
         UnknownName: there is no such task; the nearest are said.
     """
-    module = importlib.import_module(f"saccade.tasks.{_file(name).stem}")
-    for value in vars(module).values():
-        if isinstance(value, type) and value.__module__ == module.__name__:
-            return value()
-    raise AssertionError(f"{module.__name__} defines no task")
+    return _SHELF.kind_of(name)()
 
 
 def __getattr__(name: str):

@@ -1,0 +1,118 @@
+"""MASFormer: a few layers see the whole text, the others their own block and the one before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saccade.core.budget import Budget
+from saccade.core.card import Card
+from saccade.core.method import Sparse
+from saccade.core.selection import Blocks, Gather, Selection, dense
+from saccade.core.site import Site
+
+TILE_TOKENS = 64  # blocks are whole tiles of this size, or a smaller power of two
+
+
+@dataclass(frozen=True)
+class Masformer(Sparse):
+    """Full attention in l of L layers; in the others the text is cut into blocks of b and each looks back one block.
+
+    Query t sees key j  iff  j <= t and floor(j / b) >= floor(t / b) - 1,  between b + 1 and 2 b keys. What is far away
+    is brought together by the l layers, everything else is linear in the length.
+    Nothing is learned besides the model's own weights, but the model is meant to be trained so: from scratch or on.
+    The budget pays for the full layers first; 2 b is what it leaves to each row of the others.
+
+    full_layers: l; fewer where they would take more than half of the whole model's budget
+    placement: where they are: the first layers ("bottom"), the last ("top"), or spread out evenly ("even")
+
+    Source: arXiv 2310.12442, section 3; no official code.
+    """
+
+    card = Card(
+        name="masformer",
+        title="Efficient Long-Range Transformers: You Need to Attend More, but Not Necessarily at Every Layer",
+        family="sparse",
+        paper="arXiv:2310.12442",
+        year=2023,
+        authors="Zhang, Ram, Hawkins, Zha, Zhao",
+        summary="Full attention in a few layers, in the others only the own block and the one before.",
+        equation="query t sees key j iff j <= t and floor(j/b) >= floor(t/b) - 1, or the layer is full",
+        budget="pairs computed over all layers: the full layers are paid for by the others, whose blocks follow",
+        departures=(
+            "The block follows from the budget and the length; the paper fixes 1,024 tokens, and 4 or 8 full layers"
+            " of 24.",
+            "Blocks are whole tiles of 64 tokens, below that powers of two, so that the budget is not always spent.",
+            "A budget in tokens holds for every row of every layer, so that then none is full.",
+            "All keys stay stored; the paper's local layers could drop those of older blocks.",
+            "The look-back blocks come without the paper's continued training on long texts; attached untrained to a"
+            " pretrained model they lack the attention sink.",
+        ),
+        lacks={
+            "chunks": "a fraction is taken of the tokens so far, and a first chunk does not know how many come; with"
+            " a budget in tokens, chunks, steps and one pass agree exactly",
+        },
+    )
+
+    full_layers: int = 4
+    placement: Literal["bottom", "top", "even"] = "bottom"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("prefill", "decode")
+
+    def select(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Selection:
+        row = self._row(site)
+        if site.layer in self._full(site) or row >= site.keys:
+            return dense(site.queries, site.keys)
+        block, back = _block(row), int(row > 1)  # one key a row: the token itself
+        if site.offset == 0:
+            return _tiles(site, block, back, q.device)
+        return _ranges(site, block, back, q.device)
+
+    def _full(self, site: Site) -> set[int]:
+        """Which layers are full."""
+        share = site.budget.amount if site.budget.unit == "fraction" else 0.0
+        count = min(self.full_layers, int(share * site.layers / 2))
+        if self.placement == "even":
+            return {i * site.layers // count for i in range(count)}
+        first = 0 if self.placement == "bottom" else site.layers - count
+        return set(range(first, first + count))
+
+    def _row(self, site: Site) -> int:
+        """Keys that a row of a local layer may read, so that all layers together stay within the budget."""
+        full = len(self._full(site))
+        if full == site.layers:
+            return site.keys
+        if site.budget.unit != "fraction":
+            return site.budget.tokens(site.keys)
+        left = (site.budget.amount * site.layers - full) / (site.layers - full)
+        return Budget(left).row_tokens(site.keys)
+
+
+def _block(row: int) -> int:
+    """The largest block of which two are no more than a row may read."""
+    half = max(1, row // 2)
+    return half // TILE_TOKENS * TILE_TOKENS if half >= TILE_TOKENS else 1 << (half.bit_length() - 1)
+
+
+def _tiles(site: Site, block: int, back: int, device: torch.device) -> Blocks:
+    """From the first token on, as whole tiles."""
+    tile = min(block, TILE_TOKENS)
+    at = torch.arange(-(-site.keys // tile), device=device) * tile
+    keep = (at[None] <= at[:, None]) & (at[None] // block >= at[:, None] // block - back)
+    shape = {"queries": site.queries, "keys": site.keys, "q_block": tile, "k_block": tile}
+    return Blocks.of(keep[None, None], **shape)
+
+
+def _ranges(site: Site, block: int, back: int, device: torch.device) -> Gather:
+    """For later tokens, one range of keys each."""
+    at = torch.arange(site.offset, site.keys, device=device)
+    first = ((at // block - back) * block).clamp(min=0)
+    ranges = torch.stack([first, at + 1], -1).int()[None, None, :, None]
+    none = torch.full((1, 1, site.queries, 0), -1, dtype=torch.int32, device=device)
+    return Gather(index=none, ranges=ranges, queries=site.queries, keys=site.keys)

@@ -1,0 +1,208 @@
+"""Training: what was broken off goes on to the same end, and shared work is the same work."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saccade.core.errors import BadOption, CannotRun, CorruptResult, UnknownName
+from saccade.measure.stats import mean_interval, paired
+from saccade.measure.training import Plan, checkpoint, loop, train
+from saccade.measure.training.plan import contestants, file_name
+from saccade.measure.training.train import summarise
+from tests.helpers import assert_within, rounding
+from tests.mixers import Fading
+
+SMALL = {"tokens": 16, "rows": 4, "steps": 6, "channels": 8, "layers": 1, "heads": 2}
+SHARED = {"seeds": 1, "dtype": "float64", "checkpoint_steps": 2}
+
+
+def small(out, mixers=(), **changes):
+    return train("mqar", mixers, out, **{**SMALL, **SHARED, "budget": "4tok", **changes})
+
+
+def cell(out, mixer="full", seed=0):
+    return json.loads((out / "cells" / file_name(mixer, seed) / loop.RESULT).read_text())
+
+
+class Killed(BaseException):
+    """Whatever ends a process."""
+
+
+def test_what_was_broken_off_goes_on_to_the_same_end(tmp_path):
+    told = []
+
+    def kill(done, total, text):
+        told.append((done, total))
+        if len(told) == 5:
+            raise Killed
+
+    whole = small(tmp_path / "whole")
+    with pytest.raises(Killed):
+        small(tmp_path / "broken", progress=kill)
+    folder = tmp_path / "broken" / "cells" / file_name("full", 0)
+    assert [f.name for f in folder.iterdir()] == [checkpoint.NAME] and told[-1] == (5, 12)
+    told = ["not again"] * 9
+    small(tmp_path / "broken", progress=kill)
+    assert len(told) == 9 + 2 + 6, "two steps behind the checkpoint of step 4, and random"
+    assert cell(tmp_path / "broken")["losses"] == cell(tmp_path / "whole")["losses"]
+    again = json.loads((tmp_path / "broken" / "summary.json").read_text())
+    assert [line["scores"] for line in again["mixers"]] == [line["scores"] for line in whole["mixers"]]
+    assert not list((tmp_path / "broken").rglob(f"{checkpoint.NAME}*"))
+
+
+def command(out, *more: str) -> list[str]:
+    given = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+    given += ["--seeds", "1", "--dtype", "float64", "--budget", "4tok", "--out", str(out), "--quiet", *more]
+    return [sys.executable, "-m", "saccade", "train", "--task", "mqar", *given]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **more}
+
+
+def one_cell(out, steps):
+    """`full` from seed 0 alone, where `small` would train it."""
+    plan = Plan.of("mqar", "4tok", dtype="float64", learning_rate=None, **{**SMALL, "steps": steps})
+    folder, told = out / "cells" / file_name("full", 0), []
+    loop.run(loop.Work(plan, "full", "full", 0, folder, Accelerator(cpu=True), 1000, lambda *what: told.append(what)))
+    return told
+
+
+def test_a_killed_process_leaves_what_the_next_one_goes_on_from(tmp_path):
+    """SIGKILL, as no handler sees it."""
+    steps = 120
+    process = subprocess.Popen(command(tmp_path, "--checkpoint", "1", "--steps", str(steps)), env=environment())
+    waiting = tmp_path / "cells" / file_name("full", 0) / checkpoint.NAME
+    until = time.monotonic() + 200
+    while not waiting.is_file() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was over before it was killed"
+    began = torch.load(waiting, weights_only=True)["step"]
+    assert [step for step, _ in one_cell(tmp_path, steps)] == list(range(began + 1, steps + 1))
+    one_cell(tmp_path / "whole", steps)
+    assert cell(tmp_path)["losses"] == cell(tmp_path / "whole")["losses"]
+    assert cell(tmp_path)["score"] == cell(tmp_path / "whole")["score"]
+
+
+def test_two_processes_do_the_work_of_one(tmp_path):
+    """As `accelerate launch` starts them, over gloo: the same losses and score, up to the order of sums."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    ranks = [environment(**world, RANK=str(i), LOCAL_RANK=str(i)) for i in range(2)]
+    both = [subprocess.Popen(command(tmp_path / "two"), env=rank, stdout=subprocess.PIPE, text=True) for rank in ranks]
+    said = [process.communicate(timeout=200)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert said[0].startswith("mqar, 6 steps of 4 rows") and not said[1], "only the first speaks"
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["processes"] == 2
+    small(tmp_path / "one")
+    for mixer in ("full", "random"):
+        one, two = (cell(tmp_path / name, mixer) for name in ("one", "two"))
+        losses, others = torch.tensor(one["losses"]).double(), torch.tensor(two["losses"]).double()
+        assert_within(others, losses, rounding(losses, torch.float32))
+        assert one["score"] == two["score"]
+
+
+def test_layers_of_ones_own_take_part_beside_the_baselines(tmp_path):
+    told = []
+    mine = {"mine": Fading, "slow": lambda slot: Fading(slot, decay=0.9)}
+    found = small(tmp_path, mine, seeds=2, progress=lambda *what: told.append(what))
+    assert [line["mixer"] for line in found["mixers"]] == ["full", "mine", "slow", "random"]
+    assert [line["density"] is None for line in found["mixers"]] == [False, True, True, False]
+    assert [done for done, _, _ in told] == list(range(1, 2 * 4 * 6 + 1)) and {total for _, total, _ in told} == {48}
+    assert all(0 <= score <= 1 for line in found["mixers"] for score in line["scores"])
+    again = []
+    assert small(tmp_path, mine, seeds=2, progress=again.append)["mixers"] == found["mixers"] and not again
+
+
+@given(scores=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=6))
+@settings(max_examples=20)
+def test_the_table_is_the_scores_over_seeds_and_their_differences_seed_by_seed(scores):
+    plan = Plan.of("mqar", 0.25, None, "float32")
+    rest = {"density": 0.5, "parameters": 7, "seconds": 1.0, "losses": [3.0] * 18 + [1.0, 2.0]}
+    cells = [{"mixer": m, "score": s, **rest} for pair in scores for m, s in zip(("full", "m"), pair)]
+    full, line = summarise(plan, cells)["mixers"]
+    base, own = zip(*scores)
+    assert full["minus_full"] is None and line["train_loss"] == 1.5 and line["scores"] == list(own)
+    if len(scores) > 1:
+        for said, meant in ((line["score"], mean_interval(own)), (line["minus_full"], paired(own, base, False))):
+            assert said == {"mean": meant.mean, "low": meant.low, "high": meant.high}
+    else:
+        assert line["score"] == {"mean": own[0], "low": None, "high": None}
+
+
+def test_full_and_random_are_always_there():
+    assert list(contestants([])) == ["full", "random"]
+    assert list(contestants(["hip", "full"])) == ["full", "hip", "random"]
+    assert list(contestants(["random:block_tokens=8"])) == ["full", "random:block_tokens=8"]
+    assert contestants({"full": "full", "a": Fading})["a"] is Fading
+
+
+def test_the_learning_rate_rises_and_falls():
+    plan = Plan.of("mqar", 1.0, None, "float32", steps=100)
+    rates = [loop.rate(plan, step) for step in range(100)]
+    top = rates.index(max(rates))
+    assert rates[:top] == sorted(rates[:top]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert math.isclose(max(rates), plan.learning_rate) and top == 9 and rates[-1] > loop.LEAST * plan.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"task": "mqr"}, UnknownName, "no training task 'mqr'.*Did you mean 'mqar'"),
+        ({"mixers": ["hop"]}, UnknownName, "no method 'hop'.*Did you mean 'hip'"),
+        ({"mixers": ["knorm"]}, CannotRun, "train 'knorm' in a net: it selects nothing while a text is read"),
+        ({"steps": 0}, BadOption, r"steps=0: it must be above zero\. Give such a number"),
+        ({"seeds": 0}, BadOption, "seeds=0: it must be 1 or more"),
+        ({"checkpoint_steps": 0}, BadOption, "checkpoint_steps=0: it must be 1 or more"),
+        ({"dtype": "float8"}, BadOption, "dtype='float8': it takes float32 or float64"),
+        ({"channels": 9}, BadOption, "9 channels in 2 heads: the channels are not shared out evenly"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_trained_is_said_before_anything_is(tmp_path, changes, error, words):
+    given = {"task": "mqar", "mixers": [], **SMALL, **SHARED, **changes}
+    with pytest.raises(error, match=words):
+        train(given.pop("task"), given.pop("mixers"), tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_another_training_is_refused(tmp_path):
+    small(tmp_path)
+    with pytest.raises(CannotRun, match=r"use .*result\.json: it was made with other options\. Give the same, or"):
+        small(tmp_path, rows=8)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut off"])
+def test_a_broken_checkpoint_is_said(tmp_path, content):
+    (tmp_path / checkpoint.NAME).write_bytes(content)
+    said = r"read .*checkpoint\.pt: it is no whole checkpoint\. Delete it to begin anew"
+    with pytest.raises(CorruptResult, match=said):
+        checkpoint.load(tmp_path, "mark")
+
+
+def test_a_checkpoint_of_another_training_is_refused_and_a_write_that_fails_leaves_the_last(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, "mark", step=1)
+    assert checkpoint.load(tmp_path, "mark") == {"mark": "mark", "step": 1}
+    with pytest.raises(CannotRun, match=r"go on from .*: it was made with other options"):
+        checkpoint.load(tmp_path, "another")
+    monkeypatch.setattr(torch, "save", lambda what, file: file.write(b"half") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        checkpoint.save(tmp_path, "mark", step=2)
+    assert checkpoint.load(tmp_path, "mark")["step"] == 1
+    assert checkpoint.load(tmp_path / "nowhere", "mark") is None
