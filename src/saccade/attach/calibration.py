@@ -20,6 +20,7 @@ from saccade.attach.compat import CACHE
 from saccade.attach.engine import Place
 from saccade.attach.fingerprint import fingerprint
 from saccade.attach.gates import Gating, Progress
+from saccade.attach.influence import Influence
 from saccade.attach.listening import listening
 from saccade.attach.probe import Found, probe
 from saccade.attach.watch import Watch
@@ -32,6 +33,7 @@ from saccade.core.selection import dense
 
 if TYPE_CHECKING:
     from saccade.methods.cache.duo_attention import DuoAttention
+    from saccade.methods.sparse.moa import MoA
 
 Captured = tuple[int, Tensor, Tensor, Tensor]
 
@@ -145,6 +147,14 @@ class Subject:
         Recall texts are made of the samples, which are the haystack; `attach.gates` says how.
         """
         return Gating(self, recipe).train(checked(samples), progress)
+
+    def influence(self, recipe: MoA, samples: Sequence[Tensor]) -> Influence:
+        """What profiles how much each block of keys is worth to the loss; `attach.influence` says how.
+
+        Raises:
+            BadInput: no samples, or a sample that is not [1 n].
+        """
+        return Influence(self, recipe, checked(samples))
 
     def artefact(
         self, method: Method, tensors: Mapping[str, Tensor], samples: Sequence[Tensor], figures: Mapping[str, Any]

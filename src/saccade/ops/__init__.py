@@ -5,6 +5,7 @@
     out, lse = ops.attend(q, k, v, selection)
 """
 
+from saccade.ops.assign.api import assign
 from saccade.ops.attend.api import attend
 from saccade.ops.block_logits.api import block_logits
 from saccade.ops.column_scores.api import column_scores
@@ -23,6 +24,7 @@ from saccade.ops.window_votes.api import check_window, votes_of, window_votes
 
 __all__ = [
     "Quantised",
+    "assign",
     "attend",
     "block_logits",
     "check_window",
