@@ -92,12 +92,12 @@ class Influence:
     def of_text(self, text: Text) -> Float[Tensor, "layers h nb nb"]:
         """Influence of key blocks on query blocks in one text."""
         self.maps.clear()
-        with frozen(self.subject.model), listening(self.subject.model, self.subject.found, self._tap):
-            with torch.enable_grad():
-                self._loss(text).backward()
-        found = torch.stack([self.maps[layer] for layer in range(self.subject.layers)])
+        model, found = self.subject.model, self.subject.found
+        with frozen(model), listening(model, found, lambda spot: _Gradients(self, spot)), torch.enable_grad():
+            self._loss(text).backward()
+        maps = torch.stack([self.maps[layer] for layer in range(self.subject.layers)])
         self.maps.clear()
-        return found
+        return maps
 
     @torch.no_grad()
     def loss(self, spans: Int[Tensor, "layers g"], sinks: int) -> float:
@@ -112,11 +112,9 @@ class Influence:
         ids, weight = text.ids.to(device), text.weight.to(device)
         first = max(1, int(text.weight[0].nonzero()[0]))  # no logits before it: at a large vocabulary most of the cost
         keep = ids.shape[1] - first + 1
-        logits = self.subject.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0, :-1].float()
+        logits = self.subject.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0, :-1]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return (cross_entropy(logits, ids[0, first:], reduction="none") * weight[0, first:]).sum()
-
-    def _tap(self, spot: Spot) -> _Gradients:
-        return _Gradients(self, spot)
 
     # --- going on after an interruption -----------------------------------------------------------------------------
 
@@ -175,8 +173,9 @@ class _Spanned:
 
 @torch.no_grad()
 def block_influence(
-    q: Float[Tensor, "1 h n d"], k: Float[Tensor, "1 g n d"], v: Float[Tensor, "1 g n d"], out: Float[Tensor, "1 h n d"],
-    lse: Float[Tensor, "1 h n"], grad: Float[Tensor, "1 h n d"], *, block: int, scale: float, softcap: float | None,
+    q: Float[Tensor, "1 h n d"], k: Float[Tensor, "1 g n d"], v: Float[Tensor, "1 g n d"],
+    out: Float[Tensor, "1 h n d"], lse: Float[Tensor, "1 h n"], grad: Float[Tensor, "1 h n d"], *,
+    block: int, scale: float, softcap: float | None,
 ) -> Float[Tensor, "h nb nb"]:  # fmt: skip
     """E summed over blocks of queries and keys. A row of one key is left with nothing without it: E = -A d.v."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1).to(lse.dtype) for x in (k, v))

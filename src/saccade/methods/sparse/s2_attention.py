@@ -79,8 +79,8 @@ class S2Attention(Cache):
         budget="mean keys per head that are held at the end of the prompt, which sets the stride; with vert_stride none"
         " is taken",
         departures=(
-            "The stride follows from the budget unless it is given; the authors' library has 4 local blocks and a stride"
-            " of 4, their benchmarks 8 and 16.",
+            "The stride follows from the budget unless it is given; the authors' library has 4 local blocks and a"
+            " stride of 4, their benchmarks 8 and 16.",
             "The step between heads counts key/value heads, which the stripes belong to; the authors count query heads,"
             " so that few key/value heads have stripes side by side.",
             "homo_head gives all heads the first one's stripe; the authors' gives none if key/value heads are grouped.",
@@ -104,7 +104,7 @@ class S2Attention(Cache):
         super().__post_init__()
         for name in ("block_tokens", "local_blocks"):
             if getattr(self, name) < 1:
-                raise BadOption(f"s2-attention.{name}=0", "it takes at least 1", "Leave it away for the authors' value.")
+                raise BadOption(f"s2-attention.{name}=0", "it takes at least 1", "Leave it away for the authors'.")
 
     @property
     def parts(self) -> tuple[str, ...]:

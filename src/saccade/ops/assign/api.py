@@ -35,9 +35,10 @@ def assign(
     Raises:
         BadInput: numbers that do not fit together, or more kinds than two.
     """
-    if cost.dim() != 3 or use.dim() != 2 or cost.shape[-1] != use.shape[-1] or not cost.numel() or kinds not in (0, 1, 2):
+    alike = cost.dim() == 3 and use.dim() == 2 and cost.shape[-1] == use.shape[-1]
+    if not alike or not cost.numel() or kinds not in (0, 1, 2):
         asked = f"assign costs {tuple(cost.shape)} with uses {tuple(use.shape)} and kinds={kinds}"
-        raise BadInput(asked, "it takes [groups, items, choices], [resources, choices], and kinds of 0 to 2", "Give those.")
+        raise BadInput(asked, "it takes [groups, items, choices], [resources, choices], and kinds of 0 to 2", "Reshape.")
     cost, use = cost.double(), use.double()
     plans = [_spend(cost, use, limit, kinds, plan) for plan in _priced(cost, use, limit, kinds)]
     if not plans:
