@@ -38,7 +38,7 @@ def assign(
     alike = cost.dim() == 3 and use.dim() == 2 and cost.shape[-1] == use.shape[-1]
     if not alike or not cost.numel() or kinds not in (0, 1, 2):
         asked = f"assign costs {tuple(cost.shape)} with uses {tuple(use.shape)} and kinds={kinds}"
-        raise BadInput(asked, "it takes [groups, items, choices], [resources, choices], and kinds of 0 to 2", "Reshape.")
+        raise BadInput(asked, "it takes [groups, items, choices], [resources, choices], and kinds of 0 to 2", "Do so.")
     cost, use = cost.double(), use.double()
     plans = [_spend(cost, use, limit, kinds, plan) for plan in _priced(cost, use, limit, kinds)]
     if not plans:
