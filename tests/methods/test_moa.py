@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from types import SimpleNamespace
 
@@ -38,42 +37,34 @@ def moa(**changes):
 # --- offline ----------------------------------------------------------------------------------------------------------
 
 
-class Bent:
-    """Dense attention in which one entry of one head's map is made smaller by a factor, before the softmax's sum."""
+class Spelt:
+    """Dense attention that spells its map out, with a number added to every logit: what autograd says of both."""
 
-    def __init__(self, spot, entry=None, factor=1.0):
+    def __init__(self, spot):
         self.place, self.run = spot.place, SimpleNamespace(title="oracle")
-        self.entry, self.factor, self.map = entry, factor, None
 
     def forward(self, layer, q, k, v, real):
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         logits = (q @ k.mT * self.place.scale).masked_fill(~causal_mask(q.shape[2], q.shape[2]), -torch.inf)
-        if self.entry and self.entry[0] == self.place.layer:
-            logits[0, self.entry[1], self.entry[2], self.entry[3]] += math.log(self.factor)
-        self.map = logits.softmax(-1)
+        self.added = torch.zeros_like(logits, requires_grad=True)
+        self.map = (logits + self.added).softmax(-1)
+        self.map.retain_grad()
         return self.map @ v
 
 
-def bent_loss(influence, text, entry=None, factor=1.0):
-    taps = []
-    make = lambda spot: taps.append(Bent(spot, entry, factor)) or taps[-1]  # noqa: E731
-    with listening(MODEL, probe(MODEL), make), torch.no_grad():
-        return float(influence._loss(text)), [tap.map for tap in taps]
-
-
-@given(st.integers(0, 1), st.integers(0, 3), st.integers(1, 18), st.integers(0, 18))
-@settings(max_examples=3, deadline=None)
-def test_influence_is_what_the_loss_moves_by(layer, head, i, j):
-    """Making an entry smaller by e moves the loss by e (1 - A) E, to first order: central differences."""
-    j = min(i, j)
-    influence = Influence(Subject(MODEL), MoA(block_tokens=1), [tokens(20)])
-    text = Text(tokens(20), torch.linspace(0, 1, 20)[None].double())
-    found, e = influence.of_text(text), 1e-5
-    (less, maps), (more, _) = (bent_loss(influence, text, (layer, head, i, j), 1 + s * e) for s in (-1, 1))
-    exact = (less - more) / (2 * e)
-    moved = float(found[layer, head, i, j] * (1 - maps[layer][0, head, i, j]))
-    assert moved == pytest.approx(exact, rel=1e-4, abs=1e-8)
-    assert found.triu(1).abs().max() == 0
+def test_influence_is_what_autograd_says():
+    """Making an entry smaller by a factor 1 - e moves the loss by e (1 - A) E; a row's only entry by -A G."""
+    model, taps = tiny().float(), []
+    influence = Influence(Subject(model), MoA(block_tokens=1), [tokens(20)])
+    text = Text(tokens(20), torch.linspace(0, 1, 20)[None])
+    found = influence.of_text(text)
+    with listening(model, probe(model), lambda spot: taps.append(Spelt(spot)) or taps[-1]):
+        influence._loss(text).backward()
+    for layer, tap in enumerate(taps):
+        a, e = tap.map[0], found[layer]
+        torch.testing.assert_close((e * (1 - a))[:, 1:], -tap.added.grad[0, :, 1:])
+        torch.testing.assert_close(e[:, 0, 0], -(a * tap.map.grad[0])[:, 0, 0])
+        assert e.triu(1).abs().max() == 0
 
 
 def test_blocks_hold_the_sums_of_their_entries():
@@ -187,6 +178,16 @@ def test_each_head_follows_its_mask(budget, cuts):
         kept = Counter(len(h) for layer in run.record.layers.values() for h in layer.kept[0])
     torch.testing.assert_close(found, under_mask(MODEL, ids, head_masks(spans, 3)))
     assert kept == Counter(s if s < PROMPT else N for layer in spans for s in layer)  # windows do not grow
+
+
+@given(st.integers(1, 70), st.integers(0, 30), st.floats(0.02, 1))
+@settings(max_examples=20, deadline=None)
+def test_reach_says_in_numbers_what_is_visible(prompt, later, share):
+    n = prompt + later
+    here = site(share, queries=1, keys=n, state={"prompt": torch.tensor([prompt] * 2)})
+    seen = moa().visible(torch.full((2, 1), n), torch.arange(n).expand(2, -1), torch.arange(2), here)
+    for found, (sinks, recent) in zip(seen[:, 0].tolist(), moa().reach([n] * 2, here)[0]):
+        assert found == [j < sinks or n - j <= recent for j in range(n)]
 
 
 def test_plans_that_are_missing_or_foreign_are_refused():

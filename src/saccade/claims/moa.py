@@ -20,7 +20,7 @@ CLAIM = Claim(
     says="At the same mean span, half of the text, heads with spans of their own retrieve 1.5 to 7.1 times as well as"
     " heads with one window, and perplexity stays within 5 % of dense attention; plans hold for texts longer than"
     " those that they were found on.",
-    where="arXiv 2406.14909, abstract, section 6 (retrieval, perplexity and long-context suites; length generalisation)",
+    where="arXiv 2406.14909, abstract, section 6 (retrieval, perplexity, long-context suites; length generalisation)",
     setting="Vicuna-7B and 13B, Llama-3-8B and 70B; profiled at 2k to 8k tokens, density 0.5, texts to 16k and beyond",
     how="SmolLM2-135M with the shipped plans, half of the keys: pass keys in real prose at 512 and 1,024 tokens against"
     " full, random keys, a uniform window with as many first tokens (streaming), and the same rules dealt to other"

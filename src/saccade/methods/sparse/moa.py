@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -118,7 +119,7 @@ class MoA(Cache):
     # --- one prompt -------------------------------------------------------------------------------------------------
 
     def select(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Spans:
-        site.state["prompt"] = torch.full((q.shape[0],), site.seen, device=q.device)
+        site.state["prompt"] = torch.full((q.shape[0],), site.seen)  # on the host, where it is asked for
         spans = self._spans(site.seen, site)
         sinks = spans.clamp(max=self.sink_tokens)
         window = torch.where(spans < site.seen, spans - sinks + 1, max(site.keys, 1))
@@ -130,18 +131,34 @@ class MoA(Cache):
     ) -> Bool[Tensor, "r q k"]:
         behind = q_position[..., None] - k_position[:, None]
         out = torch.empty_like(behind, dtype=torch.bool)
-        prompt = site.state.get("prompt", torch.zeros_like(head))  # a row that began empty has no prompt
+        prompt = _prompts(site, len(head))
         for n in prompt.unique().tolist():
-            rows = prompt == n
+            rows = (prompt == n).to(head.device)
             spans = self._spans(n, site).to(head.device)[head[rows], None, None]
             sinks = spans.clamp(max=self.sink_tokens)
             near = (k_position[rows, None] < sinks) | (behind[rows] <= spans - sinks)
             out[rows] = near | (spans >= n)
         return out
 
+    def reach(self, queries: Sequence[int], site: Site) -> list[list[tuple[int, int]]]:
+        """`visible` in numbers: for each sequence and head how many first tokens, and how many before itself."""
+        out = []
+        for n, prompt in zip(queries, _prompts(site, len(queries)).tolist()):
+            each = [(min(s, self.sink_tokens), s) for s in self._spans(prompt, site).tolist()]
+            out.append([(sinks, n if s >= prompt else s - sinks) for sinks, s in each])
+        return out
+
     def _spans(self, prompt: int, site: Site) -> Int[Tensor, " g"]:
         """Keys of each head of this layer, beside the query's own."""
-        return self.spans(prompt, site.budget.tokens(prompt, site.bytes_per_token))[site.layer]
+        key = prompt, site.budget.tokens(prompt, site.bytes_per_token)
+        if key not in self._found:
+            self._found[key] = self.spans(*key)
+        return self._found[key][site.layer]
+
+    @functools.cached_property
+    def _found(self) -> dict[tuple[int, int], Int[Tensor, "layers g"]]:
+        """Spans that were worked out: every token asks again."""
+        return {}
 
     def spans(self, prompt: int, held: int) -> Int[Tensor, "layers g"]:
         """S(n) of every head, `held` on average: between the last plan within that and the next, as far as it goes.
@@ -219,3 +236,8 @@ class MoA(Cache):
         if chosen is None:  # no rule of the grid is that short: the shortest
             chosen = density.amax(0).argmin().expand(cost.shape[:2])
         return rules[0][chosen], rules[1][chosen]
+
+
+def _prompts(site: Site, rows: int) -> Int[Tensor, " r"]:
+    """The length of each row's prompt; 0 where it began empty."""
+    return site.state.get("prompt", torch.zeros(rows, dtype=torch.long))

@@ -117,7 +117,7 @@ class S2Attention(Cache):
         return site.budget.unpaid(site.layers, self.dense_layers)
 
     def select(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Selection:
-        site.state["prompt"] = torch.full((q.shape[0],), site.seen, device=q.device)
+        site.state["prompt"] = torch.full((q.shape[0],), site.seen)  # on the host, where it is asked for
         shards = self.shards(site.seen, site)
         if shards is None:
             return dense(site.queries, site.keys)
@@ -127,9 +127,9 @@ class S2Attention(Cache):
         self, q_position: Int[Tensor, "r q"], k_position: Int[Tensor, "r k"], head: Int[Tensor, " r"], site: Site
     ) -> Bool[Tensor, "r q k"]:
         out = torch.ones(*q_position.shape, k_position.shape[1], dtype=torch.bool, device=q_position.device)
-        prompt = site.state.get("prompt", torch.zeros_like(head))  # a row that began empty has no prompt
+        prompt = site.state.get("prompt", torch.zeros(len(head), dtype=torch.long))  # 0: a row that began empty
         for n in prompt.unique().tolist():
-            shards, rows = self.shards(n, site), prompt == n
+            shards, rows = self.shards(n, site), (prompt == n).to(head.device)
             if shards is None:
                 continue
             i, j = q_position[rows, :, None] // shards.block, k_position[rows, None] // shards.block
