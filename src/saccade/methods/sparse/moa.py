@@ -190,14 +190,9 @@ class MoA(Cache):
         maps = [x.unflatten(1, (model.kv_heads, -1)).amax(2) for x in maps]  # a group's most demanding head speaks
         rules = self.rules(lengths)
         costs = [self.costs(x, rules, n) for x, n in zip(maps, lengths)]
-        losses: dict[str, float] = {}
-        best = costs_of = sum(costs) / len(costs)
-        if study.held_out is not None:
-            for name, cost in {"all": costs_of, **{str(n): c for n, c in zip(lengths, costs)}}.items():
-                spans = self._plan(cost, rules, lengths, self.search_density)
-                spans = (spans[0] + spans[1] * lengths[-1]).clamp(1, lengths[-1]).long()
-                losses[name] = study.loss(spans, self.sink_tokens)
-                best = cost if losses[name] == min(losses.values()) else best
+        weighed = {"all": sum(costs) / len(costs), **{str(n): cost for n, cost in zip(lengths, costs)}}
+        losses = {} if study.held_out is None else {n: self._loss(study, c, rules) for n, c in weighed.items()}
+        best = weighed[min(losses, key=losses.__getitem__, default="all")]
         plans = [self._plan(best, rules, lengths, limit) for limit in LIMITS]
         alpha, beta = (torch.stack(x, -1).float() for x in zip(*plans))
         figures = {"limits": LIMITS, "lengths": lengths, "held_out_losses": losses}
@@ -227,6 +222,12 @@ class MoA(Cache):
         width = (window / self.block_tokens).floor().clamp(1, blocks).long()
         width[rules[0] + rules[1] * n >= n] = blocks
         return beyond[..., width]
+
+    def _loss(self, study: Any, cost: Float[Tensor, "layers g rules"], rules: Float[Tensor, "2 rules"]) -> float:
+        """Of the text that was held out, under the plan that costs least."""
+        alpha, beta = self._plan(cost, rules, study.lengths, self.search_density)
+        n = study.lengths[-1]
+        return study.loss((alpha + beta * n).clamp(1, n).long(), self.sink_tokens)
 
     def _plan(self, cost: Tensor, rules: Tensor, lengths: Sequence[int], limit: float) -> tuple[Tensor, Tensor]:
         """alpha and beta [layers g] of the plan within a mean density, at the lengths of the profile and beyond."""
