@@ -57,7 +57,7 @@ class S2Attention(Cache):
     local_blocks: at most, the query's own among them; under a budget they take no more than half of it
     vert_stride: every so many-th block is a head's; 0: the shortest stride that the budget pays for
     homo_head: all heads see the same columns, those of the first
-    dense_layers: first layers that see everything; the others pay for it
+    dense_layers: first layers that see everything; under a budget the others pay for it
 
     Raises:
         BadOption: no block, or none that is local.
