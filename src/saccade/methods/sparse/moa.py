@@ -200,7 +200,7 @@ class MoA(Cache):
 
     def rules(self, lengths: Sequence[int]) -> Float[Tensor, "2 rules"]:
         """(alpha, beta) of the grid that make a span at the shortest length and no more than the text at the longest
-        and at REACH times that; last, everything."""
+        and at REACH times that; everything, (0, 1), is among them."""
         longest, steps = lengths[-1], self.rule_steps
         alpha = torch.linspace(-longest, longest, 2 * steps + 1, dtype=torch.float64)
         rules = torch.cartesian_prod(alpha, torch.linspace(0, 1, steps + 1, dtype=torch.float64)).T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -54,7 +55,7 @@ class S2Attention(Cache):
     many heads as the stride is long, every block is seen by some head. Made to be trained with: `attach`, then train.
 
     block_tokens: of a block; under a budget smaller powers of two where it pays for less than four
-    local_blocks: at most, the query's own among them; under a budget they take no more than half of it
+    local_blocks: at most, the query's own among them; under a budget half of it at most, but two blocks
     vert_stride: every so many-th block is a head's; 0: the shortest stride that the budget pays for
     homo_head: all heads see the same columns, those of the first
     dense_layers: first layers that see everything; under a budget the others pay for it
@@ -148,13 +149,21 @@ class S2Attention(Cache):
         held = site.budget.layer_tokens(n, site.layer, site.layers, self.dense_layers, site.bytes_per_token)
         if held >= n:
             return None
-        block = min(self.block_tokens, 1 << max(0, (held // 4).bit_length() - 1))
-        local = max(2, min(self.local_blocks, held // (2 * block)))  # two: the one before is full when one begins
-        return self._fit(block, local, prompt, held, site.kv_heads)
+        key = n, held, site.kv_heads
+        if key not in self._found:
+            self._found[key] = self._fit(*key)
+        return self._found[key]
 
-    def _fit(self, block: int, local: int, prompt: int, held: int, heads: int) -> Shards:
+    @functools.cached_property
+    def _found(self) -> dict[tuple[int, int, int], Shards]:
+        """Patterns that were worked out: every token asks again."""
+        return {}
+
+    def _fit(self, prompt: int, held: int, heads: int) -> Shards:
         """With the shortest stride that the budget pays for, or none: the cost falls as strides grow, but for the
         columns that happen to be at the edge, so the last that was seen to be paid for is taken."""
+        block = min(self.block_tokens, 1 << max(0, (held // 4).bit_length() - 1))
+        local = max(2, min(self.local_blocks, held // (2 * block)))  # two: the one before is full when one begins
         low, high = 0, prompt // block + 1
         best = self._of(block, local, 0, heads)
         while high - low > 1:
