@@ -77,6 +77,13 @@ def test_the_budget_is_kept_and_every_head_has_a_key(share, n, heads, homo, dens
     assert held <= 2 * heads * Budget(share).tokens(n)
 
 
+@pytest.mark.parametrize("budget", ["1tok", "6tok", 0.1, 0.5])
+def test_under_a_budget_the_pattern_is_that_of_its_shards(budget):
+    here, method = site(budget, queries=50, keys=50), S2Attention(8)
+    wanted = table(method.shards(50, here), 2, 50, 50).repeat_interleave(2, 0)
+    assert torch.equal(method.select(noise(1, 4, 50, 8), noise(1, 2, 50, 8), here).mask()[0], wanted)
+
+
 def test_most_of_the_budget_is_spent():
     shards = S2Attention().shards(4096, site(0.25, queries=1, keys=4096, heads=8, kv_heads=8))
     assert shards[:2] == (64, 4) and shards.held(8, 4096) > 0.9 * 8 * 1024

@@ -35,7 +35,7 @@ class Shards(NamedTuple):
     def columns(self, head: Int[Tensor, "*n"], blocks: Int[Tensor, "*n"] | int) -> Int[Tensor, "*n"]:
         """How many of a head's columns lie in the first so many blocks."""
         if not self.stride:
-            return torch.zeros_like(head)
+            return torch.zeros_like(head + blocks)
         return ((blocks - self.first(head) + self.stride - 1) // self.stride).clamp(min=0)
 
     def held(self, heads: int, tokens: int) -> int:
