@@ -21,6 +21,7 @@ from saccade.attach.distil import Distilling
 from saccade.attach.engine import Place
 from saccade.attach.fingerprint import fingerprint
 from saccade.attach.gates import Gating, Progress
+from saccade.attach.influence import Influence
 from saccade.attach.listening import listening
 from saccade.attach.probe import Found, probe
 from saccade.attach.watch import Watch
@@ -33,6 +34,7 @@ from saccade.core.selection import dense
 
 if TYPE_CHECKING:
     from saccade.methods.cache.duo_attention import DuoAttention
+    from saccade.methods.sparse.moa import MoA
     from saccade.methods.sparse.seer_attention import SeerAttention
 
 Captured = tuple[int, Tensor, Tensor, Tensor]
@@ -164,6 +166,14 @@ class Subject:
             return Draft()
         said = f"{self.fingerprint} {options(method)} {_describe(samples)}"
         return Draft(self.drafts / method.card.name / hashlib.sha256(said.encode()).hexdigest()[:16])
+
+    def influence(self, recipe: MoA, samples: Sequence[Tensor]) -> Influence:
+        """What profiles how much each block of keys is worth to the loss; `attach.influence` says how.
+
+        Raises:
+            BadInput: no samples, or a sample that is not [1 n].
+        """
+        return Influence(self, recipe, checked(samples))
 
     def artefact(
         self, method: Method, tensors: Mapping[str, Tensor], samples: Sequence[Tensor], figures: Mapping[str, Any]

@@ -57,7 +57,7 @@ class Gating:
         optimiser = torch.optim.AdamW([self.alpha], lr=recipe.learning_rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda t: _rate(t, recipe.train_steps))
         losses: list[float] = []
-        with _frozen(self.subject.model), listening(self.subject.model, self.subject.found, self._listener):
+        with frozen(self.subject.model), listening(self.subject.model, self.subject.found, self._listener):
             for step in range(recipe.train_steps):
                 with torch.no_grad():
                     self.alpha.clamp_(0, 1)
@@ -147,9 +147,11 @@ def streaming(
 
 
 def recall_text(
-    tokenizer: Any, sample: Int[Tensor, "1 n"], draw: random.Random, keys: int, words: int
+    tokenizer: Any, sample: Int[Tensor, "1 n"], draw: random.Random, keys: int, words: int, shortest: float = SHORTEST
 ) -> tuple[Int[Tensor, "1 m"], Bool[Tensor, "1 m"]]:
-    """Pass keys hidden in a sample, asked for and answered after it; True at the tokens of the answers. m <= n.
+    """Pass keys hidden in a sample, asked for and answered after it; True at the tokens of the answers.
+
+    shortest n <= m <= n, where the keys leave the choice.
 
     Raises:
         BadInput: the sample is too short to hold the keys.
@@ -170,7 +172,7 @@ def recall_text(
             f"{keys} pass keys and their questions take {extra}",
             f"Give samples of at least {extra + keys} tokens; twice that leaves room between the keys.",
         )
-    room = draw.randint(max(int(len(rows) * SHORTEST), extra + keys), len(rows)) - extra
+    room = draw.randint(max(int(len(rows) * shortest), extra + keys), len(rows)) - extra
     cuts = sorted(draw.randint(0, room) for _ in range(keys))
     text: list[int] = []
     for start, end, needle in zip([0, *cuts], cuts, needles):
@@ -199,7 +201,7 @@ def _separation(gates: Float[Tensor, "layers g"]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _frozen(model: Any) -> Iterator[None]:
+def frozen(model: Any) -> Iterator[None]:
     """No weight collects gradients, no dropout; both as before afterwards."""
     before, training = [(p, p.requires_grad) for p in model.parameters()], model.training
     model.eval().requires_grad_(False)

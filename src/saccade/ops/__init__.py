@@ -5,6 +5,7 @@
     out, lse = ops.attend(q, k, v, selection)
 """
 
+from saccade.ops.assign.api import assign
 from saccade.ops.attend.api import attend
 from saccade.ops.block_gate.api import Gate, Pooled, block_gate, gate_logits, pool_for_gate
 from saccade.ops.block_logits.api import block_logits
@@ -28,6 +29,7 @@ __all__ = [
     "Gate",
     "Pooled",
     "Quantised",
+    "assign",
     "attend",
     "block_gate",
     "block_logits",
