@@ -13,6 +13,7 @@ from saccade.ops.dispatch import explain
 from saccade.ops.lines.api import draw_lines, fit_lines, line_scores
 from saccade.ops.merge_lse.api import merge_lse
 from saccade.ops.nearest.api import index_keys, index_reasons
+from saccade.ops.packed.api import Packed, attend_packed, pack_tokens, unpack_tokens
 from saccade.ops.page_bounds.api import page_bounds, page_scores
 from saccade.ops.pool_and_select.api import pool_and_select, pool_blocks
 from saccade.ops.quantise.api import Quantised, dequantise, quantise
@@ -22,8 +23,10 @@ from saccade.ops.topk.api import topk
 from saccade.ops.window_votes.api import check_window, votes_of, window_votes
 
 __all__ = [
+    "Packed",
     "Quantised",
     "attend",
+    "attend_packed",
     "block_logits",
     "check_window",
     "column_scores",
@@ -37,6 +40,7 @@ __all__ = [
     "index_reasons",
     "line_scores",
     "merge_lse",
+    "pack_tokens",
     "page_bounds",
     "page_scores",
     "pool_and_select",
@@ -45,6 +49,7 @@ __all__ = [
     "quantise_groups",
     "sparse_step",
     "topk",
+    "unpack_tokens",
     "votes_of",
     "window_votes",
 ]
