@@ -37,8 +37,7 @@ class ZipVL(Cache):
         end of the prompt, and pack nothing (the second)
     recent_probe_tokens, random_probe_tokens: rows that are looked at: the newest, and random ones before them
     unit_tokens: tokens after the prompt that are packed together; those that fill no unit yet are as they were computed
-    dense_layers: first layers whose prompt is read densely; what matters there is only stored better. The paper has
-        none; with all layers only the cache is compressed
+    prompt: its attention: "sparse", among the tokens that matter, or "dense": then the cache alone is compressed
 
     Raises:
         BadOption: a share outside (0, 1], no newest rows to look at, or units of nothing.
@@ -81,7 +80,7 @@ class ZipVL(Cache):
     recent_probe_tokens: int = 64
     random_probe_tokens: int = 64
     unit_tokens: int = 100
-    dense_layers: int = 0
+    prompt: Literal["sparse", "dense"] = "sparse"
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,7 +94,8 @@ class ZipVL(Cache):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return ("prefill", "pack" if self.unimportant == "pack" else "evict")
+        cache = "pack" if self.unimportant == "pack" else "evict"
+        return ("prefill", cache) if self.prompt == "sparse" else (cache,)
 
     def check(self, site: Site) -> list[str]:
         if self.unimportant == "drop":
@@ -139,10 +139,8 @@ class ZipVL(Cache):
         rank = surest.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         return rank < p[:, None]
 
-    def select(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Selection | None:
+    def select(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Selection:
         """Dense among the tokens that matter (section 4.1)."""
-        if site.layer < self.dense_layers:
-            return None
         assert site.marks is not None, "the prompt is marked before it is read"
         asking = torch.where(site.marks[:, site.offset :], 0, -1).int()
         there = torch.where(site.marks, 0, 1).int()
