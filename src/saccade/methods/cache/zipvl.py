@@ -135,7 +135,7 @@ class ZipVL(Cache):
         total = mass.double().sort(-1, descending=True).values.cumsum(-1)
         p = (total < self.mass_share * total[:, -1:]).sum(-1) + 1 if self.mass_share < 1 else mass.new_full((b,), n)
         p = p.clamp(max=site.budget.tokens(n, site.bytes_per_token))
-        surest = each.index_fill(-1, torch.tensor([n - 1], device=each.device), torch.inf)
+        surest = each.nan_to_num(0.0).index_fill(-1, torch.tensor([n - 1], device=each.device), torch.inf)
         rank = surest.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         return rank < p[:, None]
 

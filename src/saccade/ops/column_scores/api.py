@@ -41,7 +41,7 @@ def column_scores(
         CannotRun: the back end that was asked for cannot compute this, with every reason.
     """
     check(q, k, k)
-    if not k.shape[2] or (causal and q.shape[2] > k.shape[2]):
+    if not k.shape[2] or (causal and at is None and q.shape[2] > k.shape[2]):
         found = "causal queries are the last of the keys, and a row must see one"
         raise BadInput(f"column scores of {q.shape[2]} queries over {k.shape[2]} keys", found, "Give all keys.")
     if at is not None and (not causal or at.shape != q.shape[2:3]):

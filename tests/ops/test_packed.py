@@ -1,0 +1,108 @@
+"""Packed tokens: their formula in plain loops, units one behind the other, and attention over what they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saccade import ops
+from saccade.core.errors import BadInput, BadOption
+from saccade.ops.packed import api
+from tests.helpers import assert_close_as_torch
+from tests.ops.shapes import tensors
+
+BITS = st.sampled_from([2, 4])
+few = settings(max_examples=15, deadline=None)
+
+
+def nearest(x, bits):
+    """One group: every number as the nearest of 2^bits equally far steps from the least to the largest."""
+    low, high = float(x.min()), float(x.max())
+    step = (high - low) / (2**bits - 1)
+    return x if step == 0 else ((x - low) / step).round() * step + low
+
+
+def rounded(k, v, bits):
+    """[t d] of one row, one channel of keys and one token of values after the other."""
+    k, scale = k.clone(), v.abs().amax(0).sqrt()
+    scale[scale == 0] = 1
+    for c in range(k.shape[1]):
+        k[:, c] = nearest(k[:, c].clone(), bits)
+    return k, torch.stack([nearest(token, bits) for token in v / scale]) * scale
+
+
+def noise(rows, tokens, size, dtype=torch.float64):
+    _, k, v = tensors(rows, 1, 1, 1, tokens, size, torch.float64)
+    return k[:, 0].to(dtype), v[:, 0].to(dtype)
+
+
+def joined(*units):
+    return ops.Packed(**{name: torch.cat([vars(x)[name] for x in units], 1) for name in vars(units[0])})
+
+
+@few
+@given(BITS, st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(sum), st.sampled_from([4, 16]))
+def test_units_stand_for_what_the_formula_says(bits, lengths, size):
+    every = [noise(2, n, size) for n in lengths]
+    every[0][1][..., 0] = 0.0
+    packed = joined(*[ops.pack_tokens(k, v, bits) for k, v in every])
+    assert packed.bits == bits and packed.size == size
+    assert packed.keys.shape == packed.values.shape == (2, sum(lengths), size * bits // 8)
+    assert packed.tokens.tolist() == [[n for n in lengths if n]] * 2
+    k, v = ops.unpack_tokens(packed)
+    for row in range(2):
+        exact = [rounded(k[row], v[row], bits) for k, v in every if k.shape[1]]
+        torch.testing.assert_close(k[row], torch.cat([x for x, _ in exact]))
+        torch.testing.assert_close(v[row], torch.cat([x for _, x in exact]))
+    some = ops.unpack_tokens(packed, 1, sum(lengths))
+    assert torch.equal(some[0], k[:, 1:]) and torch.equal(some[1], v[:, 1:])
+
+
+@few
+@given(BITS, st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+def test_no_number_is_farther_than_half_a_step(bits, tokens, dtype):
+    k, v = noise(2, tokens, 16, dtype)
+    packed = ops.pack_tokens(k, v, bits)
+    (k_found, v_found), eps = ops.unpack_tokens(packed), torch.finfo(dtype).eps
+    assert k_found.dtype == v_found.dtype == dtype
+    wide = packed.key_span[..., 1].double()  # what is stored, divided and multiplied is rounded as well
+    assert ((k_found.double() - k.double()).abs() <= wide / 2 + eps * (2**bits * wide + k.double().abs().max())).all()
+    scale = packed.value_scale.double()
+    wide = packed.value_span[..., 1:].double() * scale
+    most = wide / 2 + 2 * eps * (2**bits * wide + scale * packed.value_span.double().abs().max() + v.double().abs())
+    assert ((v_found.double() - v.double()).abs() <= most).all()
+
+
+@few
+@given(BITS, st.integers(1, 30), st.integers(1, 50), st.sampled_from([None, 5.0]))
+def test_attention_is_that_over_what_they_stand_for(bits, queries, tokens, softcap):
+    q = tensors(2, 2, 1, queries, queries, 16)[0]
+    packed = joined(*[ops.pack_tokens(*noise(2, n, 16, torch.float32), bits) for n in (tokens, 3)])
+    k, v = (x[:, None] for x in ops.unpack_tokens(packed))
+    out, lse = ops.attend_packed(q, packed, softcap=softcap)
+    assert_close_as_torch(out, q, k, v, None, softcap=softcap, lse=lse)
+
+
+def test_they_are_spelt_out_in_pieces(monkeypatch):
+    q, packed = tensors(2, 2, 1, 3, 3, 16, torch.float64)[0], joined(
+        *[ops.pack_tokens(*noise(2, n, 16), 4) for n in (20, 7)]
+    )
+    whole = ops.attend_packed(q, packed)
+    monkeypatch.setattr(api, "PIECE", 6)
+    for one, other in zip(ops.attend_packed(q, packed), whole):
+        torch.testing.assert_close(one, other)
+
+
+def test_what_cannot_be_packed_says_why():
+    k, v = noise(1, 3, 6)
+    with pytest.raises(BadOption, match=r"pack tokens in 8 bits: there are 2 and 4\. Give one of those"):
+        ops.pack_tokens(k, v, 8)
+    with pytest.raises(BadInput, match=r"pack heads of 6 in 2 bits: 4 channels share a byte\. Pad to 8"):
+        ops.pack_tokens(k, v, 2)
+    q, none = torch.zeros(1, 2, 1, 6, dtype=k.dtype), ops.pack_tokens(k[:, :0], v[:, :0], 4)
+    with pytest.raises(BadInput, match=r"over 0 packed tokens of 1 heads of 6: .* a token to read"):
+        ops.attend_packed(q, none)
+    with pytest.raises(BadInput, match=r"attention of \(2, 2, 1, 6\) over 3 packed tokens of 1 heads"):
+        ops.attend_packed(q.repeat(2, 1, 1, 1), ops.pack_tokens(k, v, 4))
