@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -228,11 +229,11 @@ def test_a_model_that_sees_generates(how, unimportant):
     told = {"max_new_tokens": SAYS, "min_new_tokens": SAYS, **SAID[how]}
     short, mask = torch.cat([torch.zeros(1, 2, dtype=torch.long), ids[1:, :-2]], 1), torch.ones_like(ids)
     mask[1, :2] = 0
-    both = torch.cat([ids[:1], short])
+    both, whole = torch.cat([ids[:1], short]), full_cache_bytes(model.model.language_model, SEES + SAYS)
     with attach(model, method) as run:
         torch.manual_seed(0)
         together = model.generate(input_ids=both, attention_mask=mask, pixel_values=images, **told)
-        assert run.record.bytes_held < 0.8 * full_cache_bytes(model.model.language_model, SEES + SAYS, len(together))
+        assert run.record.bytes_held < 0.8 * whole * len(run.record.layer(0).seen)
         assert 0 < run.record.density() < 0.8
         if how == "sampled":
             assert together.shape == (4, SEES + SAYS)
@@ -243,7 +244,7 @@ def test_a_model_that_sees_generates(how, unimportant):
 
 
 def test_what_it_sees_matters():
-    """Attached to the language part: another image, another cache; a prompt in parts is read as one conversation."""
+    """It is attached to the part that has the image among its tokens: another image, another cache."""
     model, ids, images = seeing()
     held = []
     for image in images:
@@ -255,26 +256,18 @@ def test_what_it_sees_matters():
 
 @pytest.mark.parametrize("see", [False, True])
 def test_a_prompt_in_chunks_is_read_by_generate(see):
-    model, ids = tiny(), tokens(41)
-    given_ = {"input_ids": ids}
-    if see:
-        model, ids, images = seeing()
-        with torch.no_grad():  # transformers cuts embeddings, not images, into chunks
-            given_ = {"inputs_embeds": embedded(model, ids[:1], images[:1])}
-    told = {"max_new_tokens": 7, "min_new_tokens": 7, "do_sample": False}
-    with attach(model, ZipVL(mass_share=0.8, unit_tokens=3)) as run:
-        words = model.generate(**given_, prefill_chunk_size=11, **told)
-        assert words.shape[1] in (7, ids.shape[1] + 7)
-        assert run.record.layer(0).seen == [len(ids[0]) + 6] and run.record.kept_fraction == 1
-
-
-def embedded(model, ids, images):
-    """Words and image as the language part gets them."""
-    table = model.get_input_embeddings()(ids)
-    features = model.model.get_image_features(pixel_values=images)
-    features = torch.cat(tuple(getattr(features, "pooler_output", features)))
-    place = (ids == model.config.image_token_id)[..., None].expand_as(table)
-    return table.masked_scatter(place, features.to(table.dtype))
+    """Each chunk attends among what matters so far; what was packed is the prompt, once, at its end."""
+    model, ids, images = seeing() if see else (tiny(), tokens(SEES), None)
+    given_ = {"input_ids": ids[:1]} | ({"pixel_values": images[:1]} if see else {})
+    told = {"max_new_tokens": SAYS, "min_new_tokens": SAYS, "do_sample": False, "prefill_chunk_size": 11}
+    with attach(model, ZipVL(mass_share=0.8, unit_tokens=3)) as run, mock.patch.object(
+        ZipVL, "pack_apart", autospec=True, side_effect=ZipVL.pack_apart
+    ) as packed:
+        words = model.generate(**given_, **told)
+    units = [call.args[1][0].shape[1] + call.args[2][0].shape[1] for call in packed.call_args_list]
+    assert sorted(units, reverse=True) == [SEES, SEES, *[3] * (len(units) - 2)]
+    assert words.shape == (1, SEES + SAYS) and run.record.layer(0).seen == [SEES + SAYS - 1]
+    assert run.record.kept_fraction == 1 and run.record.density() < 0.8
 
 
 @pytest.mark.parametrize("prompt", ["sparse", "dense"])

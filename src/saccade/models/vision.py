@@ -36,6 +36,7 @@ def tiny_llava(
     token = text.vocab_size - 1 if image_token is None else image_token
     config = AutoConfig.for_model("llava", text_config=blank, vision_config=vision, image_token_index=token)
     with torch.random.fork_rng(devices=[]):  # the constructors draw from the global generator: leave the caller's alone
+        torch.manual_seed(rng.seed_of("tiny-llava", seed))  # of what `fill` adds to
         model = AutoModelForImageTextToText.from_config(config, dtype=language.dtype)
     for i, part in enumerate((model.model.vision_tower, model.model.multi_modal_projector)):
         fill(part, rng.generator("tiny-llava", seed, i))
