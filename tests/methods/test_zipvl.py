@@ -43,7 +43,8 @@ def important(q, k, at, budget, share):
     mass, rows = [0.0] * n, [0] * n
     for row, place in enumerate(at):
         for head in range(h):
-            weights = (k[head // (h // g), : place + 1].double() @ q[head, row].double() / k.shape[-1] ** 0.5).softmax(0)
+            logits = k[head // (h // g), : place + 1] @ q[head, row] / k.shape[-1] ** 0.5
+            weights = logits.softmax(0)
             for j, weight in enumerate(weights.tolist()):
                 mass[j] += weight / h
         for j in range(place + 1):

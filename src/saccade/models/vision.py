@@ -15,8 +15,9 @@ CHANNELS = 32  # of the vision tower
 
 
 def tiny_llava(
-    language: Any = None, *, image_token: int | None = None, image_pixels: int = 48, patch_pixels: int = 8, seed: int = 0
-) -> nn.Module:
+    language: Any = None, *, image_token: int | None = None, image_pixels: int = 48, patch_pixels: int = 8,
+    seed: int = 0,
+) -> nn.Module:  # fmt: skip
     """A random vision tower of two layers and a projector, before a causal language model of the Llama type.
 
     It takes `input_ids` and `pixel_values` [images 3 image_pixels image_pixels]; of each image (image_pixels /

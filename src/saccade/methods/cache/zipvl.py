@@ -51,10 +51,10 @@ class ZipVL(Cache):
         paper="arXiv:2410.08584",
         year=2024,
         authors="He, Chen, Liu, Shao, Zhou, Zhang, Zhuang",
-        summary="Each layer finds how many tokens matter; a prompt is read among those, and the rest kept in fewer bits.",
+        summary="Each layer finds which tokens matter; prompts are read among those, the others kept in fewer bits.",
         equation="p = min{p : sum of the p largest a_j >= tau sum_j a_j},  T = top-p of a_j / (rows that see j)",
-        budget="the most tokens of a prompt, or of a unit after it, that may matter, where mass_share asks for more; with"
-        " mass_share=1 their number in every layer",
+        budget="the most tokens of a prompt, or of a unit after it, that may matter, where mass_share asks for more;"
+        " with mass_share=1 their number in every layer",
         departures=(
             "The authors gave no code. A budget bounds how many tokens matter; the paper has no such bound.",
             "a_j is divided by the true number of probe rows that see j. The authors' ZipCache divides by the number of"
@@ -62,7 +62,8 @@ class ZipVL(Cache):
             "The least and largest of a token's values are those of one head, not of all heads together.",
             "A prompt in chunks: each has probes of its own, whose sums add up, and finds among all tokens so far what"
             " matters; that of the last chunk is what the cache goes by.",
-            "The 4 and 2 bits are read by plain PyTorch, 1,024 tokens spelt out at a time: memory is saved, time is not.",
+            "The 4 and 2 bits are read by plain PyTorch, 1,024 tokens spelt out at a time: memory is saved, time is"
+            " not.",
         ),
         lacks={
             "full-budget": "a budget is a bound; below it mass_share decides what is left out and rounded",
