@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saccade import ops
-from saccade.core.errors import BadInput, BadOption
+from saccade.core.errors import BadInput, BadOption, CannotRun
 from saccade.ops.packed import api
 from tests.helpers import assert_close_as_torch
+from tests.ops._triton import interpreter, run_in_interpreter
 from tests.ops.shapes import tensors
 
 BITS = st.sampled_from([2, 4])
@@ -85,10 +86,39 @@ def test_attention_is_that_over_what_they_stand_for(bits, queries, tokens, softc
     assert_close_as_torch(out, q, k, v, None, softcap=softcap, lse=lse)
 
 
+def test_in_the_interpreter():
+    run_in_interpreter(__file__)
+
+
+@interpreter
+@settings(max_examples=4, deadline=None)
+@given(
+    BITS, st.integers(1, 9), st.lists(st.integers(1, 90), min_size=1, max_size=2), st.sampled_from([None, 5.0]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.sampled_from([16, 20]),
+)  # fmt: skip
+def test_attention_from_the_codes(bits, queries, lengths, softcap, dtype, size):
+    q, said = tensors(2, 3, 1, queries, queries, size, dtype)[0], []
+    packed = joined(*[ops.pack_tokens(*noise(2, n, size, dtype), bits) for n in lengths])
+    k, v = (x[:, None] for x in ops.unpack_tokens(packed))
+    out, lse = ops.attend_packed(q, packed, softcap=softcap, impl="triton", report=said.append)
+    assert said == ["attend_packed:triton"] and out.dtype == dtype
+    assert_close_as_torch(out, q, k, v, None, softcap=softcap, lse=lse)
+
+
+@interpreter
+def test_rows_whose_units_differ_and_what_it_cannot_read():
+    one, other = ([ops.pack_tokens(*noise(1, n, 16, torch.float32), 2) for n in some] for some in ((70, 9), (31, 48)))
+    packed = ops.Packed(**{name: torch.cat([vars(joined(*x))[name] for x in (one, other)]) for name in vars(one[0])})
+    q = tensors(2, 2, 1, 1, 1, 16)[0]
+    for ours, plain in zip(*[ops.attend_packed(q, packed, impl=impl) for impl in ("triton", "torch")]):
+        torch.testing.assert_close(ours, plain)
+    with pytest.raises(CannotRun, match=r"(?s)computes in float32 at most.*130 queries of a row; it takes up to 64"):
+        ops.attend_packed(q.double().repeat(1, 1, 65, 1), packed, impl="triton")
+
+
 def test_they_are_spelt_out_in_pieces(monkeypatch):
-    q, packed = tensors(2, 2, 1, 3, 3, 16, torch.float64)[0], joined(
-        *[ops.pack_tokens(*noise(2, n, 16), 4) for n in (20, 7)]
-    )
+    q = tensors(2, 2, 1, 3, 3, 16, torch.float64)[0]
+    packed = joined(*[ops.pack_tokens(*noise(2, n, 16), 4) for n in (20, 7)])
     whole = ops.attend_packed(q, packed)
     monkeypatch.setattr(api, "PIECE", 6)
     for one, other in zip(ops.attend_packed(q, packed), whole):

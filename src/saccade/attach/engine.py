@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saccade import ops
-from saccade.attach import far, packing
+from saccade.attach import far, marking, packing
 from saccade.attach.layer import SaccadeLayer
 from saccade.attach.store import Bucket, Store, regroup
 from saccade.core.errors import CannotRun, DoesNotCompose
@@ -108,8 +108,7 @@ class Engine:
         reader, evictor = self.parts.get("decode"), self.parts.get("evict")
         if isinstance(evictor, Cache) and evictor.tallies:
             columns["tally"] = k.new_zeros(k.shape[:3], dtype=torch.promote_types(k.dtype, torch.float32))
-        if self._marker and (not layer.prompt_done or "pack" in self._marker.parts):
-            columns["marks"] = torch.zeros(k.shape[:3], dtype=torch.bool, device=k.device)
+        columns |= marking.columns(self, k, layer)
         if isinstance(reader, Decode):
             columns |= reader.index(k, self._site(layer, stage, k.shape[2], k.shape[2], 0))
         return columns
@@ -126,7 +125,7 @@ class Engine:
             tokens = None if real is None or count == n else _real_tokens(real, rows.rows // store.kv_heads, count)
             mine = by_row if len(rows.rows) == len(by_row) else by_row.index_select(0, rows.rows)
             mine = mine if tokens is None else mine.gather(2, _wide(tokens, mine))
-            rows = self._marked(layer, rows, mine, stage)
+            rows = marking.marked(self, layer, rows, mine, stage)
             done = self._piece(layer, rows, mine, stage)
             self._tally(layer, rows, mine, stage)
             if len(rows.rows) == len(by_row) and tokens is None:
@@ -143,34 +142,6 @@ class Engine:
         if out is None:  # nothing but padding
             return torch.zeros_like(q)
         return rearrange(out, "(b g) s q d -> b (g s) q d", g=store.kv_heads)
-
-    @property
-    def _marker(self) -> Cache | None:
-        """The method that says which stored keys matter, if there is one."""
-        return next((m for m in self.parts.values() if isinstance(m, Cache) and m.marks), None)
-
-    def _marked(self, layer: SaccadeLayer, rows: Bucket, q: Float[Tensor, "r s q d"], stage: Stage) -> Bucket:
-        """The rows with the marks that new tokens give: to all keys of a prompt, later to the units that they end."""
-        method = self._marker
-        if method is None or "marks" not in rows.columns:
-            return rows
-        new, there, g = q.shape[2], rows.columns["keys"].shape[1], layer.store.kv_heads
-        unit = method.unit_tokens if stage == "decode" else there
-        ends = [end for end in range(there - new + 1, there + 1) if end % unit == 0]
-        if not ends:
-            return rows
-        ids, marks = self._sequences(layer, rows, method), rows.columns["marks"].clone()
-        q, k = (rearrange(x, pattern, g=g) for x, pattern in
-                ((q, "(b g) s q d -> b (g s) q d"), (rows.columns["keys"], "(b g) n d -> b g n d")))  # fmt: skip
-        for end in ends:
-            asking = q if stage == "prefill" else q[:, :, end - there + new - 1 :][:, :, :1]
-            seen = layer.store.seen[ids[0]] - there + end
-            site = self._site(layer, stage, asking.shape[2], unit, seen, ids, method.parts[0])
-            found = method.mark(asking, k[:, :, end - unit : end], site)
-            self._keep_state(layer, method, site, ids)
-            marks[:, end - unit : end] = found.repeat_interleave(g, 0)
-        layer.store.put("marks", rows.rows, marks)
-        return replace(rows, columns={**rows.columns, "marks": marks})
 
     def _tally(self, layer: SaccadeLayer, rows: Bucket, q: Float[Tensor, "r s q d"], stage: Stage) -> None:
         evictor = self.parts.get("evict")
@@ -229,7 +200,7 @@ class Engine:
         shelved = layer.far_of(ids)
         keys = rows.length + sum(f.count for f in shelved[:1])
         site = self._site(layer, stage, q.shape[2], keys, layer.store.seen[ids[0]], ids)
-        site = _with_marks(site, stored)
+        site = marking.told(site, stored)
         if isinstance(owner, Decode):
             selection = owner.select(q, stored, site)
             if shelved:
@@ -325,17 +296,7 @@ class Engine:
             packing.pack(layer.store, packer, prompt_end)
         if prompt_end:
             layer.queries = []
-            self._forget_marks(layer)
-
-    def _forget_marks(self, layer: SaccadeLayer) -> None:
-        """At the end of the prompt: what they were made from, and the marks of what is not packed by them."""
-        method = self._marker
-        if method is None:
-            return
-        for states in (layer.states, layer.prompt_states):
-            states.pop(method.card.name, None)
-        if "pack" not in method.parts:
-            layer.store.forget("marks")
+            marking.forget(self, layer)
 
     def _begin(self, method: Decode, layer: SaccadeLayer) -> None:
         """Show the end of the prompt to a method that chooses by it what later queries read, or where that lies."""
@@ -410,7 +371,7 @@ class Engine:
     def _best(self, method: Cache, layer: SaccadeLayer, rows: Bucket, ids: list[int], stage: Stage) -> list[Bucket]:
         """The rows with the keys of highest score, as many as each head is allowed."""
         site = self._site(layer, stage, 0, rows.length, layer.store.seen[ids[0]], ids)
-        site = _with_marks(site, _by_head(rows.columns, layer.store.kv_heads))
+        site = marking.told(site, _by_head(rows.columns, layer.store.kv_heads))
         scores = method.score(self._seen(layer, rows, ids, method), site)
         counts = method.allocate(scores, site.budget, site).to(scores.device).clamp(1, rows.length)
         self._keep_state(layer, method, site, ids)
@@ -588,11 +549,6 @@ def _real_tokens(real: Tensor, sequence: Tensor, count: int) -> Tensor:
 def _wide(tokens: Tensor, like: Tensor) -> Tensor:
     """Token numbers [r m] as an index into [r s q d]."""
     return tokens[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[3])
-
-
-def _with_marks(site: Site, stored: Mapping[str, Tensor]) -> Site:
-    """Says to a method which keys it has marked: the same in every head."""
-    return replace(site, marks=stored["marks"][:, 0]) if "marks" in stored else site
 
 
 def _by_head(columns: Mapping[str, Tensor], kv_heads: int) -> dict[str, Tensor]:

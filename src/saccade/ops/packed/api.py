@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saccade.core.errors import BadInput, BadOption
 from saccade.core.selection import dense
+from saccade.ops import device, dispatch
 from saccade.ops.attend.api import attend
 from saccade.ops.merge_lse.api import merge_lse
 from saccade.ops.quantise.groups import BITS, levels, squeeze, stretch
@@ -104,20 +105,39 @@ def _of_unit(x: Float[Tensor, "r u d"], unit: Int[Tensor, "r n"] | None) -> Floa
 
 
 def attend_packed(
-    q: Float[Tensor, "r s q d"], x: Packed, *, scale: float | None = None, softcap: float | None = None
-) -> tuple[Float[Tensor, "r s q d"], Float[Tensor, "r s q"]]:
+    q: Float[Tensor, "r s q d"], x: Packed, *, scale: float | None = None, softcap: float | None = None,
+    impl: str = "auto", report: dispatch.Report | None = None,
+) -> tuple[Float[Tensor, "r s q d"], Float[Tensor, "r s q"]]:  # fmt: skip
     """Every query of row r reads all tokens of row r. Output and log-sum-exp, as in `attend`.
+
+    impl: "auto", "torch" (spelt out piece by piece), "triton" (CUDA, from the codes, for few queries; first there)
+    report: is told which back end ran, as "attend_packed:torch"
 
     Raises:
         BadInput: other rows or another head size, or no tokens.
+        CannotRun: the back end that was asked for cannot compute this, with every reason.
     """
     r, t, _ = x.keys.shape
     if q.dim() != 4 or (q.shape[0], q.shape[3]) != (r, x.size) or not t:
         asked = f"attention of {tuple(q.shape)} over {t} packed tokens of {r} heads of {x.size}"
         raise BadInput(asked, "it takes [rows, heads, queries, size] and a token to read", "Lay them out like that.")
+    scale = x.size**-0.5 if scale is None else scale
+    able = dispatch.with_triton(q, lambda: _reasons(q, x), {"torch": list})
+    if dispatch.pick("attend_packed", impl, able, report) == "triton":
+        from saccade.ops.packed import triton as kernels
+
+        return kernels.attend(q, x, scale=scale, softcap=softcap)
     parts = []
     for first in range(0, t, PIECE):
         k, v = (y[:, None] for y in unpack_tokens(x, first, min(first + PIECE, t)))
         whole = dense(q.shape[2], k.shape[2], causal=False)
         parts.append(attend(q, k, v, whole, scale=scale, softcap=softcap))
     return parts[0] if len(parts) == 1 else merge_lse(*zip(*parts))
+
+
+def _reasons(q: Tensor, x: Packed) -> dispatch.Reasons:
+    if not device.installed():
+        return device.triton_reasons(q)
+    from saccade.ops.packed import triton as kernels
+
+    return kernels.reasons(q, x)
