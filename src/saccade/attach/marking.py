@@ -1,4 +1,4 @@
-"""Which stored keys matter, as a method says: marks beside them, for what it leaves out of a prompt, evicts or packs."""
+"""Which stored keys matter, as a method says: marks beside them, for what it leaves out, evicts or packs."""
 
 from __future__ import annotations
 

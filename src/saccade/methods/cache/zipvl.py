@@ -62,8 +62,8 @@ class ZipVL(Cache):
             "The least and largest of a token's values are those of one head, not of all heads together.",
             "A prompt in chunks: each has probes of its own, whose sums add up, and finds among all tokens so far what"
             " matters; that of the last chunk is what the cache goes by.",
-            "The 4 and 2 bits are read by plain PyTorch, 1,024 tokens spelt out at a time: memory is saved, time is"
-            " not.",
+            "Off CUDA devices the 4 and 2 bits are read by plain PyTorch, 1,024 tokens spelt out at a time: memory is"
+            " saved, time is not.",
         ),
         lacks={
             "full-budget": "a budget is a bound; below it mass_share decides what is left out and rounded",
