@@ -25,7 +25,7 @@ CLAIM = Claim(
     says="About half of the tokens, another number in every layer, hold 97.5 % of the attention; a prompt read among"
     " them alone, and a cache of 4 bits for them and 2 for the rest, lose next to nothing, less than with the same"
     " number everywhere. 128 probe rows tell what all rows would.",
-    where="arXiv 2410.08584, first version: sections 3 and 4, tables of LLaVA-v1.5, LLaVA-Next and LongVA (VQAv2,"
+    where="arXiv 2410.08584, first version: section 4, and the tables of LLaVA-v1.5, LLaVA-Next and LongVA (VQAv2,"
     " ChartQA, TextVQA, GQA, MME, Video-MME), GSM8K by the cache alone",
     setting="LLaVA-v1.5-7B, LLaVA-Next-7B and 13B, LongVA-7B with images and video, LLaMA3-8B with text; prompts up to"
     " 128,000 tokens; prefill 2.6 times as fast, half of the memory",

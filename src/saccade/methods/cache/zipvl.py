@@ -41,12 +41,13 @@ class ZipVL(Cache):
 
     Raises:
         BadOption: a share outside (0, 1], no newest rows to look at, or units of nothing.
-    Source: arXiv 2410.08584, sections 4.1 to 4.3 (first version); quantisers: ThisisBillhe/ZipCache.
+    Source: arXiv 2410.08584, section 4, equations 6 and 7 (first version); quantisers: ThisisBillhe/ZipCache.
     """
 
     card = Card(
         name="zipvl",
-        title="ZipVL: Efficient Large Vision-Language Models with Dynamic Token Sparsification",
+        title="ZipVL: Efficient Large Vision-Language Models with Dynamic Token Sparsification and KV Cache"
+        " Compression",
         family="cache",
         paper="arXiv:2410.08584",
         year=2024,
@@ -110,7 +111,7 @@ class ZipVL(Cache):
 
     def mark(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Bool[Tensor, "b k"]:
         options = {"scale": site.scale, "softcap": site.softcap}
-        if site.stage == "decode":  # section 4.3: the newest token looks at its unit
+        if site.stage == "decode":  # the newest token looks at its unit
             mass = ops.column_scores(q, k, causal=False, **options).mean(1)
             return self._important(mass, mass, site)
         at = self._probes(site).to(q.device)
@@ -141,7 +142,7 @@ class ZipVL(Cache):
         return rank < p[:, None]
 
     def select(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Selection:
-        """Dense among the tokens that matter (section 4.1)."""
+        """Dense among the tokens that matter."""
         assert site.marks is not None, "the prompt is marked before it is read"
         asking = torch.where(site.marks[:, site.offset :], 0, -1).int()
         there = torch.where(site.marks, 0, 1).int()
