@@ -11,8 +11,8 @@ from saccade import ops
 from saccade.core.errors import BadInput, BadOption, CannotRun
 from saccade.ops.packed import api
 from tests.helpers import assert_close_as_torch
-from tests.ops._triton import interpreter, run_in_interpreter
-from tests.ops.shapes import tensors
+from tests.ops._triton import assert_close_on_a_gpu, interpreter, run_in_interpreter
+from tests.ops.shapes import HEAD_SIZES, tensors
 
 BITS = st.sampled_from([2, 4])
 few = settings(max_examples=15, deadline=None)
@@ -136,3 +136,19 @@ def test_what_cannot_be_packed_says_why():
         ops.attend_packed(q, none)
     with pytest.raises(BadInput, match=r"attention of \(2, 2, 1, 6\) over 3 packed tokens of 1 heads"):
         ops.attend_packed(q.repeat(2, 1, 1, 1), ops.pack_tokens(k, v, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", HEAD_SIZES)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_attention_from_the_codes_on_a_gpu(bits, size, dtype):
+    for queries, lengths, softcap in ((1, (3001, 100, 73), None), (3, (900,), 5.0)):
+        q, said = tensors(4, 4, 1, queries, queries, size, dtype)[0].cuda(), []
+        units = [[x.cuda() for x in noise(4, n, size, dtype)] for n in lengths]
+        packed = joined(*[ops.pack_tokens(k, v, bits) for k, v in units])
+        k, v = (x[:, None] for x in ops.unpack_tokens(packed))
+        out, lse = ops.attend_packed(q, packed, softcap=softcap, report=said.append)
+        assert said == ["attend_packed:triton"]
+        mask = torch.ones(1, 1, queries, sum(lengths), dtype=torch.bool, device="cuda")
+        assert_close_on_a_gpu(out, q, k, v, mask, softcap=softcap, lse=lse)
