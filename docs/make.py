@@ -52,6 +52,7 @@ WORDS = {
     "errors": "every documented error is raised, with its text",
     "bytes": "bytes reported are bytes held",
     "seed": "the same seed gives the same selection",
+    "keys": "every query of a prompt has a key",
     "assisted": "assisted decoding",
     "compile": "torch.compile",
     "backward": "gradients",

@@ -80,11 +80,19 @@ def bytes_per_token(trial):
     return 2 * LAYERS * trial.heads[1] * trial.heads[2] * trial.model.dtype.itemsize
 
 
+@pytest.mark.claims("keys")
+@drawn(2)
+def test_03_every_query_has_a_key(case, data):
+    trial = data.draw(trials(case, prompts=ANY))
+    assert all(m.any(-1).all() for m in watch(trial).masks)
+
+
 @drawn()
-def test_03_every_query_and_head_has_a_key_and_the_record_counts_them(case, data):
+def test_03_every_head_has_a_key_and_the_record_counts_the_pairs(case, data):
+    """The last tokens of a prompt, and all later ones, have one in every method."""
     trial = data.draw(trials(case, prompts=ANY))
     seen, n, end = watch(trial), trial.prompt, trial.prompt + trial.rest
-    assert all(m.any(-1).all() for m in seen.masks)
+    assert all(m[..., n - 1 :, :].any(-1).all() for m in seen.masks)
     assert all(len(p) for layer in seen.held for p in layer)
     rows = {"prefill": (slice(0, n), n * (n + 1) / 2), "decode": (slice(n, end), (end * (end + 1) - n * (n + 1)) / 2)}
     for stage, (part, dense) in rows.items():

@@ -238,3 +238,7 @@ def test_dense_and_causal(shape):
     assert_means(dense(queries, keys, causal), torch.ones(1, queries, keys, dtype=torch.bool))
     assert torch.equal(causal_mask(queries, keys), oracles.table(queries, keys, lambda i, j: j <= i))
     assert dense(queries, keys).offset == keys - queries
+
+
+def test_more_queries_than_keys_see_all_of_them():
+    assert_means(dense(9, 3, causal=False), torch.ones(1, 9, 3, dtype=torch.bool))

@@ -99,6 +99,19 @@ def test_as_many_queries_as_it_takes_and_strided_keys():
 
 
 @interpreter
+@settings(max_examples=4)
+@given(st.integers(1, 150), st.integers(1, 20), st.sampled_from(DTYPES))
+def test_queries_at_places_of_their_own(keys, queries, dtype):
+    """The last ones turned around: rows in another order."""
+    queries = min(queries, keys)
+    q, k, _ = tensors(2, 4, 2, queries, keys, 16, dtype)
+    at = torch.arange(keys - queries, keys).flip(0)
+    theirs = [p.sum(-2) for p in yardsticks(q, k, None, True)]
+    exact = weights(q.double(), k.double(), None, True).sum(-2)
+    assert_no_worse(ops.column_scores(q.flip(2), k, at=at, impl="triton"), exact, theirs)
+
+
+@interpreter
 def test_what_it_cannot_run_says_why():
     q, k, _ = (x.double() for x in tensors(1, 2, 1, 129, 130, 260))
     for call in (ops.column_scores, ops.line_scores):

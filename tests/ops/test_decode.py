@@ -75,12 +75,31 @@ def test_column_scores_are_column_sums_of_the_softmax(keys, queries, causal, sof
     assert torch.isclose(exact.sum(-1), torch.tensor(float(queries), dtype=torch.float64)).all()
 
 
+@given(KEYS, st.integers(1, 40), st.sampled_from([None, 5.0]), st.integers(0, 9))
+def test_column_scores_of_queries_at_places_of_their_own(keys, queries, softcap, seed):
+    """As one causal query after the other over the keys up to its own."""
+    q, k, _ = tensors(2, 4, 2, queries, keys, 32)
+    at = drawn((queries,), 0, keys, seed)
+    exact, theirs = 0, [0] * len(TURNS)
+    for i, last in enumerate(at.tolist()):
+        q1, k1 = q[:, :, i : i + 1], k[:, :, : last + 1]
+        whole = [(q1.double(), k1.double()), *((q1.roll(t, -1), k1.roll(t, -1)) for t in TURNS)]
+        scores = [ops.column_scores(*x, softcap=softcap, impl="reference") for x in whole]
+        wide = [torch.nn.functional.pad(x, (0, keys - last - 1)) for x in scores]
+        exact, theirs = exact + wide[0], [a + b for a, b in zip(theirs, wide[1:])]
+    for impl in ("auto", "reference"):
+        assert_no_worse(ops.column_scores(q, k, at=at, softcap=softcap, impl=impl), exact, theirs)
+
+
 def test_column_scores_over_many_tiles(monkeypatch):
     monkeypatch.setattr(tiled, "TILE", 7)
     monkeypatch.setattr(tiled, "ROWS", 5)
     q, k, _ = tensors(1, 4, 2, 23, 60, 32)
     exact = ops.column_scores(q.double(), k.double(), impl="reference")
     assert_no_worse(ops.column_scores(q, k), exact, [ops.column_scores(q, k, impl="reference")])
+    at = drawn((23,), 0, 60, 0)
+    exact = ops.column_scores(q.double(), k.double(), at=at, impl="reference")
+    assert_no_worse(ops.column_scores(q, k, at=at), exact, [ops.column_scores(q, k, at=at, impl="reference")])
 
 
 @given(st.integers(1, 60), st.integers(1, 4), st.integers(0, 9))
@@ -138,6 +157,8 @@ ERRORS = {
         q, k, v, merged=(torch.zeros(1, 2, 1).int(), torch.ones(1, 2, 2).int())
     ),
     "a row must see one": lambda q, k, v: ops.column_scores(q, k[:, :, :2]),
+    "queries at (2,) places: 3 queries, causal. Give each": lambda q, k, v: ops.column_scores(q, k, at=torch.ones(2)),
+    "which see every key": lambda q, k, v: ops.column_scores(q, k, causal=False, at=torch.zeros(q.shape[2])),
     "merge 1 outputs with 0 lses": lambda q, k, v: ops.merge_lse([q], []),
     "an output (1, 4, 3, 32) with lse (1, 4, 3, 32)": lambda q, k, v: ops.merge_lse([q], [q]),
 }

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saccade import ops
-from saccade.attach import eviction, far, packing, reading
+from saccade.attach import eviction, far, marking, packing, reading
 from saccade.attach.counts import Counts
 from saccade.attach.layer import SaccadeLayer
 from saccade.attach.states import Remembered, owned
@@ -114,6 +114,7 @@ class Engine:
         reader, evictor = self.parts.get("decode"), self.parts.get("evict")
         if isinstance(evictor, Cache) and evictor.tallies:
             columns["tally"] = k.new_zeros(k.shape[:3], dtype=torch.promote_types(k.dtype, torch.float32))
+        columns |= marking.columns(self, k, layer)
         if isinstance(reader, Decode):
             columns |= reader.index(k, self.site(layer, stage, k.shape[2], k.shape[2], 0))
         return columns
@@ -130,6 +131,7 @@ class Engine:
             tokens = None if real is None or count == n else _real_tokens(real, rows.rows // store.kv_heads, count)
             mine = by_row if whole else by_row.index_select(0, rows.rows)
             mine = mine if tokens is None else mine.gather(2, _wide(tokens, mine))
+            rows = marking.marked(self, layer, rows, mine, stage)
             done = self._piece(layer, rows, mine, stage)
             self._tally(layer, rows, mine, stage)
             if whole and tokens is None:
@@ -200,7 +202,7 @@ class Engine:
         shelved = layer.far_of(ids)
         keys = rows.length + sum(f.count for f in shelved[:1])
         site = self.site(layer, stage, q.shape[2], keys, layer.store.seen[ids[0]], ids)
-        note = None
+        site, note = marking.told(site, stored), None
         if stage == "decode" and self.run.note_reads:
             # where some lie in host memory nothing was dropped, so that places are positions
             position = torch.arange(keys)[None, None] if shelved else stored["positions"]
@@ -370,7 +372,7 @@ class Engine:
 
 def _pliant(method: Method, prompt_done: bool) -> bool:
     """Whether it treats a token alike, in the prompt's forward or after it, and drops none that may be taken back."""
-    if method.parts == ("pack",):
+    if "pack" in method.parts and set(method.parts) <= {"prefill", "pack"}:
         return prompt_done
     return isinstance(method, Cache) and method.rolling and (prompt_done or "prefill" in method.parts)
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from saccade.attach import far, packing
+from saccade.attach import far, marking, packing
 from saccade.attach.layer import SaccadeLayer
 from saccade.attach.store import Bucket, Store, by_head, numbers, regroup
 from saccade.core.method import Cache, Decode
@@ -37,9 +37,10 @@ def evict(engine: Engine, layer: SaccadeLayer, prompt_end: bool = False) -> None
     if prompt_end and isinstance(reader, Decode) and reader.observe_tokens:
         _begin(engine, reader, layer)
     if isinstance(packer, Cache) and layer.prompt_done:
-        packing.pack(layer.store, packer)
+        packing.pack(layer.store, packer, prompt_end)
     if prompt_end:
         layer.queries = []
+        marking.forget(engine, layer)
 
 
 def _begin(engine: Engine, method: Decode, layer: SaccadeLayer) -> None:
@@ -148,6 +149,7 @@ def _best(
 ) -> list[Bucket]:
     """The rows with the keys of highest score, as many as each head is allowed."""
     site = engine.site(layer, stage, 0, rows.length, layer.store.seen[ids[0]], ids)
+    site = marking.told(site, by_head(rows.columns, layer.store.kv_heads))
     scores = method.score(_seen(layer, rows, ids, method), site)
     counts = method.allocate(scores, site.budget, site).clamp(1, rows.length)
     engine.keep_state(layer, method, site, ids)

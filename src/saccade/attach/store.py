@@ -152,10 +152,11 @@ def _tokens(column: Tensor, index: Int[Tensor, "r m"]) -> Tensor:
 
 def regroup(buckets: Iterable[Bucket]) -> list[Bucket]:
     """Join buckets of equal length, packed as far, and sort their rows."""
-    by_length: dict[tuple[int, int], list[Bucket]] = {}
+    by_length: dict[tuple[int, ...], list[Bucket]] = {}
     for bucket in buckets:
         if bucket.rows.shape[0]:
-            by_length.setdefault((bucket.length, bucket.front), []).append(bucket)
+            sizes = (x.shape[1] for x in bucket.packed.values())  # of one front more may lie in fewer bits
+            by_length.setdefault((bucket.length, bucket.front, *sizes), []).append(bucket)
     return [_join(some) for _, some in sorted(by_length.items(), reverse=True)]
 
 
@@ -271,12 +272,31 @@ class Store:
 
     def add(self, name: str, rows: Int[Tensor, " r"], x: Tensor) -> None:
         """Add to a column of some rows, which lie in one bucket. Into a copy: another cache may hold the old one."""
+        i, place = self._find(rows)
+        self._set(i, {**self.buckets[i].columns, name: self.buckets[i].columns[name].index_add(0, place, x)})
+
+    def put(self, name: str, rows: Int[Tensor, " r"], x: Tensor) -> None:
+        """Set a column of some rows, which lie in one bucket, in a copy."""
+        i, place = self._find(rows)
+        self._set(i, {**self.buckets[i].columns, name: self.buckets[i].columns[name].index_copy(0, place, x)})
+
+    def forget(self, name: str) -> None:
+        """Give a column up."""
         for i, bucket in enumerate(self.buckets):
-            place = torch.searchsorted(bucket.rows, rows)
-            if len(bucket.rows) > int(place.max()) and torch.equal(bucket.rows[place], rows):
-                columns = {**bucket.columns, name: bucket.columns[name].index_add(0, place, x)}
-                self.buckets = [*self.buckets[:i], replace(bucket, columns=columns, space=None), *self.buckets[i + 1 :]]
-                return
+            self._set(i, {other: column for other, column in bucket.columns.items() if other != name})
+
+    def _set(self, i: int, columns: Columns) -> None:
+        """Other columns for a bucket, in a list of its own: another store may share the old one."""
+        changed = replace(self.buckets[i], columns=columns, space=None)
+        self.buckets = [*self.buckets[:i], changed, *self.buckets[i + 1 :]]
+
+    def _find(self, rows: Int[Tensor, " r"]) -> tuple[int, Int[Tensor, " r"]]:
+        """The bucket that some rows lie in, and their places there."""
+        wanted = numbers(rows)
+        for i, bucket in enumerate(self.buckets):
+            places = {row: place for place, row in enumerate(numbers(bucket.rows))}
+            if places.keys() >= set(wanted):
+                return i, torch.tensor([places[row] for row in wanted], device=rows.device)
         raise AssertionError("these rows are in no bucket")
 
     def crop(self, tokens: int) -> None:

@@ -34,8 +34,8 @@ PROPERTIES = (
 class Card:
     """One method, as data. Written as a literal: `card = Card(name="snapkv", ...)`.
 
-    `lacks` maps a property of the conformance suite, or "assisted", "compile", "backward", to the reason why the method
-    does not have it. What is not in `lacks` is claimed, and what is claimed is tested.
+    `lacks` maps a property of the conformance suite, or "keys", "assisted", "compile", "backward", to the reason why
+    the method does not have it. What is not in `lacks` is claimed, and what is claimed is tested.
     """
 
     name: str

@@ -24,6 +24,8 @@ from saccade.core.registry import get, split
 from saccade.core.selection import Selection
 from saccade.core.site import Seen, Site, State
 
+Pair = tuple[Float[Tensor, "r n d"], Float[Tensor, "r n d"]]  # keys and values
+
 # the parts of a model's work that a method can own, in the order of the data flow; at most one owner each
 PARTS = ("tokens", "steer", "prefill", "evict", "merge", "pack", "decode", "neurons", "observe")
 
@@ -177,11 +179,15 @@ class Cache(Method):
     `weighing`: evict by `score` at the end of the prompt and again after every token, which is then the one query seen.
     Such tokens are read one at a time, and cannot be taken back. Every head must keep as many keys.
     `tallies`: keep a number beside each stored key, from 0, to which `tally` adds what each query thinks of it.
+    `marks`: `mark` says which stored keys matter: of the prompt before it is read, so that `select` and `score` find it
+    in `site.marks`. One that also packs does so with `pack_apart` and `read`: the whole prompt at its end, as one unit,
+    later tokens `unit_tokens` at a time, marked by the newest of them. The heads of a sequence share their marks.
     """
 
     rolling: ClassVar[bool] = False
     weighing: ClassVar[bool] = False
     tallies: ClassVar[bool] = False
+    marks: ClassVar[bool] = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -265,6 +271,29 @@ class Cache(Method):
 
     def unpack(self, packed: Mapping[str, Tensor]) -> tuple[Float[Tensor, "r n d"], Float[Tensor, "r n d"]]:
         """Keys and values that some units stand for."""
+        raise NotImplementedError
+
+    @property
+    def unit_tokens(self) -> int:
+        """Of a method that marks and packs: tokens after the prompt that are packed together."""
+        raise NotImplementedError
+
+    def mark(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Bool[Tensor, "b k"]:
+        """Which of these keys matter. In the prompt: all there are, by the queries of the newest; what `site.state`
+        holds is forgotten at its end. Later: those of a unit, by the query of its last token.
+        """
+        raise NotImplementedError
+
+    def pack_apart(self, marked: Pair, others: Pair) -> dict[str, Tensor]:
+        """Keys and values [r n d] of one unit, those marked and the others, as columns; those of later units are put
+        behind them, each column's behind its own.
+        """
+        raise NotImplementedError
+
+    def read(
+        self, q: Float[Tensor, "r s q d"], packed: Mapping[str, Tensor], *, scale: float, softcap: float | None
+    ) -> tuple[Float[Tensor, "r s q d"], Float[Tensor, "r s q"]]:
+        """Attention of every query over all that such columns stand for: output and log-sum-exp."""
         raise NotImplementedError
 
     def select(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Selection | None:

@@ -453,5 +453,5 @@ class Together(Selection):
 
 def dense(queries: int, keys: int, causal: bool = True) -> Spans:
     """Every pair."""
-    wide = torch.full((1,), max(keys, 1))
+    wide = torch.full((1,), max(keys, queries, 1))  # not causal: a query may lie before all keys, if there are more
     return Spans(sinks=torch.zeros(1, dtype=torch.long), window=wide, queries=queries, keys=keys, causal=causal)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saccade.core.budget import FULL, Budget
@@ -61,6 +61,7 @@ class Site:
     settled: no stored key goes any more, but for tokens that are taken back
     handed: what this method hands from layer to layer within one forward: what it puts there is there in the layers
         behind, for the same sequences, and gone when the forward ends. Tensors with the batch first
+    marks: what `Cache.mark` said of the stored keys, of a method that marks them
     far: for each sequence what lies in host memory, where the method had it moved there; `keys` counts it
     turn: (x [b h n d], shifts [n]) -> queries or keys as they would be so many positions later (or, below 0, earlier);
         None where the model's position embedding is not known. Linear in x
@@ -85,6 +86,7 @@ class Site:
     settled: bool = False
     state: State = field(default_factory=dict, repr=False, compare=False)
     handed: State = field(default_factory=dict, repr=False, compare=False)
+    marks: Bool[Tensor, "b k"] | None = field(default=None, repr=False, compare=False)
     far: tuple[Far, ...] = field(default=(), repr=False, compare=False)
     turn: Turn | None = field(default=None, repr=False, compare=False)
     attend: Callable[[Tensor, Tensor, Tensor, Selection], Tensor] = field(default=_nowhere, repr=False, compare=False)

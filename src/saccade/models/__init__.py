@@ -14,6 +14,7 @@ _HOMES = {
     "is_cached": "known",
     "load": "loading",
     "tiny": "families",
+    "tiny_llava": "vision",
     "FAMILIES": "families",
 }
 __all__ = list(_HOMES)
@@ -29,3 +30,4 @@ if TYPE_CHECKING:
     from saccade.models.families import FAMILIES, tiny
     from saccade.models.known import KNOWN, Known, is_cached
     from saccade.models.loading import load
+    from saccade.models.vision import tiny_llava

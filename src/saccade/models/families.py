@@ -60,7 +60,7 @@ def tiny(
     config = AutoConfig.for_model(_TYPES[key], **shape, **_extra(key, layers, head_size, window))
     with torch.random.fork_rng(devices=[]):  # the constructors draw from the global generator: leave the caller's alone
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    _fill(model, rng.generator("tiny", seed, key))
+    fill(model, rng.generator("tiny", seed, key))
     return model.eval()
 
 
@@ -110,7 +110,7 @@ def _extra(family: str, layers: int, head_size: int, window: int | None) -> dict
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, generator: torch.Generator) -> None:
+def fill(model: nn.Module, generator: torch.Generator) -> None:
     """Matrices N(0, 1/fan-in), embeddings N(0, 1); norms and biases a tenth off what the family starts from."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for parameter in model.parameters():

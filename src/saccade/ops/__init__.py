@@ -16,6 +16,7 @@ from saccade.ops.dispatch import explain
 from saccade.ops.lines.api import draw_lines, fit_lines, line_scores
 from saccade.ops.merge_lse.api import merge_lse
 from saccade.ops.nearest.api import index_keys, index_reasons
+from saccade.ops.packed.api import Packed, attend_packed, pack_tokens, unpack_tokens
 from saccade.ops.page_bounds.api import page_bounds, page_scores
 from saccade.ops.pool_and_select.api import pool_and_select, pool_blocks
 from saccade.ops.pooled_map.api import pooled_map
@@ -27,10 +28,12 @@ from saccade.ops.window_votes.api import check_window, votes_of, window_votes
 
 __all__ = [
     "Gate",
+    "Packed",
     "Pooled",
     "Quantised",
     "assign",
     "attend",
+    "attend_packed",
     "block_gate",
     "block_logits",
     "check_window",
@@ -47,6 +50,7 @@ __all__ = [
     "index_reasons",
     "line_scores",
     "merge_lse",
+    "pack_tokens",
     "page_bounds",
     "page_scores",
     "pool_and_select",
@@ -57,6 +61,7 @@ __all__ = [
     "quantise_groups",
     "sparse_step",
     "topk",
+    "unpack_tokens",
     "votes_of",
     "window_votes",
 ]

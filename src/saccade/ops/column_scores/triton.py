@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saccade.ops import device
@@ -25,9 +25,9 @@ MOST_QUERIES = 128  # a diagonal then crosses two tiles at most
 
 # fmt: off
 @triton.jit
-def _normalise(Q, K, STAT, q_b, q_h, q_q, q_d, k_b, k_h, k_t, k_d, scale, cap, keys, chunk, parts, heads, queries,
-               GROUP: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr,
-               DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _normalise(Q, K, STAT, AT, q_b, q_h, q_q, q_d, k_b, k_h, k_t, k_d, scale, cap, keys, chunk, parts, heads,
+               queries, GROUP: tl.constexpr, CAUSAL: tl.constexpr, PLACED: tl.constexpr, CAPPED: tl.constexpr,
+               WIDE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
 # fmt: on
     """Largest logit and sum of exponentials of some rows of a key/value head over one part of the keys."""
     part, job, group = tl.program_id(0), tl.program_id(1), heads // GROUP
@@ -40,6 +40,8 @@ def _normalise(Q, K, STAT, q_b, q_h, q_q, q_d, k_b, k_h, k_t, k_d, scale, cap, k
     K += b.to(tl.int64) * k_b + kv.to(tl.int64) * k_h
     q = tl.load(Q + (head * q_h + query * q_q)[:, None] + d[None, :] * q_d, mask=live[:, None] & in_d, other=0.0)
     last = keys - 1 - (queries - 1 - query if CAUSAL else query * 0)
+    if PLACED:
+        last = tl.load(AT + query)
     m = tl.full([BM], -float("inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
     for t in range(part * chunk, tl.minimum(keys, (part + 1) * chunk), BN):
@@ -85,9 +87,10 @@ def _diagonals(DIAGONALS, p, t, keys, queries, BN: tl.constexpr, WP: tl.constexp
 
 # fmt: off
 @triton.jit
-def _add_up(Q, K, TOP, SHARE, COLUMNS, DIAGONALS, q_b, q_h, q_q, q_d, k_b, k_h, k_t, k_d, scale, cap, keys, heads,
-            queries, GROUP: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr,
-            LINES: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WP: tl.constexpr, BN: tl.constexpr):
+def _add_up(Q, K, TOP, SHARE, COLUMNS, DIAGONALS, AT, q_b, q_h, q_q, q_d, k_b, k_h, k_t, k_d, scale, cap, keys,
+            heads, queries, GROUP: tl.constexpr, CAUSAL: tl.constexpr, PLACED: tl.constexpr, CAPPED: tl.constexpr,
+            WIDE: tl.constexpr, LINES: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WP: tl.constexpr,
+            BN: tl.constexpr):
 # fmt: on
     """The weights of all rows on one tile of keys, summed over columns (and diagonals), head by head."""
     job, group = tl.program_id(1), heads // GROUP
@@ -100,6 +103,8 @@ def _add_up(Q, K, TOP, SHARE, COLUMNS, DIAGONALS, q_b, q_h, q_q, q_d, k_b, k_h, 
     place = at.to(tl.int64) if WIDE else at
     k = tl.load(K + place[:, None] * k_t + d[None, :] * k_d, mask=(at < keys)[:, None] & in_d, other=0.0)
     last = keys - 1 - (queries - 1 - r if CAUSAL else r * 0)
+    if PLACED:
+        last = tl.load(AT + r, mask=r < queries, other=0)
     seen = (at[:, None] <= last[None, :]) & (r < queries)[None, :]
     for i in range(GROUP):
         head = kv * GROUP + i
@@ -162,9 +167,10 @@ def column_scores(
     scale: float,
     softcap: float | None,
     causal: bool,
+    at: Int[Tensor, " w"] | None = None,
 ) -> Float[Tensor, "b h k"]:
     """See the op's api."""
-    return line_sums(q, k, scale=scale, softcap=softcap, causal=causal, lines=False)[0]
+    return line_sums(q, k, scale=scale, softcap=softcap, causal=causal, lines=False, at=at)[0]
 
 
 def line_sums(
@@ -175,27 +181,29 @@ def line_sums(
     softcap: float | None,
     causal: bool,
     lines: bool,
+    at: Int[Tensor, " w"] | None = None,
     how: Plan | None = None,
 ) -> tuple[Float[Tensor, "b h k"], Float[Tensor, "b h k"]]:
-    """Sums over columns, and over diagonals where `lines`. `how` is for benchmarks."""
+    """Sums over columns, and over diagonals where `lines`, of queries that are the last. `how` is for benchmarks."""
     (b, h, w, d), (g, keys) = q.shape, k.shape[1:3]
     sizes = {"dtype": torch.float32, "device": q.device}
     how = how or plan(q, h // g * w, lines)
     meta = {"GROUP": h // g, "CAUSAL": causal, "CAPPED": softcap is not None, "WIDE": far(k), "D": d}
-    meta["DP"] = max(16, triton.next_power_of_2(d))
+    meta |= {"DP": max(16, triton.next_power_of_2(d)), "PLACED": at is not None}
+    places = q if at is None else at.contiguous()
     shape = [*q.stride(), *k.stride(), scale, softcap or 1.0, keys]
-    top, share = _rows(q, k, shape, meta, how)
+    top, share = _rows(q, k, places, shape, meta, how)
     columns = torch.empty(b, h, keys, **sizes)
     diagonals = torch.zeros(b, h, keys, **sizes) if lines else columns
     _add_up[(triton.cdiv(keys, how.tile), b * g)](
-        q, k, top, share, columns, diagonals, *shape, h, w, LINES=lines, WP=max(16, triton.next_power_of_2(w)),
+        q, k, top, share, columns, diagonals, places, *shape, h, w, LINES=lines, WP=max(16, triton.next_power_of_2(w)),
         BN=how.tile, num_warps=how.tile_warps, num_stages=2, **meta,
     )  # fmt: skip
     return columns, diagonals
 
 
 def _rows(
-    q: Tensor, k: Tensor, shape: list[float], meta: dict[str, int], how: Plan
+    q: Tensor, k: Tensor, places: Tensor, shape: list[float], meta: dict[str, int], how: Plan
 ) -> tuple[Float[Tensor, "b h w"], Float[Tensor, "b h w"]]:
     """Largest logit and one over the sum of exponentials of every row."""
     (b, h, w, _), (g, keys) = q.shape, k.shape[1:3]
@@ -207,8 +215,8 @@ def _rows(
     stat = torch.empty(b * h * w, parts, 2, **sizes)
     top, share = torch.empty(b, h, w, **sizes), torch.empty(b, h, w, **sizes)
     _normalise[(parts, b * g, blocks)](
-        q, k, stat, *shape, chunk, parts, h, w, BM=how.rows, BN=how.keys, num_warps=how.warps, num_stages=how.stages,
-        **meta,
+        q, k, stat, places, *shape, chunk, parts, h, w, BM=how.rows, BN=how.keys, num_warps=how.warps,
+        num_stages=how.stages, **meta,
     )  # fmt: skip
     _join[(b * h * w,)](stat, top, share, parts, BS=triton.next_power_of_2(parts), num_warps=1)
     return top, share

@@ -23,13 +23,29 @@ def quantise_groups(x: Float[Tensor, "*groups m"], bits: int) -> tuple[UInt8[Ten
     """
     if bits not in BITS:
         raise BadOption(f"quantise groups to {bits} bits", "there are 2 and 4", "Give one of those.")
+    codes, span = levels(x, bits, -1)
+    return squeeze(codes, bits), span.squeeze(-2)
+
+
+def levels(x: Float[Tensor, "*a"], bits: int, dim: int) -> tuple[UInt8[Tensor, "*a"], Float[Tensor, "*b 2"]]:
+    """Codes of groups along `dim`, a byte each; low and step, with that dimension of size 1."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    low, high = x.aminmax(dim=-1, keepdim=True)
+    low, high = x.aminmax(dim=dim, keepdim=True)
     step = ((high.to(wide) - low.to(wide)) / (2**bits - 1)).to(x.dtype)
     step = step.masked_fill(step == 0, 1.0)
     codes = ((x.to(wide) - low.to(wide)) / step.to(wide)).round().clamp(0, 2**bits - 1).to(torch.uint8)
+    return codes, torch.stack([low, step], -1)
+
+
+def squeeze(codes: UInt8[Tensor, "*a m"], bits: int) -> UInt8[Tensor, "*a p"]:
+    """As many to a byte as go in, the first in the lowest bits."""
     slots = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % (8 // bits))).unflatten(-1, (-1, 8 // bits))
-    return (slots << _shifts(bits, x.device)).sum(-1, dtype=torch.uint8), torch.cat([low, step], -1)
+    return (slots << _shifts(bits, codes.device)).sum(-1, dtype=torch.uint8)
+
+
+def stretch(codes: UInt8[Tensor, "*a p"], bits: int, size: int) -> UInt8[Tensor, "*a m"]:
+    """A byte each again."""
+    return ((codes[..., None] >> _shifts(bits, codes.device)) & (2**bits - 1)).flatten(-2)[..., :size]
 
 
 def dequantise_groups(
@@ -37,9 +53,8 @@ def dequantise_groups(
 ) -> Float[Tensor, "*groups m"]:
     """What groups of `size` numbers stand for, in the dtype of `span`."""
     wide = torch.promote_types(span.dtype, torch.float32)
-    each = ((codes[..., None] >> _shifts(bits, codes.device)) & (2**bits - 1)).flatten(-2)[..., :size]
     low, step = span.to(wide).split(1, -1)
-    return (low + step * each).to(span.dtype)
+    return (low + step * stretch(codes, bits, size)).to(span.dtype)
 
 
 def _shifts(bits: int, device: torch.device) -> UInt8[Tensor, " s"]:
