@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -126,3 +127,9 @@ def test_a_file_whose_card_bears_another_name_is_said(plugin, others):
     others(misnamed=plugin)
     with pytest.raises(BugInSaccade, match=rf"method 'misnamed': {plugin} holds no class whose card bears that name\."):
         registry.get("misnamed")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_card_read_alone_is_that_of_its_class(name):
+    found = registry._alone(registry._origin(name))
+    assert found and ast.dump(found) == ast.dump(registry._card_call(registry.source(name)[1]))

@@ -12,6 +12,7 @@ import fnmatch
 import functools
 import importlib
 import importlib.util
+import re
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,6 +66,9 @@ def split(text: str) -> tuple[str, dict[str, str]]:
     return name, changes
 
 
+CARD = re.compile(r"^    card(?:: [^=\n]+)? = (Card\(\n(?:        .*\n)+    \))$", re.M)
+
+
 @functools.cache
 def card(name: str) -> Card:
     """The card of a method, read from its source without importing it.
@@ -72,7 +76,7 @@ def card(name: str) -> Card:
     Raises:
         UnknownName: nobody has a method of that name; the nearest are said.
     """
-    call = _card_call(source(name)[1])
+    call = _alone(_origin(name)) or _card_call(source(name)[1])
     assert call is not None, "source finds classes with a card alone"
     return Card(**{str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
 
@@ -84,15 +88,25 @@ def source(name: str) -> tuple[Path, ast.ClassDef]:
     Raises:
         UnknownName: nobody has a method of that name; the nearest are said.
     """
-    module, _, class_name = _place(name).partition(":")
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise BugInSaccade(f"the card of {name!r}", f"module {module} has no source")
-    file = Path(spec.origin)
+    file, class_name = _origin(name), _place(name).partition(":")[2]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ClassDef) and (not class_name or node.name == class_name) and _card_call(node):
             return file, node
     raise BugInSaccade(f"the card of {name!r}", f"{file} holds no class with `card = Card(...)`")
+
+
+def _origin(name: str) -> Path:
+    module = _place(name).partition(":")[0]
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise BugInSaccade(f"the card of {name!r}", f"module {module} has no source")
+    return Path(spec.origin)
+
+
+def _alone(file: Path) -> ast.Call | None:
+    """The call of a file's one card, laid out as ours are: to read all of a file for it makes `saccade list` slow."""
+    found = CARD.findall(file.read_text(encoding="utf-8"))
+    return ast.parse(found[0].strip(), mode="eval").body if len(found) == 1 else None  # type: ignore[return-value]
 
 
 def _card_call(node: ast.ClassDef) -> ast.Call | None:

@@ -58,7 +58,6 @@ class MoA(Cache):
         licence_of_official="MIT",
         summary="Every head has a window of its own length, growing with the text by a rule that gradients chose.",
         equation="S_h(n) = alpha_h + beta_h n;  min sum_h sum_dropped |E_h|,  mean_h S_h(n) / n <= budget",
-        usual=True,
         budget="mean keys per head over the whole model at the end of the prompt",
         calibrated=True,
         departures=(
