@@ -278,6 +278,12 @@ def fa4_dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)[0].transpose(1, 2)
 
 
+def fla_dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from fla.ops.attn import parallel_attn
+
+    return parallel_attn(*(x.transpose(1, 2).contiguous() for x in (q, k, v))).transpose(1, 2)
+
+
 def dense_kernels(backward: bool, peers: bool) -> dict[str, Callable[..., Tensor]]:
     """What is there to compare with; `peers`: also what is known not to be the fastest."""
     found = {"cudnn": by_torch(SDPBackend.CUDNN_ATTENTION)}
@@ -285,6 +291,8 @@ def dense_kernels(backward: bool, peers: bool) -> dict[str, Callable[..., Tensor
         found["flash"] = by_torch(SDPBackend.FLASH_ATTENTION)
         if flash4.installed() is not None:
             found["fa4"] = fa4_dense
+        if importlib.util.find_spec("fla") is not None:
+            found["fla"] = fla_dense
     if not backward and importlib.util.find_spec("fa3_fwd_interface") is not None:
         import fa3_fwd_interface
 
@@ -406,7 +414,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--tokens", type=int, help="cases of this length only")
     parser.add_argument("--no-flex", action="store_true")
-    parser.add_argument("--peers", action="store_true", help="dense flash-attn-4 and PyTorch's flash kernel too")
+    parser.add_argument("--peers", action="store_true", help="dense flash-attn-4, fla and PyTorch's flash kernel too")
     parser.add_argument("--ahead", type=int, default=0, metavar="CYCLES", help="keep the device busy for so long before"
                         " each timed call, so that the time of the host does not count: 4000000 is 2 ms")
     parser.add_argument("--plain", action="store_true", help="forward without the warp-specialised form")

@@ -91,14 +91,15 @@ USUAL = Plan(
     {8192: 32, 32768: 32, 131072: 32, 524288: 2},
     ("full", "full:attached", "minference@7096tok", "hip@784tok"),
     {16384: 32, 32768: 32, 131072: 8},
-    ("full", "full:attached", "snapkv@0.12", DUO, "double-sparsity:dense_layers=0@1/16"),
+    ("full", "full:attached", "snapkv@0.12", DUO, "double-sparsity:dense_layers=0@1/16",
+     "double-sparsity:dense_layers=0,group=max@1/16"),
 )
 SMALL = Plan(
     {256: 4, 512: 2},
     ("full", "full:attached", "minference@0.25", "hip@64tok"),
     {256: 4, 512: 2},
     ("full", "full:attached", "snapkv@0.125", "duo-attention:sink_tokens=4,recent_tokens=12@0.5",
-     "double-sparsity:dense_layers=0,channels=4@1/16"),
+     "double-sparsity:dense_layers=0,channels=4@1/16", "double-sparsity:dense_layers=0,channels=4,group=max@1/16"),
 )  # fmt: skip
 
 
@@ -119,6 +120,7 @@ GOALS = (
     Goal("prefill", "minference", 524288, "attention", 7),
     Goal("prefill", "hip", 131072, "attention", 3),
     Goal("decode", "double-sparsity", 131072, "step", 1.9, 8),
+    Goal("decode", "double-sparsity by group", 131072, "step", 1.9, 8),
     Goal("decode", "duo-attention", 131072, "step", 2, 1),
     Goal("decode", "duo-attention", 131072, "step", 2, 8),
     Goal("decode", "duo-attention", 131072, "cache", 1 / 2, 8),
@@ -279,7 +281,8 @@ class Contestant:
         if name in PLAIN:
             return cls(name, saccade.get("full")() if name == PLAIN[1] else None, Budget.of(1.0))
         (method,) = parse(name).methods
-        return cls(name.partition(":")[0], method, Budget.of(budget))
+        label = method.card.name + (" by group" if "group=max" in name else "")  # lists that its heads share
+        return cls(label, method, Budget.of(budget))
 
 
 def equipped(model: LlamaForCausalLM, method: Method) -> Method:

@@ -3,8 +3,10 @@
     python docs/make.py                 write what has changed
     python docs/make.py --check         write nothing; end with 1 where a page is not up to date
     python docs/make.py --run RUN_DIR   show this finished run of `saccade compare` (copied, without its cells)
+    python docs/make.py --run RUN_DIR --page transfer    the same for docs/transfer.md, a run over whole families
 
-Cards, docstrings, results of claims and the run in docs/run are all that is read: nothing here is written by hand.
+Cards, docstrings, results of claims and the runs in docs/run and docs/run-transfer are all that is read: nothing here
+is written by hand.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from saccade.report import markdown, tables  # noqa: E402
 from saccade.report.run import Run  # noqa: E402
 
 RUN = ROOT / "docs" / "run"
+RUNS = {"comparison": RUN, "transfer": ROOT / "docs" / "run-transfer"}  # page -> the run that it shows
 RUN_FILES = ("run.json", "env.json", "summary.json")
 NOTE = "<!-- made by docs/make.py from the card, the docstring and the results of claims; do not edit -->\n"
 FILLED = ("README.md", "docs/index.md")
@@ -185,14 +188,15 @@ def comparison(prefix: str) -> str:
     if not (RUN / "summary.json").is_file():
         return "No run is committed yet: `python docs/make.py --run RUN_DIR` puts one here."
     run = Run.read(RUN)
-    whole = tables.overview(run)
-    budgets = list(dict.fromkeys(row[1].text for row in whole.rows))
-    shown = [row for row in whole.rows if row[1].text == budgets[len(budgets) // 2]]
+    budgets = [b for b in dict.fromkeys(row["budget"] for row in run.rows) if b != "1"]
+    shown = tables.transfer(run, budgets[len(budgets) // 2 : len(budgets) // 2 + 1])
+    families = (RUNS["transfer"] / "summary.json").is_file()
+    others = f"; all methods of two families are in [another]({prefix}transfer.md)" if families else ""
     parts = [
-        f"{whole.caption}, at one of its budgets; the rest is in [the whole report]({prefix}comparison.md).",
-        "Retrieval scores hits (higher is better), losses are in nats (lower is better). _In italics_: not to be told"
-        " from `full`. **Bold**: worse than the same budget spent at random.",
-        markdown.table(tables.Table(whole.caption, whole.heads, shown)),
+        f"Paired difference to `full`, with its interval, at one of the budgets; the rest is in [the whole"
+        f" report]({prefix}comparison.md){others}.",
+        f"Retrieval scores hits (higher is better), losses are in nats (lower is better). {markdown.key()}",
+        markdown.table(shown),
         f"Measured on: {_machine(run.env)}.",
     ]
     return "\n\n".join(parts)
@@ -210,8 +214,9 @@ def pages() -> dict[Path, str]:
         prefix = "" if name.startswith("docs/") else "docs/"
         text = (ROOT / name).read_text(encoding="utf-8")
         made[ROOT / name] = _fill(_fill(text, "methods", methods, prefix), "comparison", comparison, prefix)
-    if (RUN / "summary.json").is_file():
-        made[ROOT / "docs" / "comparison.md"] = NOTE + "\n" + markdown.render(Run.read(RUN))
+    for name, folder in RUNS.items():
+        if (folder / "summary.json").is_file():
+            made[ROOT / "docs" / f"{name}.md"] = f"{NOTE}\n{markdown.render(Run.read(folder))}"
     return made
 
 
@@ -246,12 +251,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 where a page is not up to date")
     parser.add_argument("--run", type=Path, metavar="RUN_DIR", help="show this finished run")
+    parser.add_argument("--page", choices=RUNS, default="comparison", help="the page that shows it")
     given = parser.parse_args()
     if given.run:
         Run.read(given.run)  # it is whole, or an error says what is wrong
-        RUN.mkdir(exist_ok=True)
+        RUNS[given.page].mkdir(exist_ok=True)
         for name in RUN_FILES:
-            shutil.copy(given.run / name, RUN / name)
+            shutil.copy(given.run / name, RUNS[given.page] / name)
     old = stale() if given.check else write()
     print("\n".join(old) or "all pages are up to date")
     return 1 if given.check and old else 0

@@ -7,5 +7,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start, 
 
 from hypothesis import settings
 
-settings.register_profile("saccade", deadline=None, max_examples=40)
+# in CI the same examples every time: a new one that fails is found by those who work on it, not by who comes last
+settings.register_profile("saccade", deadline=None, max_examples=25, derandomize="CI" in os.environ)
 settings.load_profile("saccade")

@@ -38,6 +38,7 @@ def requests(draw: st.DrawFn) -> dict:
         "device": st.sampled_from(["cpu", "cuda", "cuda:1"]),
         "quick": st.booleans(),
         "seed": st.integers(0, 99),
+        "families": st.lists(st.sampled_from(["sparse", "cache", "decode"]), max_size=2, unique=True),
         "model": st.sampled_from(["smollm2", "owner/some-model"]),
     }
     return {name: draw(strategy) for name, strategy in some.items()}
@@ -51,6 +52,15 @@ def test_the_line_that_repeats_a_run_is_read_back_as_that_run(request):
     assert (saccade, verb) == ("saccade", "compare")
     again = Config.of(**compare.request(parser("compare").parse_args(given)))
     assert again == config and again.name == config.name
+
+
+def test_families_are_words_or_parted_by_commas(capsys):
+    def asked(*words: str) -> list[str]:
+        return compare.request(parser("compare").parse_args(["--family", *words]))["families"]
+
+    assert asked("cache,decode") == asked("cache", "decode") == asked("cache,", "decode") == ["cache", "decode"]
+    assert main(["compare", "--plan", "--family", ","]) == 2
+    assert "no family to compare ','" in capsys.readouterr().err
 
 
 def test_the_plan_comes_alone_and_computes_nothing(capsys, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from saccade import models
-from saccade.attach import attach, explain, fingerprint
+from saccade.attach import attach, fingerprint, refusals
 from saccade.attach.calibration import Subject
 from saccade.attach.probe import probe
 from saccade.core.artefact import Artefact
@@ -92,8 +92,7 @@ def _budgets(case: Case) -> tuple[float | str, ...]:
     choice = FRACTIONS if case.option.endswith("_layers") else FRACTIONS + TOKENS
     model = tiny(4, 2, 16)
     method = equipped(case.method(), model)
-    with mock.patch.object(ATTACH, "probe", look):
-        return tuple(b for b in choice if not explain(model, method, budget=b))
+    return tuple(b for b in choice if not refusals(model, method, Budget.of(b), look(model)))
 
 
 def cases() -> list[Case]:

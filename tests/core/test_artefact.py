@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
 
 from saccade.core import artefact, rng
-from saccade.core.artefact import Artefact
+from saccade.core.artefact import Artefact, Draft
 from saccade.core.errors import BadArtefact, CannotRun
 
 
@@ -105,3 +105,27 @@ def test_a_disk_that_fills_up_leaves_the_older_artefact_whole(tmp_path, monkeypa
 def test_reading_makes_no_folder(cache):
     assert Artefact.find("made", "f1") is None
     assert not (cache / "cache").exists()
+
+
+def test_a_draft_keeps_what_was_made_until_it_is_cleared(tmp_path):
+    draft, made_times = Draft(tmp_path / "mine"), []
+
+    def make():
+        made_times.append(1)
+        return {"x": torch.arange(3)}
+
+    assert draft.load("a") is None
+    assert [draft.kept("a", make)["x"].tolist() for _ in range(2)] == [[0, 1, 2]] * 2 and len(made_times) == 1
+    draft.clear()
+    assert draft.load("a") is None and not (tmp_path / "mine").exists()
+    nowhere = Draft()
+    for _ in range(2):
+        nowhere.kept("a", make)
+    assert len(made_times) == 3 and nowhere.load("a") is None
+
+
+def test_a_broken_draft_is_said(tmp_path):
+    Draft(tmp_path).save("a", {"x": torch.arange(3)})
+    (tmp_path / "a.safetensors").write_bytes(b"short")
+    with pytest.raises(BadArtefact, match=r"draft .*a\.safetensors: it cannot be read \(.+\)\. Delete its folder\."):
+        Draft(tmp_path).load("a")

@@ -18,6 +18,7 @@ from saccade import models
 from saccade.core.errors import BadBudget, BadInput, BadOption, CannotRun, UnknownName
 from saccade.measure.compare import compare, plan
 from saccade.measure.config import Config
+from saccade.measure.contestants import of_families
 from saccade.measure.program import entrants, everybody
 from saccade.methods.cache.knorm import KNorm
 from tests.measure import small
@@ -98,9 +99,9 @@ def test_speed_is_of_full_and_of_what_papers_propose(run):
     assert {c["stage"] for c in summary["crossover"]} == {"prefill", "decode"}
 
 
-def test_what_was_kept_is_drawn_for_methods_that_evict(run):
+def test_what_was_kept_is_drawn_for_methods_that_evict_or_read(run):
     drawn = {x["label"] for x in lines(run[0]) if x.get("kept")}
-    assert drawn == {"knorm", METHODS[1], "random", "streaming"}
+    assert drawn == {"knorm", METHODS[1], "random", "streaming", "oracle-topk"}
 
 
 def test_progress_is_told_to_the_end(run):
@@ -156,6 +157,22 @@ def test_methods_without_their_artefact_are_left_out_with_reasons(tiny, tmp_path
     assert "saccade calibrate duo-attention" in " ".join(left["duo-attention"])
     assert any("duo-attention at 0.5, 0.25 is left out: " in e.text for e in events)
     assert "duo-attention" not in {r["label"] for r in read(out, "summary")["rows"]}
+
+
+def test_a_family_takes_part_as_far_as_it_can_and_the_rest_is_said(tiny, tmp_path):
+    out = compare(tiny, families=["cache", "decode"], out=tmp_path / "f", tasks=["continuation-loss"], tokens=64,
+                  count=1, budgets=(0.5,), lengths=(), dtype="float32")  # fmt: skip
+    summary = read(out, "summary")
+    there = {(x["label"], x["budget"]) for x in summary["transfer"]}
+    left = {x["label"]: x["reasons"][0] for x in summary["left_out"]}
+    assert {("full", "1"), ("random", "0.5"), ("streaming", "0.5"), ("oracle-topk", "0.5"), ("kivi", "1")} <= there
+    for name in of_families(["cache", "decode"]):
+        assert (name in left) == ((name, "0.5") not in there), name
+    assert "saccade calibrate double-sparsity" in left["double-sparsity"] and "it takes no budget" in left["kivi"]
+    assert summary["failed"] == [] and problems(summary, schema("summary")) == []
+    assert problems(read(out, "run"), schema("run")) == []
+    standing = {(x["label"], x["budget"]): x["standing"] for x in summary["transfer"]}
+    assert standing["kivi", "1"] == "no random" and standing["h2o", "0.5"] != "no random"
 
 
 def test_the_oracle_of_long_samples_has_to_be_named(tiny):

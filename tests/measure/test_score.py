@@ -16,9 +16,10 @@ from saccade.core import rng
 from saccade.core.budget import Budget
 from saccade.core.errors import BadInput
 from saccade.measure.bytes import full_cache_bytes
-from saccade.measure.contestants import parse
+from saccade.measure.contestants import Contestant, of_families, parse
 from saccade.measure.score import BINS, Subject, picture, quality
 from saccade.measure.speed import STEPS, speed_round
+from tests.conformance.cases import Case, equipped, tiny
 from tests.measure.small import model, tokenizer
 
 WHOLE = Budget(1.0)
@@ -122,7 +123,30 @@ def test_picture_shows_what_was_kept(subject):
     )
     for head in (h for layer in kept["share"] for h in layer):
         assert sum(head) / BINS == pytest.approx(0.25)
+    assert kept["what"] == "kept" and kept["bits"] is None
     assert quality(subject, parse("full"), WHOLE, Loss(), [draw(128, 4)], 0)["kept"] is None
+
+
+FAMILIES = of_families(["cache", "decode"])
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "streaming", "random", "random:part=decode", "oracle-topk", "snapkv+kivi"])
+def test_every_method_of_the_families_is_drawn(name):
+    net = tiny(4, 2, 16)
+    names = [name] if name.startswith("random") else name.split("+")
+    methods = [parse(n).methods[0] if ":" in n else equipped(Case(n).method(), net) for n in names]
+    who = Contestant(tuple(methods))
+    budget = Budget(0.75) if who.takes_budget else WHOLE
+    made = quality(Subject(net, tokenizer()), who, budget, Loss(), [draw(128, 8)], 0)
+    kept, achieved = made["kept"], made["achieved"]
+    what = "read" if "decode" in who.parts else "bits" if "pack" in who.parts else "kept"
+    share = torch.tensor(kept["share"])
+    assert (kept["what"], kept["seen"], kept["bits"]) == (what, 128, 64 if what == "bits" else None)
+    assert share.shape == (2, 4 if what == "read" else 2, BINS) and 0 <= float(share.min()) <= float(share.max()) <= 1
+    if what == "kept":
+        assert float(share.mean()) == pytest.approx(achieved["kept_fraction"], abs=0.01)
+    else:  # of what is read the prompt's share is about that of all; what is packed takes less than it is
+        assert abs(float(share.mean()) - achieved["decode_density"]) < 0.1 if what == "read" else share.mean() < 0.75
 
 
 @given(seen=st.integers(1, 300), data=st.data())
@@ -133,7 +157,7 @@ def test_every_stretch_is_a_share(seen, data):
     record = Record()
     layer = record.layer(0)
     layer.seen, layer.kept = [seen], [[torch.tensor(positions), torch.arange(seen)]]
-    some, whole = picture(record)["share"][0]
+    some, whole = picture(record, "kept", seen)["share"][0]
     assert len(some) == min(BINS, seen) and all(0 <= x <= 1 for x in some)
     assert set(whole) == {1.0}
     assert (some == whole) or len(positions) < seen

@@ -29,15 +29,18 @@ def reader(**changes):
     return DoubleSparsity(**{"channels": 3, "dense_layers": 0, "artefact": made(), **changes})
 
 
+@pytest.mark.parametrize("group", ["per-head", "max"])
 @given(st.integers(1, 30), st.integers(1, 5), st.sampled_from(["1tok", "4tok", 0.3, 1.0]))
 @settings(max_examples=40, deadline=None)
-def test_with_all_channels_the_choice_is_exact_top_k(n, queries, budget):
+def test_with_all_channels_the_choice_is_exact_top_k(group, n, queries, budget):
     queries = min(queries, n)
     q, k = noise(2, 4, queries, 8, name="q"), noise(2, 2, n, 8, name="k")
     here = site(budget, queries=queries, keys=n, stage="decode")
-    method = reader(channels=8)
+    method = reader(channels=8, group=group)
     mask = method.select(q, {"keys": k, **method.index(k, here)}, here).mask().expand(2, 4, queries, n)
     score = q.double() @ k.repeat_interleave(2, 1).double().mT
+    if group == "max":
+        score = score.unflatten(1, (2, 2)).amax(2).repeat_interleave(2, 1)
     for row in range(queries):
         seen = n - queries + row + 1
         count = Budget.of(budget).tokens(seen)

@@ -17,6 +17,7 @@ PARTS = {
     "minference": "prefill",
     "hip": "prefill",
     "double-sparsity": "decode",
+    "kivi": "packing",
     "random:part=prefill": "prefill",
     "random:part=evict": "cache",
     "random:part=decode": "decode",
@@ -29,7 +30,7 @@ TASKS = {
     "passkey-agnostic": {"title": "Passkey, question later", "metric": "hit", "query_aware": False, "one_pass": False},
 }
 TOKEN_BYTES, TOKENS, SAMPLES = 46080, 2048, 12
-FIELD = [(label, b) for label in PARTS for b in (BUDGETS if label != "full" else ("1",))]
+FIELD = [(label, b) for label in PARTS for b in (BUDGETS if label not in ("full", "kivi") else ("1",))]
 
 
 def make(
@@ -88,7 +89,7 @@ def _quality(draw, label: str, budget: str, task: str, breaks: bool, kept: bool,
         "achieved": {name: samples[0].get(name) for name in names},
         "seconds_warmup": 0.03,
         "back_ends": ["attend:torch"],
-        "kept": _picture(draw, float(budget)) if kept and "cache" in (PARTS[label] or "") else None,
+        "kept": _picture(draw, float(budget), PARTS[label]) if kept and PARTS[label] not in (None, "prefill") else None,
         "error": None,
     }
 
@@ -110,9 +111,10 @@ def _sample(draw, i: int, label: str, budget: str, task: str, breaks: bool, text
     return out | {"score": float(not breaks or draw.random() > hurt)}
 
 
-def _picture(draw, budget: float) -> dict:
+def _picture(draw, budget: float, part: str) -> dict:
     shares = [[[round(min(1, budget * 2 * draw.random()), 1) for _ in range(64)] for _ in range(3)] for _ in range(30)]
-    return {"share": shares, "seen": TOKENS}
+    what = {"decode": "read", "packing": "bits"}.get(part, "kept")
+    return {"what": what, "seen": TOKENS, "bits": 32 if what == "bits" else None, "share": shares}
 
 
 def _speed(draw, tokens: int, number: int, text: str) -> dict:

@@ -20,10 +20,10 @@ from saccade.core.errors import BadInput, BadOption, CorruptResult
 from saccade.report import figures, tables, words
 from saccade.report.run import SUMMARY_PARTS, Run
 from tests.measure.validate import problems, schema
-from tests.report.synthetic import make
+from tests.report.synthetic import BUDGETS, make
 
 HOSTILE = "</script><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>|`*&"
-SECTIONS = ("claims", "quality", "speed", "tasks", "kept", "breaks", "repeat")
+SECTIONS = ("claims", "quality", "speed", "transfer", "tasks", "kept", "breaks", "repeat")
 MOST_BYTES = 6 * 10**6
 
 
@@ -144,7 +144,7 @@ def test_labels_say_what_moves_a_score(page):
 def test_every_number_of_a_table_is_in_the_summary(folder):
     run = Run.read(folder)
     known = {words.say(x, kind) for x in numbers(run.summary) for kind in words.KINDS} | {words.MISSING}
-    shown = [tables.overview(run), tables.points(run), tables.speed(run), tables.crossover(run), tables.noise(run)]
+    shown = [tables.transfer(run), tables.points(run), tables.speed(run), tables.crossover(run), tables.noise(run)]
     for table in shown + [tables.results(run, task) for task in run.tasks]:
         for cell in (c for row in table.rows for c in row if isinstance(c.value, (int, float))):
             parts = [p for p in re.split(r"[\[\],]\s|[\[\]]|\s(?=\[)", cell.text) if p]
@@ -163,7 +163,7 @@ def test_every_number_of_a_plot_is_in_the_summary(folder):
 def test_the_picture_holds_the_shares_of_the_cell(folder):
     run = Run.read(folder)
     cell = next(c for c in run.cells if c.get("kept"))
-    trace = figures.heat_map(run).figures[0].variants[f"{cell['label']} at {cell['budget']}"]["data"][0]
+    trace = figures.heat_map(run).figures[0].variants[f"{cell['label']} at {cell['budget']}: keys stored"]["data"][0]
     drawn = go.Figure(data=[trace]).to_dict()["data"][0]["z"]
     percents = [share * 100 for layer in cell["kept"]["share"] for head in layer for share in head]
     assert list(base64.b64decode(drawn["bdata"])) == [round(p) for p in percents]
@@ -203,6 +203,60 @@ def test_grey_where_nothing_was_seen_and_red_below_random(folder):
         beaten = any((row["mean"] - rival) * (1 if lower else -1) > 0 for rival in rivals)
         expected = tables.NOISE if not row["seen"] else tables.BELOW if beaten else ""
         assert tables.mark(run, row) == expected
+
+
+def test_the_transfer_table_has_a_place_for_everybody_everywhere(folder):
+    run = Run.read(folder)
+    table = tables.transfer(run)
+    assert [row[0].text for row in table.rows] == run.labels
+    assert table.heads[2:] == ("1", *BUDGETS) * 3 and table.groups == tuple((task, 4) for task in run.compared)
+    places = [(task, budget) for task in run.compared for budget in ("1", *BUDGETS)]
+    signs = {standing: sign for standing, (sign, _) in tables.SIGNS.items()}
+    for row in table.rows:
+        for cell, (task, budget) in zip(row[2:], places, strict=True):
+            known = run.beside.get((row[0].text, budget, task))
+            assert cell.sign == (signs.get(known["standing"], "") if known else "")
+            assert (cell.text == words.MISSING or cell.text == "no part in it") == (known is None)
+    few = tables.transfer(run, ["0.25"])
+    assert few.heads[2:] == ("0.25",) * 3 and "full" not in [row[0].text for row in few.rows]
+
+
+@pytest.mark.parametrize("format", ["html", "markdown", "terminal"])
+def test_every_format_signs_what_is_below_random_and_what_has_none_beside_it(folder, format):
+    made = saccade.report(folder, format=format)
+    text = made if format == "terminal" else made.read_text(encoding="utf-8")
+    cells = Run.read(folder).summary["transfer"]
+    for standing, (sign, about) in tables.SIGNS.items():
+        least = sum(c["standing"] == standing for c in cells)
+        assert about in text and text.count(sign) > least, standing
+    assert any(c["standing"] in ("below", "lower") for c in cells) and any(c["standing"] == "no random" for c in cells)
+
+
+def test_a_place_without_a_figure_says_why_in_a_word(tmp_path):
+    make(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    here = ("hip", "0.1", "passkey")
+    for part in ("rows", "transfer"):
+        summary[part] = [c for c in summary[part] if (c["label"], c["budget"], c["task"]) != here]
+    failure = {"tokens": 9, "type": "BadInput", "text": "NaN"}
+    summary["failed"] = [dict(zip(("label", "budget", "task"), here)) | failure]
+    summary["left_out"] = [
+        {"label": "tidaldecode", "budgets": ["0.5", "0.1"], "reasons": ["no"]},
+        {"label": "kivi", "budgets": list(BUDGETS), "reasons": ["it takes no budget"]},
+    ]
+    summary["not_exercised"] = [{"label": "snapkv", "part": "cache", "task": "loss"}]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    table = tables.transfer(Run.read(tmp_path))
+    found = {(row[0].text, *at): cell.text for row in table.rows for cell, at in zip(row[2:], _places(table))}
+    assert found["hip", "passkey", "0.1"] == "failed" and found["snapkv", "loss", "0.5"] == "no part in it"
+    assert [found["tidaldecode", "passkey", b] for b in BUDGETS] == ["left out", words.MISSING, "left out"]
+    assert found["kivi", "passkey", "0.5"] == "at 1" and "○" not in found["kivi", "passkey", "1"]
+    assert "left out" in page_of(tmp_path).text("transfer")
+
+
+def _places(table) -> list[tuple[str, str]]:
+    over = [title for title, count in table.groups for _ in range(count)]
+    return list(zip(over, table.heads[2:]))
 
 
 def test_looks_differ():
@@ -289,7 +343,7 @@ def test_what_did_not_run_is_said(tmp_path):
     summary["failed"] = [
         {"label": "hip", "budget": "0.1", "task": "loss", "tokens": 9, "type": "BadInput", "text": "NaN"}
     ]
-    summary["left_out"] = [{"label": "duo-attention", "reasons": ["no artefact for this model"]}]
+    summary["left_out"] = [{"label": "duo-attention", "budgets": ["0.5"], "reasons": ["no artefact for this model"]}]
     summary["missing"] = 3
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     page = page_of(tmp_path)

@@ -51,8 +51,12 @@ def attach(model: Any, methods: Methods, *, budget: float | str | Budget = FULL,
 
 def explain(model: Any, methods: Methods, *, budget: float | str | Budget = FULL) -> list[str]:
     """Every reason why the methods cannot work in the model; [] means that they will."""
+    return refusals(model, methods, Budget.of(budget), probe(model))
+
+
+def refusals(model: Any, methods: Methods, budget: Budget, found: Found) -> list[str]:
+    """As `explain`, for who asks much of one model: a probe has found out what there is to know of it."""
     try:
-        budget, found = Budget.of(budget), probe(model)
         return _reasons(model, [_equipped(model, m, found) for m in _as_list(methods)], budget, found)
     except DoesNotCompose as e:
         return e.found
@@ -61,7 +65,8 @@ def explain(model: Any, methods: Methods, *, budget: float | str | Budget = FULL
 def calibrate(model: Any, method: str | Method, samples: Sequence[Any], progress: Any = None) -> Artefact:
     """Let a method learn what it needs from a model, and keep it where `attach` finds it.
 
-    samples: rows of token ids [1 n]. Returns the artefact; it is saved in the cache folder.
+    samples: rows of token ids [1 n]. Returns the artefact; it is saved in the cache folder. What a method that trains
+    has done when it is interrupted is kept, and the same call goes on there.
 
     Raises:
         CannotRun: the method has nothing to learn, or the model is not served.
@@ -70,7 +75,7 @@ def calibrate(model: Any, method: str | Method, samples: Sequence[Any], progress
     from saccade.core.paths import cache_dir
 
     chosen = get(method)() if isinstance(method, str) else method
-    artefact = chosen.calibrate(Subject(model), samples, progress)
+    artefact = chosen.calibrate(Subject(model, cache_dir("drafts")), samples, progress)
     artefact.save(cache_dir("artefacts", artefact.method, artefact.fingerprint))
     return artefact
 

@@ -17,13 +17,14 @@ from transformers import AutoTokenizer
 
 from saccade import __version__, ops
 from saccade.attach.compat import CACHE
+from saccade.attach.distil import Distilling
 from saccade.attach.engine import Place
 from saccade.attach.fingerprint import fingerprint
 from saccade.attach.gates import Gating, Progress
 from saccade.attach.listening import listening
 from saccade.attach.probe import Found, probe
 from saccade.attach.watch import Watch
-from saccade.core.artefact import Artefact
+from saccade.core.artefact import Artefact, Draft
 from saccade.core.budget import FULL
 from saccade.core.errors import BadInput, CannotRun
 from saccade.core.method import Method, Probe, options
@@ -32,6 +33,7 @@ from saccade.core.selection import dense
 
 if TYPE_CHECKING:
     from saccade.methods.cache.duo_attention import DuoAttention
+    from saccade.methods.sparse.seer_attention import SeerAttention
 
 Captured = tuple[int, Tensor, Tensor, Tensor]
 
@@ -41,13 +43,14 @@ class Subject:
 
     layers, heads, kv_heads, head_size: of its full-attention layers
     fingerprint: what artefacts are found by
+    drafts: where a calibration that can be interrupted keeps what it has done; None: nowhere
 
     Raises:
         CannotRun: the model is not served, or something is attached to it.
     """
 
-    def __init__(self, model: Any):
-        self.model = model
+    def __init__(self, model: Any, drafts: Path | None = None):
+        self.model, self.drafts = model, drafts
         found = probe(model)
         busy = getattr(model, "_saccade_run", None)
         reasons = found.reasons + ([] if busy is None else [f"{busy.title} is attached; detach it first"])
@@ -145,6 +148,22 @@ class Subject:
         Recall texts are made of the samples, which are the haystack; `attach.gates` says how.
         """
         return Gating(self, recipe).train(checked(samples), progress)
+
+    def distil_gates(
+        self, recipe: SeerAttention, samples: Sequence[Tensor], progress: Progress | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Gates of all layers that guess the model's own attention maps by blocks, and figures of the training;
+        `attach.distil` says how. Interrupted, it goes on where it was.
+        """
+        rows = checked(samples)
+        return Distilling(self, recipe, self.draft(recipe, rows)).train(rows, progress)
+
+    def draft(self, method: Method, samples: Sequence[Tensor]) -> Draft:
+        """Where this calibration keeps what it has done: other options, samples or models are others."""
+        if self.drafts is None:
+            return Draft()
+        said = f"{self.fingerprint} {options(method)} {_describe(samples)}"
+        return Draft(self.drafts / method.card.name / hashlib.sha256(said.encode()).hexdigest()[:16])
 
     def artefact(
         self, method: Method, tensors: Mapping[str, Tensor], samples: Sequence[Tensor], figures: Mapping[str, Any]

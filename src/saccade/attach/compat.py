@@ -114,13 +114,17 @@ def dense_mask(**arguments: Any) -> torch.Tensor | None:
     return sdpa_mask(**arguments)
 
 
-def rotation(model: PreTrainedModel, module: torch.nn.Module, head_size: int) -> Callable | None:
+def rotary_embeddings(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Those of a model, found once for all of its layers."""
+    return [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+
+
+def rotation(found: list[torch.nn.Module], module: torch.nn.Module, head_size: int) -> Callable | None:
     """(x [b h n d], positions [n]) -> x rotated as the model rotates queries there; None where that is not known: no
     rotary embedding or several, one that changes with the length of the text or takes other positions, or of a part of
-    each head.
+    each head. `found`: the model's rotary embeddings.
     """
     apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-    found = [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
     if apply is None or list(inspect.signature(apply).parameters)[:4] != ["q", "k", "cos", "sin"] or len(found) != 1:
         return None
     rotary = found[0]

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saccade import ops
-from saccade.attach import eviction, far, packing
+from saccade.attach import eviction, far, packing, reading
 from saccade.attach.counts import Counts
 from saccade.attach.layer import SaccadeLayer
 from saccade.attach.states import Remembered, owned
@@ -200,9 +200,17 @@ class Engine:
         shelved = layer.far_of(ids)
         keys = rows.length + sum(f.count for f in shelved[:1])
         site = self.site(layer, stage, q.shape[2], keys, layer.store.seen[ids[0]], ids)
+        note = None
+        if stage == "decode" and self.run.note_reads:
+            # where some lie in host memory nothing was dropped, so that places are positions
+            position = torch.arange(keys)[None, None] if shelved else stored["positions"]
+            note = functools.partial(reading.note, self.run.layer_record(self), ids, position, q.shape[1])
+            site = reading.noting(site, note)
         if isinstance(owner, Decode):
             selection = owner.select(q, stored, site)
             if shelved:
+                if note is not None:
+                    note(selection)
                 self.counts.later(q, selection)
                 options = {"scale": self.place.scale, "softcap": self.place.softcap}
                 out = far.attend(q, stored, shelved, selection, **options)
@@ -348,7 +356,7 @@ class Engine:
             return ops.attend(q, k, v, selection, **options)[0]
         self.counts.later(q, selection)
         if isinstance(selection, Gather) and selection.q_block == 1 and selection.ranges is None and selection.causal:
-            return ops.decode(q, k, v, selection.index, **options)[0]
+            return ops.decode(q, k, v, selection.index[:, :: selection.shared], **options)[0]
         return ops.attend(q, k, v, selection, **options)[0]
 
     def keep_state(self, layer: SaccadeLayer, method: Method, site: Site, ids: list[int]) -> None:

@@ -45,8 +45,8 @@ def probe(model: Any) -> Found:
         return Found([], reasons)
     calls = _forward(model)
     served, reasons = _judge(calls)
-    layers = len(served)
-    spots = [Spot(call["module"], _place(i, layers, call, _turn(model, call))) for i, call in enumerate(served)]
+    layers, rotary = len(served), compat.rotary_embeddings(model)
+    spots = [Spot(call["module"], _place(i, layers, call, _turn(rotary, call))) for i, call in enumerate(served)]
     size = sum(2 * call["k"].shape[1] * call["k"].shape[3] * call["k"].element_size() for call in served)
     return Found(spots, reasons, size)
 
@@ -93,7 +93,7 @@ def _judge(calls: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]
     return served, reasons
 
 
-def _turn(model: Any, call: dict[str, Any]) -> Turn | None:
+def _turn(rotary: list[nn.Module], call: dict[str, Any]) -> Turn | None:
     """How queries of this layer move along the text, if we know: it must take the probe's first query to its second.
 
     The two tokens are the same and so is all that they see, so that nothing but the position tells their queries apart.
@@ -104,7 +104,7 @@ def _turn(model: Any, call: dict[str, Any]) -> Turn | None:
     # half of the digits, since rounding grows with the layers; norms and sines are taken in float32 in any model
     eps = max(torch.finfo(q.dtype).eps, torch.finfo(torch.float32).eps)
     bound = eps**0.5 * float(q.abs().max())
-    for turn in (_stay, compat.rotation(model, module, q.shape[-1])):
+    for turn in (_stay, compat.rotation(rotary, module, q.shape[-1])):
         if bound and turn is not None and float((turn(first, one) - second).abs().max()) <= bound:
             return turn
     return None

@@ -25,7 +25,8 @@ class Run:
     """The handle that `attach` returns: a context manager, `detach()`, and the record.
 
     While it is attached, `model.generate()` and `model()` work as ever; caches that they make hold what the methods
-    decide. `record` is that of the last sequence.
+    decide. `record` is that of the last sequence. With `note_reads` it also says which keys the queries after the
+    prompt read, which takes the whole mask of each of their forwards.
     """
 
     slot = "_saccade"
@@ -36,6 +37,7 @@ class Run:
         self.title = " + ".join(m.card.name for m in self.methods)
         self.bytes_per_token = found.bytes_per_token
         self.attached = False
+        self.note_reads = False
         self.more_prompt = False  # the prompt goes on after this forward (chunked prefill)
         self.handed: dict[tuple[int, ...], State] = {}  # sequences -> what their layers hand on in this forward
         self._record = Record()
@@ -203,4 +205,6 @@ class Run:
                 entry = self.layer_record(engine)
                 entry.seen, entry.kept = list(layer.store.seen), layer.kept()
                 entry.bytes_held, entry.bytes_host = layer.bytes_held(), layer.bytes_host()
+                if "pack" in self.parts:
+                    entry.bits, entry.bits_whole = layer.store.bits(), 8 * layer.dtype.itemsize
         return self._record

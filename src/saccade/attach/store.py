@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saccade.core.errors import CannotRun
@@ -59,6 +59,15 @@ class Bucket:
     def tensors(self) -> list[Tensor]:
         """All that is held."""
         return [self.rows, self.positions, *self.columns.values(), *self.packed.values()]
+
+    def bits(self) -> Float[Tensor, " n"]:
+        """Held of a number of each token, which all rows have alike."""
+        keys, values = (self.columns[name] for name in ("keys", "values"))
+        out = torch.full((self.length,), 8.0 * keys.element_size())
+        if self.front:
+            held = sum(x[0].numel() * x.element_size() for x in self.packed.values())
+            out[: self.front] = 8.0 * held / (self.front * (keys.shape[-1] + values.shape[-1]))
+        return out
 
     def moved(self, device: torch.device) -> Bucket:
         """A copy on another device. Room behind the rows does not come along."""
@@ -320,10 +329,18 @@ class Store:
 
     def kept(self) -> list[list[Tensor]]:
         """True positions stored, per sequence and head."""
+        return self._by_head((b, b.positions.cpu()) for b in self.buckets)
+
+    def bits(self) -> list[list[Tensor]]:
+        """Bits held of a number of each stored token, per sequence and head, with what packing keeps beside them."""
+        return self._by_head((b, b.bits().expand(len(b.rows), -1)) for b in self.buckets)
+
+    def _by_head(self, found: Iterable[tuple[Bucket, Tensor]]) -> list[list[Tensor]]:
+        """What each bucket says of its rows [r n], per sequence and head."""
         out: list[list[Tensor]] = [[torch.empty(0)] * self.kv_heads for _ in range(self.sequences)]
-        for b in self.buckets:
-            for row, positions in zip(numbers(b.rows), b.positions):
-                out[row // self.kv_heads][row % self.kv_heads] = positions.cpu()
+        for bucket, rows in found:
+            for row, mine in zip(numbers(bucket.rows), rows):
+                out[row // self.kv_heads][row % self.kv_heads] = mine
         return out
 
 

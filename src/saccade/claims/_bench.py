@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,15 +29,47 @@ Captured = tuple[Site, Tensor, Tensor, Tensor]
 PROMPT = 64  # tokens of the smoke tier's prompt
 
 
-class Bench:
-    """One model, and the samples of a task at some lengths; each contestant is scored once on each sample."""
+@dataclass(frozen=True)
+class Tier:
+    """Where a tier measures, and how many times what the cpu tier does."""
 
-    def __init__(self, task: str, lengths: Sequence[int], count: int, progress: Progress | None, loaded: Any = None):
-        self.model, self.tokenizer = loaded or models.load("smollm2")
-        self.task, self.lengths, self.progress = tasks.get(task), tuple(lengths), progress
-        self.samples = [s for n in lengths for s in self.task.samples(self.tokenizer, n, count, SEED)]
-        self.count, self.mark = count, fingerprint(self.model)
+    device: str
+    dtype: str
+    longer: int  # texts
+    more: int  # samples
+
+
+TIERS = {"cpu": Tier("cpu", "float32", 1, 1), "gpu": Tier("cuda", "bfloat16", 4, 3)}
+
+
+class Bench:
+    """One model, and the samples of a task at some lengths; each contestant is scored once on each sample.
+
+    lengths, count: at tier "cpu"; a GPU reads longer texts, and more of them
+    """
+
+    def __init__(
+        self, task: str, lengths: Sequence[int], count: int, progress: Progress | None, loaded: Any = None,
+        tier: str = "cpu",
+    ):  # fmt: skip
+        self.tier = TIERS[tier]
+        self.model, self.tokenizer = loaded or self._load()
+        self.task, self.progress = tasks.get(task), progress
+        self.lengths, self.count = tuple(n * self.tier.longer for n in lengths), count * self.tier.more
+        self.samples = [s for n in self.lengths for s in self.task.samples(self.tokenizer, n, self.count, SEED)]
+        self.mark = fingerprint(self.model)
         self.done: dict[tuple[str, str], list[float]] = {}
+
+    def _load(self) -> tuple[Any, Any]:
+        return models.load("smollm2", self.tier.dtype, self.tier.device)
+
+    def where(self) -> str:
+        """Model, number format and device, for the setting of a claim."""
+        return f"SmolLM2-135M-Instruct, {self.tier.dtype}" + (" on a GPU" if self.tier.device == "cuda" else "")
+
+    def what(self) -> str:
+        """Samples and lengths, for the setting of a claim."""
+        return f"{self.count} of {self.task.name} each at " + " and ".join(f"{n:,}" for n in self.lengths) + " tokens"
 
     def scores(self, spec: Spec, budget: float | str = 1.0, name: str = "") -> list[float]:
         """Score of each sample, in order. `name` tells methods apart that differ in their artefact only."""
@@ -108,23 +141,23 @@ def kept_mass(model: Any, samples: Sequence[Any], method: Method, budget: float)
     out = []
     for sample in samples:
         with attach(model, method, budget=budget) as run:
-            model(sample.context, use_cache=True)
+            model(sample.context.to(model.device), use_cache=True)
             kept = [run.record.layer(i).kept[0] for i in sorted(run.record.layers)]
         n = sample.context.shape[1]
         shares = []
         whole = torch.cat([sample.context, sample.continuation], 1)
         for layer, q, k, _ in calibration.Subject(model).capture_qkv([whole]):
             paid = _paid(q, k, n)
-            shares += [float(row[head.long()].sum() / row.sum()) for row, head in zip(paid, kept[layer])]
+            shares += [float(row[head.long()].sum() / row.sum()) for row, head in zip(paid.cpu(), kept[layer])]
         out.append(sum(shares) / len(shares))
     return out
 
 
 def _paid(q: Float[Tensor, "1 h n d"], k: Float[Tensor, "1 g n d"], prompt: int) -> Float[Tensor, "g p"]:
     """Attention that the tokens after the prompt pay to each of its keys, summed over them and over a group's heads."""
-    grouped = q[0, :, prompt:].unflatten(0, (k.shape[1], -1))
-    logits = grouped @ k[0, :, None].mT * q.shape[-1] ** -0.5
-    ahead = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(prompt + 1)
+    grouped = q[0, :, prompt:].float().unflatten(0, (k.shape[1], -1))
+    logits = grouped @ k[0, :, None].float().mT * q.shape[-1] ** -0.5
+    ahead = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(prompt + 1)
     return logits.masked_fill(ahead, -torch.inf).softmax(-1)[..., :prompt].sum((1, 2))
 
 

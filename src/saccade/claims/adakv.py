@@ -11,8 +11,9 @@ from saccade.methods.cache.adakv import AdaKV
 CLAIM = Claim(
     says="Sharing a layer's budget among its heads instead of dealing it out evenly keeps more attention weight, and"
     " makes SnapKV's answers better at every budget, most of all at small ones.",
-    where="arXiv 2407.11550, figure 1 and section 3; Ruler and LongBench in section 4 (Ada-SnapKV against SnapKV)",
-    setting="Llama-3.1-8B and Mistral-7B, 32 to 8 heads that share; 16k tokens, budgets of 20 to 80 percent; A800",
+    where="arXiv 2407.11550, abstract and section 3: 13 tasks of Ruler and 16 of LongBench, Ada-SnapKV against SnapKV,"
+    " with the question known and unknown when the cache is cut",
+    setting="Llama-3.1-8B and Mistral-7B; budgets from 20 to 80 percent, Ruler at 16k tokens, an A800 (unverified)",
     how="SmolLM2-135M, three key/value heads that share: pass keys in real prose at 512 tokens, asked for at the end"
     " of the prompt, an eighth kept, 16 voting tokens; against full, random and SnapKV with the same votes;"
     " share of the answer's attention to the prompt that falls on kept keys. Scaled down in model, heads and length.",

@@ -10,9 +10,10 @@ from saccade.methods.cache.expected_attention import ExpectedAttention
 
 CLAIM = Claim(
     says="Compressed before the question is known, half of the cache answers nearly as all of it, and better than what"
-    " SnapKV, key norms or random choice keep; the keys kept are those that later tokens attend to.",
-    where="arXiv 2510.00636, section 4 (LongBench, Ruler 4k and 16k, needle in a haystack), figure 3",
-    setting="Llama-3.1-8B, Qwen3-8B, Gemma3-12B; one H100",
+    " SnapKV, TOVA or KeyDiff keep; the keys kept are those that later tokens attend to.",
+    where="arXiv 2510.00636, section 4.1: table 1 (Ruler, 4k and 16k), figure 2 (LongBench), figure 3 (needles, 125k)",
+    setting="Llama-3.1-8B, Qwen3-8B, Gemma3-12B, instruction-tuned; epsilon 0.02 (needles: 0), heads of a layer share"
+    " its budget; 8 H100",
     how="SmolLM2-135M: pass keys in 512 tokens, asked for after the compression, half kept; loss of 512 tokens"
     " after 512, half kept; against full, random, SnapKV and key norms; share of those tokens' attention to the prompt"
     " that falls on kept keys, a quarter kept. Scaled down in model and length.",

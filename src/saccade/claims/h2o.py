@@ -14,8 +14,9 @@ from saccade.methods.cache.h2o import H2O
 CLAIM = Claim(
     says="A fifth of the cache, half of it keys of largest accumulated attention and half recent keys, keeps the"
     " quality of the full cache; recent keys alone do not. Accumulated attention follows a power law.",
-    where="arXiv 2306.14048, section 3 and figure 2, section 5.1, figure 4 and table 1 (lm-eval-harness, HELM)",
-    setting="OPT-6.7B to 66B, LLaMA-7B, GPT-NeoX-20B; five-shot tasks and summaries of about 2,000 tokens; A100",
+    where="arXiv 2306.14048, section 3 and figure 2; section 5.1, figure 4 and table 1",
+    setting="OPT-6.7B to 175B, LLaMA, GPT-NeoX-20B; eight five-shot tasks of HELM and lm-eval-harness, summaries among"
+    " them; 4 to 100 percent of the cache; A100 80 GB",
     how="SmolLM2-135M: loss of the last 512 of 1,024 tokens with a fifth of the cache throughout, against full, recent"
     " keys alone, heavy hitters alone, and random keys of the prompt with all later ones, which hold more; pass keys in"
     " 512 tokens, a fifth kept; share of all attention that the fifth of keys with the largest sums draws,"
@@ -25,7 +26,7 @@ CLAIM = Claim(
 )
 SHARE = 0.2
 TEXTS, KEYS = 3, 10
-RECENT, HEAVY = "h2o:heavy_share=0", "h2o:heavy_share=1"
+RECENT, HEAVY = "streaming:sink_tokens=0", "h2o:heavy_share=1"
 
 
 def measure(tier: str, progress: Progress | None = None) -> Evidence:

@@ -26,6 +26,7 @@ CLAIM = Claim(
     " tokens of real prose, pass keys at 1,024; against full, random blocks, and sinks and window of as many"
     " pairs (streaming). And the attention mass of its keys over that of the exact best keys per row, as"
     " many, in the layers that are not dense. Shorter and smaller than the paper: scaled down.",
+    tiers=("smoke", "cpu", "gpu"),
     counts="Perplexity within 3 %, pass keys within 10 points of full and 20 above streaming, better than random"
     " blocks, and 85 % of the exact search's mass.",
 )
@@ -33,13 +34,13 @@ BUDGET = 0.25
 
 
 def measure(tier: str, progress: Progress | None = None) -> Evidence:
-    """Evidence of a tier: "smoke" or "cpu"."""
+    """Evidence of a tier: "smoke", "cpu" or "gpu"."""
     if tier == "smoke":
         return machinery(Hip(query_block_tokens=8, window_tokens=8))
-    text = Bench("loss", (2048,), 3, progress)
-    keys = Bench("passkey", (1024,), 10, progress, (text.model, text.tokenizer))
+    text = Bench("loss", (2048,), 3, progress, tier=tier)
+    keys = Bench("passkey", (1024,), 10, progress, (text.model, text.tokenizer), tier)
     ours, hits = text.scores("hip", BUDGET), keys.scores("hip", BUDGET)
-    near = keys.scores("streaming", f"{Budget(BUDGET).row_tokens(1024)}tok")
+    near = keys.scores("streaming", f"{Budget(BUDGET).row_tokens(*keys.lengths)}tok")
     masses = _masses(Subject(text.model), [s.context[:, :1024] for s in text.samples[-2:]])
     chance = text.scores("random:part=prefill", BUDGET)
     checks = [
@@ -52,8 +53,8 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     keys.scores("random:part=prefill", BUDGET)
     table = [{"who": who, "mass over the exact search's": sum(m) / len(m), "n": len(m)} for who, m in masses.items()]
     setting = (
-        f"SmolLM2-135M-Instruct, float32; {BUDGET} of the causal pairs over all layers, 3 of 30 dense; 3 texts, 10 pass"
-        " keys; mass on two texts of 1,024 tokens"
+        f"{text.where()}; {BUDGET} of the causal pairs over all layers, 3 of 30 dense; {text.what()}, {keys.what()};"
+        " mass on two texts of 1,024 tokens"
     )
     exact = text.difference(text.scores("hip:rep=oracle", BUDGET), text.scores("full")).mean
     bound = ceiling(text, BUDGET, math.log(1.03))

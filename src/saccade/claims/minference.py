@@ -24,6 +24,7 @@ CLAIM = Claim(
     " tokens of real prose, pass keys at 1,024; against full, random blocks and A-shape at the same density; and the"
     " search repeated on two texts of 1,024 tokens. 15 to 500 times shorter than the paper, where attention is less"
     " sparse: scaled down. Speed is measured elsewhere.",
+    tiers=("smoke", "cpu", "gpu"),
     counts="Perplexity within 2 %, pass keys within 5 points of full and 20 above A-shape, better than random blocks,"
     " and 70 % of the heads of the same shape on both texts.",
 )
@@ -31,14 +32,14 @@ BUDGET = 0.25
 
 
 def measure(tier: str, progress: Progress | None = None) -> Evidence:
-    """Evidence of a tier: "smoke" or "cpu"."""
+    """Evidence of a tier: "smoke", "cpu" or "gpu"."""
     if tier == "smoke":
         return machinery(MInference(recent_tokens=8, sink_tokens=4))
-    text = Bench("loss", (2048,), 3, progress)
+    text = Bench("loss", (2048,), 3, progress, tier=tier)
     made = Artefact.find("minference", text.mark)
     if made is None:
         raise CannotRun("claim minference", "no patterns were searched for SmolLM2", "saccade calibrate minference")
-    keys = Bench("passkey", (1024,), 10, progress, (text.model, text.tokenizer))
+    keys = Bench("passkey", (1024,), 10, progress, (text.model, text.tokenizer), tier)
     ends = MInference(artefact=_all("spans", made))
     everyone = ("full", "ours", "random", "ends")
     losses, hits = ({who: _scores(bench, who, ends) for who in everyone} for bench in (text, keys))
@@ -55,7 +56,10 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
         {"shape": c.shape, "first": c.first, "second": c.second, "kept mass": m, "best in heads": n}
         for c, m, n in zip(CANDIDATES, made.figures["kept_mass"], made.figures["heads"])
     ]
-    setting = f"SmolLM2-135M-Instruct, float32; {BUDGET} of the causal pairs in every head; patterns from {made.data}"
+    setting = (
+        f"{text.where()}; {text.what()}, {keys.what()}; {BUDGET} of the causal pairs in every head; patterns from"
+        f" {made.data}"
+    )
     first, others = _mass_by_layer(text, made)
     reason = (
         f"{ceiling(text, BUDGET, math.log(1.02))} The lines keep {first:.2f} of the attention mass in layer 0, which"

@@ -18,6 +18,7 @@ CLAIM = Claim(
     " eighth kept, the paper's needle setting of 16 voting tokens; against full, random and streaming caches"
     " of the same size, and against itself without pooling; share of the answer's attention to the prompt that"
     " falls on kept keys. Shorter and with a smaller model than the paper: scaled down.",
+    tiers=("smoke", "cpu", "gpu"),
     counts="At an eighth of the keys within 5 points of the full cache, 30 above streaming and random, pooling 5 above"
     " no pooling; four fifths of the answer's attention on kept keys, 1.3 times streaming's.",
 )
@@ -27,10 +28,10 @@ OURS = "snapkv:window_tokens=16"
 
 
 def measure(tier: str, progress: Progress | None = None) -> Evidence:
-    """Evidence of a tier: "smoke" or "cpu"."""
+    """Evidence of a tier: "smoke", "cpu" or "gpu"."""
     if tier == "smoke":
         return machinery(SnapKV(window_tokens=8))
-    asked = Bench("passkey", (512, 1024), SAMPLES, progress)
+    asked = Bench("passkey", (512, 1024), SAMPLES, progress, tier=tier)
     ours, plain = asked.scores(OURS, BUDGET), asked.scores(f"{OURS},pool_tokens=1", BUDGET)
     versus = {
         "snapkv minus full": (asked.scores("full"), -0.05),
@@ -39,7 +40,7 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
         "pooling minus no pooling": (plain, 0.05),
     }
     checks = [at_least(name, asked.difference(ours, theirs), bar) for name, (theirs, bar) in versus.items()]
-    later = Bench("passkey-agnostic", (512,), 10, progress, (asked.model, asked.tokenizer))
+    later = Bench("passkey-agnostic", (512,), 10, progress, (asked.model, asked.tokenizer), tier)
     loss = later.difference(later.scores(OURS, BUDGET), later.scores("full"))
     some = asked.samples[:6]
     mass, near = (kept_mass(asked.model, some, spec, BUDGET) for spec in (parse(OURS).methods[0], Streaming()))
@@ -51,5 +52,5 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
         " counted: with the question after the compression, snapkv minus full is"
         f" {loss.mean:+.2f} [{loss.low:+.2f}, {loss.high:+.2f}]."
     )
-    setting = f"SmolLM2-135M-Instruct, float32; {SAMPLES} pass keys each in 512 and 1,024 tokens; {BUDGET} kept"
+    setting = f"{asked.where()}; {asked.what()}; {BUDGET} kept"
     return Evidence(checks, setting, reason=reason, table=asked.rows() + later.rows())

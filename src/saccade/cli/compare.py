@@ -27,7 +27,8 @@ AFTER_INTERRUPT = "Finished cells are kept; the same command resumes."
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What `compare` takes: all that `Config.command` writes, and where to."""
     parser.add_argument("--methods", nargs="*", metavar="METHOD", help=f"each {METHOD} (some usual ones)")
-    parser.add_argument("--family", nargs="+", metavar="FAMILY", help="all methods of these: sparse, cache, decode")
+    families = "all methods of these: sparse, cache, decode (or sparse,cache)"
+    parser.add_argument("--family", nargs="+", metavar="FAMILY", help=families)
     parser.add_argument("--budgets", nargs="+", metavar="BUDGET", help=f"each {BUDGET} (0.5 0.25 0.1)")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="see: saccade list (continuation-loss passkey)")
     parser.add_argument("--tokens", type=int, metavar="N", help="length of a sample")
@@ -45,13 +46,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def request(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `saccade.compare`, of `plan` and of `Config.of`."""
     names = ("budgets", "tasks", "tokens", "count", "lengths", "rounds", "quick", "seed")
-    methods = args.methods
-    if args.family:
-        from saccade.measure.contestants import of_families
-
-        methods = [*(methods or []), *of_families(args.family)]
+    families = [name for words in args.family or () for name in words.split(",") if name]
+    families = families or args.family or []  # what names nothing is refused as a name
     given = {name: getattr(args, name) for name in (*names, "dtype", "device")}
-    return {"model": model_name(args), "methods": methods} | given
+    return {"model": model_name(args), "methods": args.methods, "families": families} | given
 
 
 def run(args: argparse.Namespace) -> int:

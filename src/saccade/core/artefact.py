@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,69 @@ class Artefact:
                 if made_for == fingerprint:
                     return cls.load(file)
         return None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a calibration has done so far, kept in a folder so that it goes on there when it is interrupted.
+
+    folder: None: nothing is kept
+    """
+
+    folder: Path | None = None
+
+    def load(self, name: str) -> dict[str, Tensor] | None:
+        """What was saved under this name, or None.
+
+        Raises:
+            BadArtefact: the file is truncated or not one of ours.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        file = self._file(name)
+        if file is None or not file.exists():
+            return None
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as e:
+            raise BadArtefact(f"draft {file}", f"it cannot be read ({e})", "Delete its folder.") from e
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """In place of what was saved under this name.
+
+        Raises:
+            CannotRun: the folder is read-only or the disk full.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        file = self._file(name)
+        if file is None:
+            return
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({k: v.contiguous() for k, v in tensors.items()}, file.with_suffix(".draft"))
+            file.with_suffix(".draft").replace(file)
+        except (OSError, SafetensorError) as e:
+            do = "Make room, or move the cache with SACCADE_CACHE."
+            raise CannotRun(f"keep the draft {file}", f"it cannot be written ({e})", do) from e
+
+    def kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What was saved under this name, else made and saved now."""
+        found = self.load(name)
+        if found is None:
+            found = make()
+            self.save(name, found)
+        return found
+
+    def clear(self) -> None:
+        """Forget all of it."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{name}.safetensors"
 
 
 def _without_tensors(a: Artefact) -> Artefact:

@@ -35,6 +35,10 @@ class LayerRecord:
     bytes_held, bytes_host: of the storages of this layer's cache, counted, not computed; those in host memory of them,
         where a method moved some there
     pairs, pairs_causal: (query, key) pairs computed, and what a dense causal pass would have computed, over all heads
+    bits, bits_whole: of a method that packs, how many are held of a number of each token in `kept`, with what packing
+        keeps beside them; and how many of one that is not packed
+    reads, readers: where `Run.note_reads` asks for it, how many queries after the prompt read each true position, per
+        query head [h n], and how many there were; by row
     keys_searched, keys_visited: over all queries, keys of an index that was searched, and those that were looked at
     """
 
@@ -45,6 +49,10 @@ class LayerRecord:
     kept: list[list[Tensor]] = field(default_factory=list)
     pairs: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     pairs_causal: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    bits: list[list[Tensor]] = field(default_factory=list)
+    bits_whole: int = 0
+    reads: dict[int, Tensor] = field(default_factory=dict)
+    readers: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     keys_searched: int = 0
     keys_visited: int = 0
     back_ends: set[str] = field(default_factory=set)

@@ -176,12 +176,14 @@ class Blocks(Selection):
 class Gather(Selection):
     """A list of keys for each query block, and ranges of keys; disjoint by construction.
 
-    `index`: key indices, -1 for none. `ranges`: [start, end) pairs, empty where start >= end.
+    `index`: key indices, -1 for none. `ranges`: [start, end) pairs, empty where start >= end. `shared`: so many query
+    heads in a row have one list, which each is given; what reads it may then read its keys once.
     """
 
     index: Int[Tensor, "b h nqb l"]
     ranges: Int[Tensor, "b h nqb r 2"] | None = None
     q_block: int = 1
+    shared: int = 1
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         row0 = torch.arange(self.index.shape[2], device=self.index.device) * self.q_block

@@ -48,11 +48,13 @@ def compare(
     rounds: int | None = None,
     dtype: str | None = None,
     device: str = "cpu",
+    families: Sequence[str] = (),
 ) -> Path:
     """Measure, and return the folder that holds run.json, env.json, cells.jsonl and summary.json.
 
     methods: names, "name:option=value", "a+b", or Methods; None: the usual ones (`Card.usual`). `full`, `random`
         (once per part in use) and `streaming` always take part, and `oracle-topk` up to 4,096 tokens
+    families: "sparse", "cache", "decode": all their methods take part too; what cannot run is left out, with the reason
     budgets, tasks, tokens, count: what is kept; what on, its length and number of samples
     lengths, rounds: tokens at which to time, and how often
     quick: one budget, less of all. What is None ends within 5 minutes on 2 cores, quick within 90 seconds
@@ -65,7 +67,8 @@ def compare(
         ModelUnavailable: the model cannot be had.
         CorruptResult: the folder holds a broken line.
     """
-    config = Config.of(model, methods, budgets, tasks, tokens, quick, seed, lengths, count, rounds, dtype, device)
+    given = (model, methods, budgets, tasks, tokens, quick, seed, lengths, count, rounds, dtype, device, families)
+    config = Config.of(*given)
     return execute(config, _folder(config, out), progress or _unwatched)
 
 
@@ -83,13 +86,15 @@ def plan(
     rounds: int | None = None,
     dtype: str | None = None,
     device: str = "cpu",
+    families: Sequence[str] = (),
 ) -> Plan:
     """What the same call of `compare` will cost: minutes, memory, downloads and cells; nothing heavy is loaded.
 
     Raises:
         UnknownName, BadOption, BadBudget, DoesNotCompose: as `compare` would.
     """
-    config = Config.of(model, methods, budgets, tasks, tokens, quick, seed, lengths, count, rounds, dtype, device)
+    given = (model, methods, budgets, tasks, tokens, quick, seed, lengths, count, rounds, dtype, device, families)
+    config = Config.of(*given)
     return estimate(config, all_cells(config, everybody(config)))
 
 

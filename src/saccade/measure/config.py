@@ -11,7 +11,7 @@ from typing import Any
 from saccade import tasks as all_tasks
 from saccade.core.budget import Budget
 from saccade.core.errors import BadOption
-from saccade.measure.contestants import Contestant, Spec, parse, usual, with_baselines
+from saccade.measure.contestants import Contestant, Spec, of_families, parse, usual, with_baselines
 from saccade.measure.environment import digest, usual_dtype
 from saccade.models.loading import DTYPES
 
@@ -44,7 +44,8 @@ class Config:
 
     model: str
     contestants: tuple[Contestant, ...]
-    asked: tuple[str, ...] | None  # labels of the methods that were named; None: the usual ones
+    asked: tuple[str, ...] | None  # labels of the methods that were named; None: those of the families, or the usual
+    families: tuple[str, ...]  # all of whose methods take part, beside those that were named
     budgets: tuple[Budget, ...]
     counts: dict[str, int]  # task -> samples
     tokens: int
@@ -71,6 +72,7 @@ class Config:
         rounds: int | None = None,
         dtype: str | None = None,
         device: str = "cpu",
+        families: Sequence[str] = (),
     ) -> Config:
         """Fill in what was left open.
 
@@ -79,13 +81,16 @@ class Config:
         """
         dtype = dtype or usual_dtype(device)
         size = _size(quick, dtype, device)
-        chosen = usual() if methods is None else [parse(m) for m in methods]
+        named = [parse(m) for m in methods or ()]
+        whole = [parse(m) for m in of_families(families)]
+        chosen = usual() if methods is None and not families else [*named, *whole]
         names = list(tasks) if tasks is not None else list(size.counts)
         counts = {all_tasks.get(t).name: size.counts.get(t, COUNT) if count is None else count for t in names}
         config = cls(
             model=str(model),
             contestants=tuple(with_baselines(chosen, BASELINES)),
-            asked=None if methods is None else tuple(c.label for c in chosen),
+            asked=None if methods is None else tuple(c.label for c in named),
+            families=tuple(families),
             budgets=tuple(map(_as_written, size.budgets if budgets is None else budgets)),
             counts=counts,
             tokens=size.tokens if tokens is None else tokens,
@@ -139,6 +144,7 @@ class Config:
         parts = ["saccade", "compare", "--model", self.model_name]
         if self.asked is not None:
             parts += ["--methods", *self.asked]
+        parts += ["--family", *self.families] if self.families else []
         parts += ["--budgets", *map(str, self.budgets), "--tasks", *self.counts, "--tokens", str(self.tokens)]
         parts += [] if self.count is None else ["--count", str(self.count)]
         parts += ["--quick"] if self.quick else []

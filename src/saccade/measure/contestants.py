@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from saccade.attach import attach, explain
+from saccade.attach import attach, refusals
+from saccade.attach.probe import Found, probe
 from saccade.core import registry
 from saccade.core.artefact import Artefact
 from saccade.core.budget import Budget
@@ -62,6 +63,11 @@ class Contestant:
         """Whether its speed is anybody's concern: of full, and of what a paper proposes."""
         return not self.methods or any(m.card.paper for m in self.methods)
 
+    @property
+    def takes_budget(self) -> bool:
+        """Whether a budget changes anything: not of full, and not of what saves by its options alone."""
+        return any(m.card.takes_budget for m in self.methods)
+
     def exercised(self, one_pass: bool) -> bool:
         """Whether a task has any of its parts to do: a single pass has a prefill and nothing else."""
         return not self.methods or not one_pass or "prefill" in self.parts
@@ -70,9 +76,9 @@ class Contestant:
         """With the artefacts that belong to the model of this fingerprint, where there are any."""
         return Contestant(tuple(_equipped(m, mark) for m in self.methods))
 
-    def reasons(self, model: Any, budget: Budget) -> list[str]:
-        """Why it cannot run in this model; [] means that it will."""
-        return explain(model, list(self.methods), budget=budget) if self.methods else []
+    def reasons(self, model: Any, budget: Budget, found: Found | None = None) -> list[str]:
+        """Why it cannot run in this model; [] means that it will. `found`: by a probe, if there was one already."""
+        return refusals(model, list(self.methods), budget, found or probe(model)) if self.methods else []
 
     @contextlib.contextmanager
     def working(self, model: Any, budget: Budget, seed: int) -> Iterator[Any]:

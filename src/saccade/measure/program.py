@@ -8,6 +8,7 @@ from typing import Any
 
 from saccade import tasks as all_tasks
 from saccade.attach import fingerprint
+from saccade.attach.probe import probe
 from saccade.core.budget import FULL as WHOLE
 from saccade.core.budget import Budget
 from saccade.core.errors import CannotRun
@@ -21,7 +22,7 @@ ORACLE_TOKENS = 4096  # of a sample; beyond, its 3 x 10^8 pairs a layer to choos
 
 @dataclass(frozen=True)
 class Entry:
-    """A contestant, with the budgets at which it can run. Of `full` that is the whole."""
+    """A contestant, with the budgets at which it can run. Of `full`, and of what takes none, that is the whole."""
 
     who: Contestant
     budgets: tuple[Budget, ...]
@@ -30,7 +31,7 @@ class Entry:
 def everybody(config: Config) -> list[Entry]:
     """All that take part, before a model has been seen."""
     present = [who for who in config.contestants if not _too_long(config, who)]
-    return [Entry(who, config.budgets if who.methods else (WHOLE,)) for who in present]
+    return [Entry(who, config.budgets if who.takes_budget else (WHOLE,)) for who in present]
 
 
 def _too_long(config: Config, who: Contestant) -> list[str]:
@@ -40,21 +41,29 @@ def _too_long(config: Config, who: Contestant) -> list[str]:
     return [f"it ranks all keys for every query, which takes long at {config.tokens} tokens; name it to have it"]
 
 
+def _without_budget(who: Contestant) -> list[str]:
+    """Why it is there once, and not at every budget."""
+    if who.takes_budget or not who.methods:
+        return []
+    return ["it takes no budget: what it saves follows from its options, and it is measured once, at 1"]
+
+
 def entrants(config: Config, model: Any) -> tuple[list[Entry], list[dict[str, Any]]]:
     """Those that can run in this model, equipped with its artefacts; and what is left out, with every reason.
 
     Raises:
         CannotRun: one that was asked for by name can run at no budget.
     """
-    mark, present, left_out = fingerprint(model), [], []
+    mark, found, present, left_out = fingerprint(model), probe(model), [], []
     for who in config.contestants:
-        left_out += _refusals(who, dict.fromkeys(config.budgets, _too_long(config, who)))
+        reasons = _too_long(config, who) or _without_budget(who)
+        left_out += _refusals(who, {b: reasons for b in config.budgets if who.takes_budget or b != WHOLE})
     for entry in everybody(config):
         who = entry.who.equipped(mark)
-        reasons = {b: who.reasons(model, b) for b in entry.budgets}
+        reasons = {b: who.reasons(model, b, found) for b in entry.budgets}
         can = tuple(b for b in entry.budgets if not reasons[b])
         if not can and who.label in (config.asked or ()):
-            every = list(dict.fromkeys(r for found in reasons.values() for r in found))
+            every = list(dict.fromkeys(r for why in reasons.values() for r in why))
             raise CannotRun(f"compare {who.label!r} on {config.model_name}", every, "Leave it out of methods.")
         present += [Entry(who, can)] if can else []
         left_out += _refusals(who, reasons)
@@ -106,12 +115,12 @@ def _cell(
 
 
 def timed(config: Config, entries: Sequence[Entry]) -> list[tuple[Contestant, Budget]]:
-    """Who is timed, and at which budget: the one that `config` times, where he can run at it."""
+    """Who is timed, and at which budget: the one that `config` times, where he can run at it; or the only one."""
     budget = config.timed_budget
     return [
-        (e.who, budget if e.who.methods else WHOLE)
+        (e.who, budget if e.who.takes_budget else WHOLE)
         for e in entries
-        if e.who.timed and (budget in e.budgets or not e.who.methods)
+        if e.who.timed and (budget in e.budgets or not e.who.takes_budget)
     ]
 
 

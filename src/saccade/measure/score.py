@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -17,13 +17,14 @@ from saccade.attach import Run
 from saccade.attach.compat import CACHE
 from saccade.core.budget import Budget
 from saccade.core.errors import BadInput
-from saccade.core.record import Record
+from saccade.core.record import LayerRecord, Record
 from saccade.measure.bytes import cache_bytes, full_cache_bytes
 from saccade.measure.contestants import Contestant
 
 WARMUP_TOKENS = 64
 BATCH_TOKENS = 2048  # that go through the model together
 BINS = 64  # of the picture of what was kept
+READ_TOKENS = 64  # after the prompt, whose reading is drawn
 ASKED_TOKENS = 48  # end of the prompt that is shown beside a wrong answer
 
 
@@ -60,15 +61,17 @@ def quality(
     again: in reverse order and one row at a time, which changes nothing but rounding: the noise of the machine.
     """
     outcomes: dict[str, dict[str, Any]] = {}
-    kept, whole = None, _whole_caches(subject, samples)  # counted before anything is attached
+    kept, what, whole = None, shown(who), _whole_caches(subject, samples)  # counted before anything is attached
     with who.working(subject.model, budget, seed) as run, torch.no_grad():
         warmup = _warm_up(subject, samples[0])
         for rows in ([s] for s in reversed(samples)) if again else _together(samples):
-            passed = forward(subject, rows, run, draw=kept is None and "evict" in who.parts)
+            passed = forward(subject, rows, run, draw=what if kept is None and what != "read" else None)
             kept = kept or passed.picture
             for i, sample in enumerate(rows):
                 outcomes[sample.id] = _outcome(subject, task, sample, passed, i, len(rows)) | _densities(run, sample)
         back_ends = run.record.back_ends if run else []
+        if what == "read" and not samples[0].one_pass:
+            kept = _reading(subject, samples[0], run)
     ordered = [outcomes[s.id] | whole[s.id] for s in samples]
     return {
         "method": who.names,
@@ -105,9 +108,9 @@ def _together(samples: Sequence[Any]) -> Iterator[list[Any]]:
 # --- one pass ---------------------------------------------------------------------------------------------------------
 
 
-def forward(subject: Subject, rows: Sequence[Any], run: Run | None, draw: bool = False) -> Passed:
+def forward(subject: Subject, rows: Sequence[Any], run: Run | None, draw: What | None = None) -> Passed:
     """Samples of one shape through the model. One pass where they say so; else context first, then the continuation
-    in one forward on that cache, which gives the same as token by token. `draw`: make the picture of what was kept."""
+    in one forward on that cache, which gives the same as token by token. `draw`: the picture to be made in between."""
     context = torch.cat([s.context for s in rows]).to(subject.device)
     continuation = torch.cat([s.continuation for s in rows]).to(subject.device)
     if rows[0].one_pass:
@@ -123,14 +126,14 @@ def _one_pass(subject: Subject, context: Int[Tensor, "b n"], continuation: Int[T
 
 
 def _two_stages(
-    subject: Subject, context: Int[Tensor, "b n"], continuation: Int[Tensor, "b m"], run: Run | None, draw: bool
+    subject: Subject, context: Int[Tensor, "b n"], continuation: Int[Tensor, "b m"], run: Run | None, draw: What | None
 ) -> Passed:
     start = clock(subject.device)
     first = subject.model(context, use_cache=True, logits_to_keep=1)
     seconds_prefill = clock(subject.device) - start
     cache, logits = first[CACHE], first.logits
     held, kept = cache_bytes(cache), run.record.kept_fraction if run else 1.0
-    drawn = picture(run.record) if run and draw else None
+    drawn = picture(run.record, draw, context.shape[1]) if run and draw else None
     start = clock(subject.device)
     if continuation.shape[1] > 1:
         rest = subject.model(continuation[:, :-1], **{CACHE: cache}, use_cache=True)
@@ -186,15 +189,50 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def picture(record: Record) -> dict[str, Any]:
-    """What was kept of the last sequence: per layer and head, the share of each of 64 stretches of the text."""
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+# of each token: whether it is stored; how many bits are held of it, of those of the model's precision; or how many of
+# the queries after the prompt read it
+What = Literal["kept", "bits", "read"]
+
+
+def shown(who: Contestant) -> What | None:
+    """What a picture of this one shows: of several parts the one that the others are seen in too. None: it has a part
+    in the prompt's own attention and in nothing behind it."""
+    drawn: dict[str, What] = {"decode": "read", "pack": "bits", "evict": "kept"}
+    return next((what for part, what in drawn.items() if part in who.parts), None)
+
+
+def picture(record: Record, what: What, seen: int) -> dict[str, Any]:
+    """Of the first sequence: per layer and head, the mean over each of 64 stretches of a text of `seen` tokens."""
     layers = sorted(record.layers.values(), key=lambda layer: layer.layer)
-    share = [[_stretches(head, layer.seen[0]) for head in layer.kept[0]] for layer in layers]
-    return {"seen": layers[0].seen[0], "share": share}
+    share = [[_stretches(*head, seen) for head in _heads(layer, what, seen)] for layer in layers]
+    return {"what": what, "seen": seen, "bits": layers[0].bits_whole or None, "share": share}
 
 
-def _stretches(positions: Int[Tensor, " kept"], seen: int) -> list[float]:
+def _heads(layer: LayerRecord, what: What, seen: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions of each head, and what is shown of them, from 0 to 1."""
+    if what == "read":
+        for read in layer.reads[0][:, :seen]:
+            yield torch.arange(len(read)), read / layer.readers[0]
+        return
+    for i, positions in enumerate(layer.kept[0]):
+        yield positions, layer.bits[0][i] / layer.bits_whole if what == "bits" else torch.ones(len(positions))
+
+
+def _stretches(positions: Int[Tensor, " kept"], shares: Float[Tensor, " kept"], seen: int) -> list[float]:
     bins = min(BINS, seen)
-    held = torch.bincount(positions.long() * bins // seen, minlength=bins)
+    held = torch.bincount(positions.long() * bins // seen, shares.double(), minlength=bins)
     there = torch.bincount(torch.arange(seen) * bins // seen, minlength=bins)
-    return [round(float(x), 1) for x in held / there]
+    return [round(float(x), 2) for x in held / there]
+
+
+@torch.no_grad()
+def _reading(subject: Subject, sample: Any, run: Run) -> dict[str, Any]:
+    """What the tokens after the context read of it. A pass of its own: no clock runs while masks are summed."""
+    context, rest = (x.to(subject.device) for x in (sample.context, sample.continuation[:, :READ_TOKENS]))
+    run.note_reads = True
+    cache = subject.model(context, use_cache=True, logits_to_keep=1)[CACHE]
+    subject.model(rest, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+    run.note_reads = False
+    return picture(run.record, "read", context.shape[1])

@@ -130,6 +130,11 @@ def difference_sd(sd: float, correlation: float = 0.5) -> float:
     return sd * math.sqrt(2 * (1 - correlation))
 
 
+def finite(value: float) -> float | None:
+    """A number that JSON has; None for infinity and for none at all."""
+    return value if math.isfinite(value) else None
+
+
 def t_quantile(p: float, df: int) -> float:
     """Quantile of Student's t with a whole number of degrees of freedom."""
     if p < 0.5:

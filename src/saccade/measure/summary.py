@@ -9,6 +9,7 @@ from typing import Any
 
 from saccade.measure import stats
 from saccade.measure.cells import FULL, SCHEMA
+from saccade.measure.transfer import scores, transfer
 
 Line = Mapping[str, Any]
 BREAKS = 24  # at most so many are shown
@@ -31,6 +32,7 @@ def summarise(run: Mapping[str, Any], lines: Mapping[str, Line]) -> dict[str, An
         "tasks": tasks,
         "noise": noise,
         "rows": rows,
+        "transfer": transfer(compared, rows, tasks),
         "not_exercised": run["not_exercised"],
         "left_out": run["left_out"],
         "failed": [_failure(line, line) for line in done if line["error"]] + _failed_timings(rounds),
@@ -45,12 +47,8 @@ def summarise(run: Mapping[str, Any], lines: Mapping[str, Line]) -> dict[str, An
 def _noise(first: Line, second: Line) -> float:
     """Half-width of the band in which the mean of `full` moves with rounding alone: the larger of what the two means
     differ by, and 1.96 standard errors of their differences per sample."""
-    apart = stats.paired(*(_scores(line) for line in (second, first)), hits=False)
+    apart = stats.paired(*(scores(line) for line in (second, first)), hits=False)
     return max(abs(apart.mean), 1.96 * apart.sd / math.sqrt(apart.n))
-
-
-def _scores(line: Line) -> list[float]:
-    return [s["score"] for s in line["samples"]]
 
 
 # --- quality ----------------------------------------------------------------------------------------------------------
@@ -58,9 +56,9 @@ def _scores(line: Line) -> list[float]:
 
 def _row(line: Line, full: Line, tasks: Mapping[str, Any], noise: Mapping[str, float]) -> dict[str, Any]:
     hits = tasks[line["task"]]["metric"] == "hit"
-    mean = (stats.hit_rate if hits else stats.mean_interval)(_scores(line))
+    mean = (stats.hit_rate if hits else stats.mean_interval)(scores(line))
     row = {name: line[name] for name in ("method", "label", "part", "budget", "task", "tokens", "baseline")}
-    row |= {"n": mean.n, "mean": mean.mean, "low": _finite(mean.low), "high": _finite(mean.high)}
+    row |= {"n": mean.n, "mean": mean.mean, "low": stats.finite(mean.low), "high": stats.finite(mean.high)}
     row |= _difference(line, full, hits, noise.get(line["task"]))
     if not hits and line["label"] != FULL:
         row["perplexity_ratio"] = math.exp(row["diff"])
@@ -75,20 +73,16 @@ def _difference(line: Line, full: Line, hits: bool, noise: float | None) -> dict
     """Paired difference to full; of full itself there is none to be seen."""
     if line["key"] == full["key"]:
         return {"diff": 0.0, "diff_low": 0.0, "diff_high": 0.0, "smallest_effect": None, "seen": False}
-    apart = stats.paired(_scores(line), _scores(full), hits)
-    low, high = _finite(apart.low), _finite(apart.high)
+    apart = stats.paired(scores(line), scores(full), hits)
+    low, high = stats.finite(apart.low), stats.finite(apart.high)
     sure = low is not None and high is not None and not low <= 0 <= high
     return {
         "diff": apart.mean,
         "diff_low": low,
         "diff_high": high,
-        "smallest_effect": _finite(apart.smallest_effect),
+        "smallest_effect": stats.finite(apart.smallest_effect),
         "seen": sure and abs(apart.mean) > (noise or 0.0),
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _breaks(scored: Sequence[Line], full: Mapping[str, Line], tasks: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from saccade import ops
 from saccade.core import rng
+from saccade.core.budget import Budget
 from saccade.core.selection import Blocks
 
 BLOCK, PAGE, LAST = 128, 16, 64  # tokens of a block and of a page; queries that are asked for an estimate
+GATED = 64  # tokens of a block that a gate chooses
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,20 @@ def _pool_and_select(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Work:
     return _beside_dense(call, q.nbytes + k.nbytes, q, k, v)
 
 
+@workload("prefill", "choosing blocks of 64 by a learnt gate: pool, project, score, take the best")
+def _block_gate(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Work:
+    draw, size = rng.generator("workload", "gate"), shape.head_size
+    gate = ops.Gate(torch.randn(shape.heads, 3 * size, size, generator=draw).to(shape.device, torch.float32))
+    row = Budget(shape.density).row_tokens(shape.tokens)
+    options = {"queries": shape.tokens, "keys": shape.tokens, "block": GATED}
+
+    def call(**how: Any) -> Any:
+        score = ops.block_gate(q, k, gate, _rotary, block=GATED, **how)
+        return ops.choose_blocks(score, row_tokens=max(row, GATED), whole_last=2, **options)
+
+    return _beside_dense(call, q.nbytes + k.nbytes + gate.keys.nbytes, q, k, v)
+
+
 @workload("prefill", "attention that the last 64 queries pay to each key")
 def _column_scores(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Work:
     last = q[:, :, -LAST:]
@@ -161,6 +177,14 @@ def _sparse_step(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Work:
 
     kept = (k.nbytes + v.nbytes) * min(1.0, pages * PAGE / shape.tokens)
     return _beside_dense(call, 2 * one.nbytes + low.nbytes + high.nbytes + int(kept), one, k, v)
+
+
+def _rotary(x: Tensor, shifts: Tensor) -> Tensor:
+    """As most models rotate queries and keys."""
+    speed = 10_000.0 ** -torch.arange(0, 1, 2 / x.shape[-1], device=x.device)
+    angle = shifts[:, None] * torch.cat([speed, speed])
+    a, b = x.chunk(2, -1)
+    return x * angle.cos().to(x.dtype) + torch.cat([-b, a], -1) * angle.sin().to(x.dtype)
 
 
 def _blocks(shape: Shape) -> Blocks:

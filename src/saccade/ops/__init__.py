@@ -6,7 +6,9 @@
 """
 
 from saccade.ops.attend.api import attend
+from saccade.ops.block_gate.api import Gate, Pooled, block_gate, gate_logits, pool_for_gate
 from saccade.ops.block_logits.api import block_logits
+from saccade.ops.choose_blocks.api import choose_blocks
 from saccade.ops.column_scores.api import column_scores
 from saccade.ops.decode.api import decode
 from saccade.ops.dispatch import explain
@@ -15,6 +17,7 @@ from saccade.ops.merge_lse.api import merge_lse
 from saccade.ops.nearest.api import index_keys, index_reasons
 from saccade.ops.page_bounds.api import page_bounds, page_scores
 from saccade.ops.pool_and_select.api import pool_and_select, pool_blocks
+from saccade.ops.pooled_map.api import pooled_map
 from saccade.ops.quantise.api import Quantised, dequantise, quantise
 from saccade.ops.quantise.groups import dequantise_groups, quantise_groups
 from saccade.ops.sparse_step.api import sparse_step
@@ -22,10 +25,14 @@ from saccade.ops.topk.api import topk
 from saccade.ops.window_votes.api import check_window, votes_of, window_votes
 
 __all__ = [
+    "Gate",
+    "Pooled",
     "Quantised",
     "attend",
+    "block_gate",
     "block_logits",
     "check_window",
+    "choose_blocks",
     "column_scores",
     "decode",
     "dequantise",
@@ -33,6 +40,7 @@ __all__ = [
     "draw_lines",
     "explain",
     "fit_lines",
+    "gate_logits",
     "index_keys",
     "index_reasons",
     "line_scores",
@@ -41,6 +49,8 @@ __all__ = [
     "page_scores",
     "pool_and_select",
     "pool_blocks",
+    "pool_for_gate",
+    "pooled_map",
     "quantise",
     "quantise_groups",
     "sparse_step",

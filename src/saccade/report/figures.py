@@ -10,7 +10,7 @@ import base64
 import html
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,8 +159,9 @@ def frontier(run: Run, looks: dict[str, Style]) -> Plots:
 
 
 def _frontier(run: Run, task: str, axis: str, looks: dict[str, Style]) -> dict[str, Any]:
-    points = [(_place(row, axis), row) for row in run.rows if row["task"] == task and row["method"] != "full"]
-    points = sorted(((x, row) for x, row in points if x is not None), key=lambda p: p[0])
+    every = [(_place(row, axis), row) for row in run.rows if row["task"] == task and row["method"] != "full"]
+    points = sorted(((x, row) for x, row in every if x is not None), key=lambda p: p[0])
+    absent = dict.fromkeys(row["label"] for x, row in every if x is None)
     lower = run.summary["tasks"][task]["metric"] == "nll"
     y = "loss above full, nats per token" if lower else "hit rate, difference to full"
     scale = _scale(axis, [x for x, _ in points])
@@ -169,7 +170,7 @@ def _frontier(run: Run, task: str, axis: str, looks: dict[str, Style]) -> dict[s
         return {"data": [], "layout": layout | _nothing("This task runs in one pass: it holds no cache.")}
     labels = dict.fromkeys(row["label"] for _, row in points)
     traces = [_with_intervals(label, looks[label], [p for p in points if p[1]["label"] == label]) for label in labels]
-    return {"data": list(itertools.chain(*traces)), "layout": layout | _full_line(run, task)}
+    return {"data": list(itertools.chain(*traces)), "layout": layout | _full_line(run, task, absent)}
 
 
 def _place(row: dict, axis: str) -> float | None:
@@ -194,7 +195,8 @@ def _with_intervals(label: str, style: Style, points: list[tuple[float, dict]]) 
     return [_bars(label, style, spans), _series(label, style, xs, ys, hover)]
 
 
-def _full_line(run: Run, task: str) -> dict[str, Any]:
+def _full_line(run: Run, task: str, absent: Mapping[str, None]) -> dict[str, Any]:
+    """The line of full, its noise, and in words what has no place on this axis."""
     across = {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "layer": "below"}
     shapes = [across | {"type": "line", "y0": 0, "y1": 0, "line": {"color": "$fg", "width": 1.5}}]
     spread = run.summary["noise"].get(task)
@@ -203,11 +205,13 @@ def _full_line(run: Run, task: str) -> dict[str, Any]:
     full = next(r for r in run.rows if r["method"] == "full" and r["task"] == task)
     words = f"full = {say(full['mean'], 'score')}"
     note = {"text": words, "xref": "paper", "x": 0, "xanchor": "left", "y": 0, "yanchor": "bottom", "showarrow": False}
-    return {"shapes": shapes, "annotations": [note]}
+    gone = note | {"text": html.escape(f"not on this axis: {', '.join(absent)}"), "yref": "paper", "y": 1}
+    return {"shapes": shapes, "annotations": [note, gone] if absent else [note]}
 
 
 # --- seconds and bytes against length ------------------------------------------------------------------------------
 
+WHOLE = "1"  # the budget of full, and of what takes none: they are in every panel
 PANELS = (
     ("prefill", "Prefill", "prefill_seconds", "seconds", "seconds"),
     ("decode", "Decode, one token", "decode_seconds", "seconds per token", "seconds"),
@@ -220,6 +224,7 @@ def speeds(run: Run, looks: dict[str, Style]) -> Plots:
     """One panel for each of prefill, decode, bytes and warm-up, with the budget chosen for all at once."""
     rows = run.summary["speed"]
     budgets = list(dict.fromkeys(r["budget"] for r in rows if r["method"] != "full"))
+    budgets = [b for b in budgets if b != WHOLE] or budgets
     figures = [
         Figure(panel[0], panel[1], {b: _panel(run, panel, b, looks) for b in budgets})
         for panel in PANELS
@@ -233,7 +238,7 @@ def speeds(run: Run, looks: dict[str, Style]) -> Plots:
 def _panel(run: Run, panel: tuple[str, ...], budget: str, looks: dict[str, Style]) -> dict[str, Any]:
     name, _, value, unit, kind = panel
     rows = [r for r in run.summary["speed"] if r.get(value) is not None]
-    rows = [r for r in rows if r["budget"] == budget or r["method"] == "full"]
+    rows = [r for r in rows if r["budget"] in (budget, WHOLE)]
     data = []
     for label in dict.fromkeys(r["label"] for r in rows):
         mine = sorted((r for r in rows if r["label"] == label), key=lambda r: r["tokens"])
@@ -259,7 +264,7 @@ def _byte_ticks(values: Sequence[float]) -> dict[str, Any]:
 def _crossings(run: Run, stage: str, budget: str, looks: dict[str, Style]) -> dict[str, Any]:
     """A dotted line where a method becomes faster than `full`; none for what is faster at every length."""
     shortest = min(r["tokens"] for r in run.summary["speed"])
-    found = [c for c in run.summary["crossover"] if c["stage"] == stage and c["budget"] == budget]
+    found = [c for c in run.summary["crossover"] if c["stage"] == stage and c["budget"] in (budget, WHOLE)]
     found = [c for c in found if c["tokens"] is not None and c["tokens"] > shortest]
     found.sort(key=lambda c: c["tokens"])
     return {
@@ -284,22 +289,29 @@ def _flag(i: int, tokens: float, look: Style) -> dict[str, Any]:
 
 
 def heat_map(run: Run) -> Plots:
-    """Share kept of each stretch of the prompt, layer by layer and head by head."""
+    """What is kept or read of each stretch of the prompt, layer by layer and head by head."""
     variants: dict[str, dict[str, Any]] = {}
     for cell in run.cells:
-        name = f"{cell['label']} at {cell['budget']}"
-        if cell.get("kept") and name not in variants:
-            variants[name] = _heat(cell["kept"])
+        if cell.get("kept"):
+            name = f"{cell['label']} at {cell['budget']}: {_what(cell['kept'])}"
+            if name not in variants:
+                variants[name] = _heat(cell["kept"])
     figures = [Figure("kept-map", "Layer by head by position", variants)] if variants else []
     return Plots("kept", [Chooser("Method", [(n, n) for n in variants])], figures)
+
+
+def _what(kept: dict) -> str:
+    """What a picture shows, in words."""
+    said = {"kept": "keys stored", "bits": f"bits of {kept['bits']}", "read": "queries that read it"}
+    return said[kept["what"]]
 
 
 def _heat(kept: dict) -> dict[str, Any]:
     heads = [head for layer in kept["share"] for head in layer]
     names = [f"{i}.{j}" for i, layer in enumerate(kept["share"]) for j in range(len(layer))]
     trace = {"type": "heatmap", "z": _packed(heads), "y": names, "zmin": 0, "zmax": 100, "colorscale": "Cividis"}
-    trace |= {"colorbar": {"ticksuffix": " %", "thickness": 12, "outlinewidth": 0, "title": {"text": "kept"}}}
-    trace |= {"hovertemplate": "layer.head %{y}, stretch %{x}: %{z} % kept<extra></extra>"}
+    trace |= {"colorbar": {"ticksuffix": " %", "thickness": 12, "outlinewidth": 0, "title": {"text": _what(kept)}}}
+    trace |= {"hovertemplate": "layer.head %{y}, stretch %{x}: %{z} %<extra></extra>"}
     firsts = [name for name in names if name.endswith(".0")]
     y = {"type": "category", "autorange": "reversed", "tickvals": firsts, "ticktext": [n[:-2] for n in firsts]}
     layout = _layout(

@@ -37,8 +37,10 @@ def render(run: Run) -> str:
         frontier=figures.frontier(run, looks),
         speeds=figures.speeds(run, looks),
         kept=figures.heat_map(run),
+        undrawn=undrawn(run),
         absent=tables.absent(run),
-        overview=tables.overview(run),
+        transfer=tables.transfer(run),
+        signs=tables.SIGNS.values(),
         results=[(task, tables.traits(run, task), tables.results(run, task)) for task in run.tasks],
         environment=environment(run),
         cards=run.cards(),
@@ -66,6 +68,12 @@ def _source(name: str) -> str:
     loader = _templates().loader
     assert loader is not None
     return loader.get_source(_templates(), name)[0]
+
+
+def undrawn(run: Run) -> list[str]:
+    """What took part and has no picture of what was kept."""
+    drawn = {cell["label"] for cell in run.cells if cell.get("kept")}
+    return [label for label in run.labels if label != tables.FULL and label not in drawn]
 
 
 ASKED = {

@@ -7,7 +7,7 @@ from saccade.report.heads import Heads
 from saccade.report.run import Run
 from saccade.report.verdicts import verdicts
 
-MARKS = {tables.NOISE: "_{}_", tables.BELOW: "**{}** (below random)"}
+MARKS = {tables.NOISE: "_{}_", tables.BELOW: "**{}**"}
 _SPECIAL = str.maketrans({c: f"\\{c}" for c in "\\`*_[]|~"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " "})
 
 
@@ -15,15 +15,23 @@ def render(run: Run) -> str:
     """The whole report as Markdown."""
     parts = [
         f"# saccade: {_safe(str(run.summary['model']))}",
-        "_In italics_: not to be told from `full`. **Bold**: worse than spending the same budget at random.",
-        table(tables.overview(run)),
+        "## Methods, budgets, tasks",
+        key(),
+        table(tables.transfer(run)),
     ]
     for task in run.tasks:
         parts += [f"## {_safe(task)}: {', '.join(tables.traits(run, task))}", table(tables.results(run, task))]
     parts += ["## Claims", table(tables.claims(verdicts(run)))]
     for found in (tables.speed(run), tables.crossover(run), tables.noise(run), tables.absent(run)):
         parts += [f"## {found.caption}", table(found)] if found.rows else []
+    parts += ["## How to repeat it", *map(_safe, run.summary["repeat"])]
     return "\n\n".join(parts) + "\n"
+
+
+def key() -> str:
+    """What the looks and signs of a cell say."""
+    looks = ["_In italics_: not to be told from `full`", "**bold**: seen, and worse than the same budget at random"]
+    return "; ".join([*looks, *(f"{sign}: {words}" for sign, words in tables.SIGNS.values())]) + "."
 
 
 def render_heads(heads: Heads) -> str:
@@ -35,7 +43,7 @@ def render_heads(heads: Heads) -> str:
 
 def table(t: tables.Table) -> str:
     """One table in GitHub's Markdown."""
-    lines = [list(t.heads), ["---", *["---:"] * (len(t.heads) - 1)]]
+    lines = [list(t.titles), ["---", *["---:"] * (len(t.heads) - 1)]]
     lines += [[_cell(c) for c in row] for row in t.rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -45,4 +53,4 @@ def _safe(text: str) -> str:
 
 
 def _cell(c: tables.Cell) -> str:
-    return MARKS.get(c.mark, "{}").format(_safe(c.text))
+    return f"{MARKS.get(c.mark, '{}').format(_safe(c.text))} {c.sign}".strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ SUMMARY_PARTS = (
     "tasks",
     "noise",
     "rows",
+    "transfer",
     "not_exercised",
     "left_out",
     "failed",
@@ -61,6 +63,11 @@ class Run:
     def rows(self) -> list[dict]:
         """One per method, budget and task."""
         return self.summary["rows"]
+
+    @functools.cached_property
+    def beside(self) -> dict[tuple[str, str, str], dict]:
+        """(label, budget, task) -> the cell of the transfer table: how it stands to `full` and to chance."""
+        return {(x["label"], x["budget"], x["task"]): x for x in self.summary["transfer"]}
 
     @property
     def labels(self) -> list[str]:

@@ -6,28 +6,50 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from saccade.report.run import Run
-from saccade.report.words import interval, say
+from saccade.report.words import MISSING, interval, say
 
+FULL = "full"
 # marks of a cell: grey, red, or none of them
 NOISE, BELOW, BASE = "noise", "below", "base"
+# how a cell stands to random at the same budget: its sign, and what that says
+SIGNS = {
+    "below": ("▼", "worse than random of the same budget, on the same samples: the interval leaves zero out"),
+    "lower": ("▽", "worse than random on average, but not to be told from it"),
+    "no random": ("○", "no random of the same budget ran beside it"),
+}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Text, the value to sort by, and a mark ("noise", "below", "base" or "")."""
+    """Text, the value to sort by, a mark ("noise", "below", "base" or ""), a sign of SIGNS and what it says here."""
 
     text: str
     value: float | str | None = None
     mark: str = ""
+    sign: str = ""
+    about: str = ""
+
+    @property
+    def signed(self) -> str:
+        """Text and sign."""
+        return f"{self.text} {self.sign}".strip()
 
 
 @dataclass(frozen=True)
 class Table:
-    """What a figure was drawn from, or what is read by itself."""
+    """What a figure was drawn from, or what is read by itself. `groups` lie over the last heads: (title, how many)."""
 
     caption: str
     heads: tuple[str, ...]
     rows: list[list[Cell]]
+    groups: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """The heads, each with the group that it lies in."""
+        over = [title for title, count in self.groups for _ in range(count)]
+        alone = len(self.heads) - len(over)
+        return (*self.heads[:alone], *[f"{title}, {head}" for title, head in zip(over, self.heads[alone:])])
 
 
 def cell(value: float | str | None, kind: str = "text", mark: str = "") -> Cell:
@@ -43,20 +65,16 @@ def _fields(rows: Sequence[dict], fields: Sequence[tuple[str, str, str]], captio
 
 
 def mark(run: Run, row: dict) -> str:
-    """Grey where no difference was seen, red where the same budget spent at random does better."""
-    if row["method"] == "full":
+    """Grey where no difference to full was seen, red where the same budget spent at random does better."""
+    if row["label"] == FULL:
         return BASE
     if not row["seen"]:
         return NOISE
-    return BELOW if _below_random(run, row) else ""
+    return BELOW if _standing(run, row) in ("below", "lower") else ""
 
 
-def _below_random(run: Run, row: dict) -> bool:
-    """Against the random choice in the same part of the model's work."""
-    chance = [r for r in run.rows if r["method"] == "random" and r["part"] in row["part"].split("+")]
-    means = [r["mean"] for r in chance if all(r[f] == row[f] for f in ("task", "budget"))]
-    lower = run.summary["tasks"][row["task"]]["metric"] == "nll"
-    return any(row["mean"] > mean if lower else row["mean"] < mean for mean in means)
+def _standing(run: Run, row: dict) -> str:
+    return run.beside[row["label"], row["budget"], row["task"]]["standing"]
 
 
 def traits(run: Run, task: str) -> list[str]:
@@ -67,18 +85,47 @@ def traits(run: Run, task: str) -> list[str]:
     return [t for t in (aware, "one pass" if facts.get("one_pass") else None, better) if t]
 
 
-def overview(run: Run) -> Table:
-    """Method and budget down, tasks across: the paired difference to `full`, marked."""
-    found = {(row["label"], row["budget"], row["task"]): row for row in run.rows if row["method"] != "full"}
+def transfer(run: Run, only: Sequence[str] = ()) -> Table:
+    """Methods down, tasks and budgets across: the paired difference to `full`, marked and signed; of full its score.
+
+    only: these budgets
+    """
+    budgets = [b for b in dict.fromkeys(budget for _, budget, _ in run.beside) if not only or b in only]
+    there = [label for label, budget, _ in run.beside if budget in budgets]
+    out = [x["label"] for x in run.summary["left_out"] if set(x["budgets"]) & set(budgets)]
+    parts = {x["label"]: (x["part"] or MISSING).replace("+", " + ") for x in run.summary["transfer"]}
     lines = [
-        [cell(label), cell(budget)] + [_difference(run, found.get((label, budget, task))) for task in run.compared]
-        for label, budget in dict.fromkeys(key[:2] for key in found)
+        [cell(label), cell(parts.get(label)), *(_place(run, label, b, task) for task in run.compared for b in budgets)]
+        for label in dict.fromkeys([*there, *out])
     ]
-    return Table("Paired difference to full, with its interval", ("Method", "Budget", *run.compared), lines)
+    heads = ("Method", "Part", *budgets * len(run.compared))
+    groups = tuple((task, len(budgets)) for task in run.compared)
+    return Table("Paired difference to full, with its interval; of full itself its score", heads, lines, groups)
 
 
-def _difference(run: Run, row: dict | None) -> Cell:
-    return Cell(interval(row), row.get("diff"), mark(run, row)) if row else cell(None)
+def _place(run: Run, label: str, budget: str, task: str) -> Cell:
+    """A figure, or in a word why there is none."""
+    found = run.beside.get((label, budget, task))
+    if label == FULL and found:
+        row = next(r for r in run.rows if (r["label"], r["task"]) == (label, task))
+        return Cell(interval(row, "mean"), row["diff"], BASE)
+    if found:
+        return _difference(run, found)
+    out = any(x["label"] == label and budget in x["budgets"] for x in run.summary["left_out"])
+    if out:
+        return Cell("at 1" if (label, "1", task) in run.beside else "left out")
+    if any((x["label"], x["budget"], x["task"]) == (label, budget, task) for x in run.summary["failed"]):
+        return Cell("failed")
+    idle = any((x["label"], x["task"]) == (label, task) for x in run.summary["not_exercised"])
+    return Cell("no part in it") if idle and budget != "1" else cell(None)
+
+
+def _difference(run: Run, row: dict) -> Cell:
+    sign, about = SIGNS.get(_standing(run, row), ("", ""))
+    chance = run.beside[row["label"], row["budget"], row["task"]]["random"]
+    if sign and chance:
+        about = f"{interval(chance)} to {chance['label']}: {about}"
+    return Cell(interval(row), row["diff"], mark(run, row), sign, about)
 
 
 ACHIEVED = {"cache": "kept_fraction", "decode": "decode_density", "prefill": "prefill_density"}
@@ -120,7 +167,7 @@ def _result(run: Run, row: dict) -> list[Cell]:
         cell(row.get("seconds_prefill"), "seconds"),
         cell(row["n"], "count"),
         Cell(interval(row, "mean"), row["mean"]),
-        Cell(interval(row), row["diff"], mark(run, row)),
+        _difference(run, row),
         cell(row["smallest_effect"], "score"),
     ]
 
@@ -168,7 +215,8 @@ def crossover(run: Run) -> Table:
 
 def absent(run: Run) -> Table:
     """What has no number, and why."""
-    lines = [[out["label"], "everywhere", "; ".join(out["reasons"])] for out in run.summary["left_out"]]
+    left = run.summary["left_out"]
+    lines = [[out["label"], f"at {', '.join(out['budgets'])}", "; ".join(out["reasons"])] for out in left]
     lines += [
         [f"{out['label']} at {out['budget']}", out["task"], f"{out['type']}: {out['text']}"]
         for out in run.summary["failed"]

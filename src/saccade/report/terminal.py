@@ -1,4 +1,4 @@
-"""The report for a terminal: the overview and the verdicts, without colour where there is no terminal."""
+"""The report for a terminal: the transfer table and the verdicts, without colour where there is no terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import sys
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,9 +22,10 @@ BEST = 20  # heads that a terminal shows
 
 
 def render(run: Run) -> str:
-    """The overview, the verdicts and the crossover as text, in colour only where stdout is a terminal."""
-    shown = [tables.overview(run), tables.crossover(run), tables.claims(verdicts(run)), tables.absent(run)]
-    return _printed(shown, "dim: not to be told from full; red: worse than the same budget at random")
+    """The transfer table, the verdicts and the crossover as text, in colour only where stdout is a terminal."""
+    shown = [tables.transfer(run), tables.crossover(run), tables.claims(verdicts(run)), tables.absent(run)]
+    key = ["dim: not to be told from full; red: seen, and worse than the same budget at random"]
+    return _printed(shown, "\n".join([*key, *(f"{sign}: {words}" for sign, words in tables.SIGNS.values())]))
 
 
 def render_heads(heads: Heads) -> str:
@@ -47,9 +49,18 @@ def _printed(shown: Sequence[tables.Table], note: str) -> str:
 
 def table(t: tables.Table) -> Table:
     """One table for rich."""
-    made = Table(title=t.caption, title_justify="left", header_style="bold")
-    for i, head in enumerate(t.heads):
-        made.add_column(Text(head), justify="right" if i else "left", no_wrap=i == 0)
+    # many columns of figures: no lines between them, and each interval under its figure
+    close = {"box": SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)} if t.groups else {}
+    made = Table(title=t.caption, title_justify="left", header_style="bold", **close)
+    for i, head in enumerate(t.titles):
+        words = head.replace(", ", "\n") if t.groups else head
+        made.add_column(Text(words), justify="right" if i else "left", no_wrap=i == 0, overflow="fold")
     for row in t.rows:
-        made.add_row(*[Text(c.text, style=STYLES.get(c.mark, "")) for c in row])
+        made.add_row(*[Text(_stacked(c) if t.groups else c.signed, style=STYLES.get(c.mark, "")) for c in row])
     return made
+
+
+def _stacked(c: tables.Cell) -> str:
+    """Figure and sign, and under them the interval."""
+    middle, bracket, ends = c.text.partition(" [")
+    return f"{middle} {c.sign}".strip() + (f"\n[{ends}" if bracket else "")

@@ -135,7 +135,7 @@ def test_what_can_never_run_is_refused_with_the_numbers():
         assert len(Client(s, ids(15), greedy(5)).tokens()) == 5
         assert len(Client(s, ids(15), GREEDY).tokens()) == 5  # as many as there is room for
     with service(cache_bytes=10_000) as s:
-        each = s.bytes_per_token
+        each = s.memory.bytes_per_token
         assert f"the 10,000 bytes for caches hold {10_000 // each} tokens of {each} bytes, beside 0 for" in str(
             refused(s, ids(15), greedy(100))
         )
@@ -188,8 +188,8 @@ def test_what_does_not_fit_beside_others_waits():
 
 
 @pytest.mark.parametrize("method", ["full", "snapkv", "streaming", "recycled-attention"])
-@settings(max_examples=5)
-@given(st.lists(st.tuples(st.integers(1, 150), st.integers(1, 6)), min_size=2, max_size=8))
+@settings(max_examples=3)
+@given(st.lists(st.tuples(st.integers(1, 150), st.integers(1, 6)), min_size=2, max_size=6))
 def test_caches_never_take_more_than_they_may(method, requests):
     """Short rows beside a long one are padded where nothing is attached."""
     held, most = [], 120 * 1024

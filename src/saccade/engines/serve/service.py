@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from saccade.attach import caches, compat
-from saccade.attach.compat import CACHE
+from saccade.attach import caches
 from saccade.core.budget import Budget
-from saccade.core.errors import BadOption, CannotRun, SaccadeError
+from saccade.core.errors import CannotRun, SaccadeError
 from saccade.engines.serve.batch import Batch, Row, next_tokens
 from saccade.engines.serve.jobs import Event, Job, Refused
+from saccade.engines.serve.memory import Limits, Memory, costs
 from saccade.engines.serve.prefixes import Prefixes
+from saccade.engines.serve.prompts import Prompts
 from saccade.measure.bytes import cache_bytes, full_cache_bytes
 from saccade.measure.contestants import Contestant
 
@@ -30,28 +29,6 @@ TRIAL_STEPS = 2  # and decoded after them: rows that grow ask for room, and some
 TURN_TOKENS = 512  # of prompts read between two steps of those that are being decoded; one prompt at least
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What the service takes on. `request_tokens` None: as many as the model has positions.
-
-    Raises:
-        BadOption: a number below one (`prefixes`: below zero).
-    """
-
-    batch: int = 16  # requests decoded together
-    queue: int = 64  # requests that wait
-    cache_bytes: int = 4 * 2**30  # of all caches, those kept for later prompts included
-    prefixes: int = 8  # prompts whose caches are kept
-    new_tokens: int = 256  # where a request does not say how many
-    request_tokens: int | None = None  # prompt and new ones of one request
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            least = 0 if name == "prefixes" else 1
-            if value is not None and value < least:
-                raise BadOption(f"{name}={value}", f"it must be {least} or more", "Give such a number.")
-
-
 class Service:
     """A context manager: inside, the methods are attached and the thread works."""
 
@@ -59,7 +36,6 @@ class Service:
         self.model, self.tokenizer, self.who, self.budget, self.limits = model, tokenizer, who, budget, limits
         self.seed = seed
         self._ends = _end_tokens(model, tokenizer)
-        self._forward = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         self._waiting: deque[Job] = deque()
         self._batches: list[Batch] = []
         self._taken: list[Job] = []  # whose prompts are read, or will be at once
@@ -76,6 +52,7 @@ class Service:
             few = max(1, min(TRIAL_TOKENS, ((self.positions or 3 * TRIAL_TOKENS) - TRIAL_STEPS) // 2))
             dense = full_cache_bytes(self.model, 2 * few) - full_cache_bytes(self.model, few)
             self._run = self._stack.enter_context(self.who.working(self.model, self.budget, self.seed))
+            self._prompts = Prompts(self.model, self._run)
             self._look(few, dense)
             self._thread = threading.Thread(target=self._work, name="saccade-serve", daemon=True)
             self._thread.start()
@@ -95,33 +72,25 @@ class Service:
     @torch.no_grad()
     def _look(self, few: int, dense: int) -> None:
         """What one token costs, while a prompt is read or after it, and what the cache allows. `dense`: bytes of a few
-        tokens in the model's own cache, the least that is reckoned with: some methods evict while they read."""
+        tokens in the model's own cache."""
         held = {}
         for tokens in (few, 2 * few):
-            cache, more = self._new_cache(), tokens + TRIAL_STEPS
-            with self._run.prompt() if self._run else contextlib.nullcontext():
-                self._read([0] * tokens, cache)
+            cache, more = self._prompts.new_cache(), tokens + TRIAL_STEPS
+            with self._prompts.one():
+                self._prompts.read([0] * tokens, cache)
                 held[tokens] = cache_bytes(cache)
             for seen in range(tokens, more):
-                self._read([0] * (seen + 1), cache, seen)
+                self._prompts.read([0] * (seen + 1), cache, seen)
             held[more] = cache_bytes(cache)
-        grown = max(held[n + few] - held[n] for n in (few, few + TRIAL_STEPS))
-        self.bytes_per_token = -(-max(dense, grown) // few)
-        self.bytes_per_request = max(0, *(size - n * self.bytes_per_token for n, size in held.items()))
         self.not_joined = caches.why_not_joined(self._run, cache)
-        self._padded = caches.pads(cache) and not self.not_joined
+        padded = caches.pads(cache) and not self.not_joined
+        self.memory = Memory(self.limits, self.positions, padded, *costs(held, few, TRIAL_STEPS, dense))
         self.not_continued = caches.why_not_continued(self._run, cache)
         caches.forget(cache)
-        if self.request_tokens < 2:
-            raise CannotRun("serve requests of a token and an answer", self._bound(), "Allow more.")
+        if self.memory.request_tokens < 2:
+            raise CannotRun("serve requests of a token and an answer", self.memory.bound(), "Allow more.")
         most = 0 if self.not_continued else self.limits.prefixes
         self._prefixes = Prefixes(most, caches.observed_tokens(self._run))
-
-    @property
-    def request_tokens(self) -> int:
-        """Prompt and new tokens that one request may have: by option, by the model's positions, by memory."""
-        room = max(0, self.limits.cache_bytes - self.bytes_per_request) // self.bytes_per_token
-        return min(x for x in (self.limits.request_tokens, self.positions, room) if x is not None)
 
     # --- from other threads -----------------------------------------------------------------------------------------
 
@@ -131,7 +100,7 @@ class Service:
         Raises:
             Refused: 400 for one that can never run here, 429 when the queue is full, 503 when it is closing.
         """
-        self._measure(job)
+        self.memory.measure(job)
         with self._news:
             if self._stopping:
                 raise Refused("serve a request", "the server is closing", "Ask another one.", status=503)
@@ -140,31 +109,6 @@ class Service:
                 raise Refused("serve a request", found, "Ask again in a moment.", status=429, code="queue_full")
             self._waiting.append(job)
             self._news.notify()
-
-    def _measure(self, job: Job) -> None:
-        """Settle how many tokens it may write, and what memory that takes."""
-        prompt, limit, asked = len(job.ids), self.request_tokens, job.wish.new_tokens
-        if not prompt:
-            raise Refused("serve a request", "its prompt has no tokens", "Give some text.")
-        job.new_tokens = min(self.limits.new_tokens, max(1, limit - prompt)) if asked is None else asked
-        if prompt + job.new_tokens > limit:
-            raise Refused(
-                f"read {prompt:,} tokens and write {job.new_tokens:,}",
-                self._bound(),
-                "Send a shorter prompt or ask for fewer new tokens.",
-                code="context_length_exceeded",
-            )
-        job.bytes_reserved = (prompt + job.new_tokens) * self.bytes_per_token + self.bytes_per_request
-
-    def _bound(self) -> str:
-        """Why a request is too long."""
-        limit = self.request_tokens
-        if limit == self.positions:
-            return f"this model has {limit:,} positions"
-        if limit == self.limits.request_tokens:
-            return f"this server takes {limit:,} tokens a request"
-        size, each, once = self.limits.cache_bytes, self.bytes_per_token, self.bytes_per_request
-        return f"the {size:,} bytes for caches hold {limit:,} tokens of {each:,} bytes, beside {once:,} for a request"
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for it any longer."""
@@ -193,12 +137,12 @@ class Service:
                 "ended": dict(self._ended),
                 "batching": {"most": self.limits.batch, "together": not self.not_joined, "why_not": self.not_joined},
                 "memory": {
-                    "bytes_reserved": self._reserved(self._taken),
+                    "bytes_reserved": self.memory.reserved(self._taken),
                     "bytes_prefixes": prefixes.bytes_held,
                     "bytes_most": self.limits.cache_bytes,
-                    "bytes_per_token": self.bytes_per_token,
-                    "bytes_per_request": self.bytes_per_request,
-                    "request_tokens": self.request_tokens,
+                    "bytes_per_token": self.memory.bytes_per_token,
+                    "bytes_per_request": self.memory.bytes_per_request,
+                    "request_tokens": self.memory.request_tokens,
                 },
                 "prefixes": {
                     "kept": len(prefixes),
@@ -270,19 +214,11 @@ class Service:
     def _next(self) -> Job | None:
         with self._news:
             job = self._waiting[0] if self._waiting else None
-            if job is None or self._room([*self._taken, job]) < 0:
+            if job is None or self.memory.room([*self._taken, job]) < 0:
                 return None
             self._taken.append(self._waiting.popleft())
-            self._prefixes.shrink(self._room(self._taken))
+            self._prefixes.shrink(self.memory.room(self._taken))
             return job
-
-    def _reserved(self, jobs: Sequence[Job]) -> int:
-        """Bytes that some jobs may come to take together."""
-        sizes = [job.bytes_reserved for job in jobs]
-        return len(sizes) * max(sizes, default=0) if self._padded else sum(sizes)
-
-    def _room(self, jobs: Sequence[Job]) -> int:
-        return self.limits.cache_bytes - self._reserved(jobs)
 
     def _begin(self, job: Job) -> Batch | None:
         """Read a prompt and write its first token; None if that was all, or it failed."""
@@ -296,30 +232,18 @@ class Service:
 
     def _prefill(self, job: Job) -> tuple[Any, torch.Tensor]:
         if not self._prefixes.most:
-            cache = self._new_cache()
-            return cache, self._read(job.ids, cache)
+            cache = self._prompts.new_cache()
+            return cache, self._prompts.read(job.ids, cache)
         with self._news:
             cache, job.reused_tokens = self._prefixes.find(job.ids)
         if cache is None:
-            cache = self._new_cache()
+            cache = self._prompts.new_cache()
         caches.resume(cache)
-        with self._run.prompt() if self._run else contextlib.nullcontext():
-            logits = self._read(job.ids, cache, job.reused_tokens)
+        with self._prompts.one():
+            logits = self._prompts.read(job.ids, cache, job.reused_tokens)
             with self._news:
-                self._prefixes.keep(job.ids, cache, self._room(self._taken))
+                self._prefixes.keep(job.ids, cache, self.memory.room(self._taken))
         return cache, logits
-
-    def _new_cache(self) -> Any:
-        return self._run.new_cache() if self._run else compat.new_cache(self.model)
-
-    def _read(self, ids: list[int], cache: Any, known: int = 0) -> torch.Tensor:
-        """Logits [1 n v] of the tokens that the cache does not hold yet; of the last alone if the model can do that."""
-        device = self.model.device
-        places = torch.arange(known, len(ids), device=device)[None]
-        mask = torch.ones(1, len(ids), dtype=torch.long, device=device)
-        new = torch.tensor([ids[known:]], device=device)
-        given = {CACHE: cache, "use_cache": True, **self._forward}
-        return self.model(new, attention_mask=mask, position_ids=places, **given).logits
 
     def _join(self, fresh: Sequence[Batch]) -> None:
         """Those that were read join those that are decoded, where the cache allows it."""

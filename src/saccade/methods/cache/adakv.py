@@ -57,6 +57,8 @@ class AdaKV(Cache):
             "Votes are taken as they are; the authors' optional 'normalize' and first layers left whole ('skip') are"
             " not part of this.",
             "A budget below the window keeps the most recent keys, evenly. Ada-PyramidKV is not part of this.",
+            "kvpress' AdaKVPress sets alpha B keys of each head aside and lets all heads compete for the rest; it does"
+            " not mix counts.",
             "Heads of equal length lie together in the cache, without padding, in place of the authors' flattened"
             " layout with a kernel of its own.",
         ),

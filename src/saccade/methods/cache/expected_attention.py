@@ -35,7 +35,7 @@ class ExpectedAttention(Cache):
 
     Raises:
         BadOption: no sampled query, no future position, or an epsilon below 0.
-    Source: arXiv 2510.00636, section 3; NVIDIA/kvpress, presses/expected_attention_press.py.
+    Source: arXiv 2510.00636, section 2.2; NVIDIA/kvpress, presses/expected_attention_press.py.
     """
 
     card = Card(
@@ -56,8 +56,9 @@ class ExpectedAttention(Cache):
             " them from the hidden states before the projection, which is the same where the projection is linear.",
             "At most the last 2,048 prompt queries are sampled, so that the others need not be held; the authors take"
             " all but the first four.",
-            "The paper weighs by the norm of W_o v, its code by that of v, and so do we.",
-            "epsilon is 0 as in the code. Budgets that heads share, which the paper adds, are not part of this.",
+            "The paper's equation weighs by the norm of W_o v, its experiments and code by that of v, and so do we.",
+            "epsilon is 0 as in the code; the paper's experiments have 0.02, those with needles 0. Budgets that heads"
+            " share, which the paper adds, are not part of this.",
             "Compressed once, at the end of the prompt; the paper also compresses while generating.",
         ),
         lacks={

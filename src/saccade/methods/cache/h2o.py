@@ -51,6 +51,8 @@ class H2O(Cache):
             "Sums are kept in float32 beside the keys, four bytes for each, and counted as held.",
             "A token after the prompt sees the keys held and itself: the budget holds between tokens.",
             "Keys keep their true positions; the authors' streaming code numbers them anew inside the cache.",
+            "kvpress' ObservedAttentionPress divides each sum by the number of queries that saw the key, and keeps no"
+            " recent keys for being recent; the paper does neither, nor do we.",
         ),
         lacks={
             "chunks": "what is dropped at the end of the prompt is not found by tokens read later, as it is in one pass"

@@ -61,6 +61,7 @@ class Kivi(Cache):
             "On every device packed tokens are spelt out in plain PyTorch, 1,024 at a time: memory is saved, time is"
             " not. The authors have a kernel that multiplies with codes.",
             "Query heads that share a key/value head are served; the authors' first code for Llama has none.",
+            "transformers' QuantizedCache packs the whole prompt, and all of it again when its residual is full.",
         ),
         lacks={
             "full-budget": "it takes no budget, and rounds whatever is packed",

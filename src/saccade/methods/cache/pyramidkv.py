@@ -58,6 +58,8 @@ class PyramidKV(Cache):
             "The slope is not rounded to whole keys before it is taken; each layer's count is, downwards.",
             "The window is inside the budget; a budget below it keeps as many recent keys in all layers.",
             "Query heads of one key/value head agree by mean or max, and one copy is stored, as in our SnapKV.",
+            "kvpress' PyramidKVPress counts the window inside the sequence, and shares out evenly where the last layer"
+            " would keep less than the window.",
         ),
         lacks={
             "chunks": "the last prompt tokens vote and what they dismiss is gone: tokens read later find less than one"

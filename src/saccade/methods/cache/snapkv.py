@@ -52,6 +52,7 @@ class SnapKV(Cache):
             "Votes are summed in float32; the authors cast to the model's precision first, where ties are common.",
             "The capacity follows from the budget and may be smaller than the window: then the most recent keys stay.",
             "A prompt exactly as long as the capacity is left as it is; the authors permute its rows.",
+            "kvpress' SnapKVPress has a window of 64 and a mean over 5 keys, unless asked otherwise.",
         ),
         lacks={
             "chunks": "the last prompt tokens vote and what they dismiss is gone: tokens read later find less than one"

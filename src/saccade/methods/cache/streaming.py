@@ -48,6 +48,7 @@ class Streaming(Cache):
             "Keys keep their true positions. The authors store them before the rotary embedding and number them anew"
             " inside the cache, so that a text may run past the trained context; here it ends there.",
             "The query's own token comes on top of the budget, so that a budget of one key still has a sink.",
+            "The prompt is computed under the rule; kvpress' StreamingLLMPress computes it densely and cuts it then.",
         ),
         lacks={
             "chunks": "a fraction is taken of the tokens so far, and a first chunk does not know how many come; with"

@@ -23,7 +23,7 @@ class TOVA(Cache):
     s_j = 1/h sum_heads softmax(q_t K^T / sqrt(d))_j;  the lowest s goes, the newest key like any other. All heads of a
     layer hold the same tokens.
 
-    Source: arXiv 2401.06104, section 3.2; schwartz-lab-NLP/TOVA, tova_cache.py.
+    Source: arXiv 2401.06104, section 4, equation 9; schwartz-lab-NLP/TOVA, tova_cache.py.
     """
 
     weighing: ClassVar[bool] = True
@@ -46,6 +46,7 @@ class TOVA(Cache):
             "Keys keep their true positions; the authors' code can also number them anew, to run past the trained"
             " context.",
             "A token after the prompt sees the keys held and itself: the budget holds between tokens.",
+            "kvpress' TOVAPress never drops the newest key of a prompt; here it goes like any other, as in the paper.",
         ),
         lacks={
             "chunks": "the last prompt token decides what goes: tokens read later find less than one pass over"

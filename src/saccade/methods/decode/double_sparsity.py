@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from saccade import ops
 from saccade.core.artefact import Artefact
 from saccade.core.card import Card
 from saccade.core.errors import BadOption
@@ -32,6 +33,7 @@ class DoubleSparsity(Decode):
     dense_layers: first layers that read everything. The others pay for it, so that all reads fit the budget
     recent_tokens: newest keys, the query's own among them, that are read whatever they score, within the budget
     prefill: rank and read so for every prompt token too, as the authors' accuracy code does
+    group: "max": the query heads of a key/value head read the same keys, by the best score of any; they are read once
 
     Raises:
         BadOption: no channel.
@@ -61,7 +63,8 @@ class DoubleSparsity(Decode):
             "Layers 0 and 1 read everything, as in the authors' accuracy code; here that is part of the budget. Their"
             " fast path makes all layers sparse.",
             "Calibrated on 32 rows of 512 tokens of our own prose instead of 256 of the Pile.",
-            "The budget sets the tokens read; the authors fix 128 to 4096. Token lists are per query head, as theirs.",
+            "The budget sets the tokens read; the authors fix 128 to 4096. Token lists are per query head, as theirs;"
+            " group='max', lists that the heads of a key/value head share, is ours.",
             "recent_tokens is ours, and 0 unless asked for: the newest key competes like any other.",
             "Keys stay on their device: offloading with the next layer's query predicted is not part of this.",
         ),
@@ -74,6 +77,7 @@ class DoubleSparsity(Decode):
     dense_layers: int = 2
     recent_tokens: int = 0
     prefill: bool = False
+    group: Literal["per-head", "max"] = "per-head"
 
     def __post_init__(self):
         super().__post_init__()
@@ -112,9 +116,7 @@ class DoubleSparsity(Decode):
         else:
             labels = dequantise(stored["codes"], stored["span"], self.label_bits, self.channels)
             asked = dequantise(*quantise(asked, self.label_bits), self.label_bits, self.channels)
-        # one product per key/value head: its labels are read once
-        together = asked.unflatten(1, (site.kv_heads, -1)).flatten(2, 3)
-        score = (together.float() @ labels.float().mT).view(*q.shape[:3], site.keys)
+        score = self._scores(asked, labels, site)
         room, one = column(counts, q.device), site.queries == 1
         if not one or self.recent_tokens:  # a single query sees every key: two passes over the scores are saved
             keys = torch.arange(site.keys, device=q.device)
@@ -122,8 +124,19 @@ class DoubleSparsity(Decode):
             score = score.masked_fill(behind < 0, -torch.inf)
             score = score.masked_fill((behind >= 0) & (behind < room.clamp(max=self.recent_tokens)), torch.inf)
         index = score.topk(max(counts), -1, sorted=not one).indices
-        spare = torch.arange(max(counts), device=q.device) >= room
-        return Gather(index=index.masked_fill(spare, -1).int(), queries=site.queries, keys=site.keys)
+        index = index.masked_fill(torch.arange(max(counts), device=q.device) >= room, -1).int()
+        shared = site.heads // index.shape[1]
+        index = index.repeat_interleave(shared, 1) if shared > 1 else index
+        return Gather(index=index, queries=site.queries, keys=site.keys, shared=shared)
+
+    def _scores(
+        self, asked: Float[Tensor, "b h q r"], labels: Float[Tensor, "b g k r"], site: Site
+    ) -> Float[Tensor, "b h|g q k"]:
+        if self.group == "max":  # a page of one key lies between its labels
+            return ops.page_scores(asked, labels, labels, by_group=True)
+        # one product per key/value head: its labels are read once
+        together = asked.unflatten(1, (site.kv_heads, -1)).flatten(2, 3)
+        return (together.float() @ labels.float().mT).view(*asked.shape[:3], site.keys)
 
     def calibrate(self, model: Any, samples: Sequence[Tensor], progress: Any = None) -> Artefact:
         sums = {name: torch.zeros(model.layers, model.kv_heads, model.head_size) for name in ("q", "k", "qk")}

@@ -100,7 +100,8 @@ class Quest(Decode):
             keys = pages[..., None] * self.page_tokens + torch.arange(self.page_tokens, device=q.device)
             keys = keys.masked_fill((pages < 0)[..., None], -1).flatten(-2)
             index = torch.cat([keys.repeat_interleave(site.heads // keys.shape[1], 1), index], -1)
-        return Gather(index=index.int(), queries=site.queries, keys=site.keys)
+        shared = site.group if self.group == "max" else 1
+        return Gather(index=index.int(), queries=site.queries, keys=site.keys, shared=shared)
 
     def _pages(
         self, q: Float[Tensor, "b h q d"], bounds: Bounds, newest: list[int], room: list[int]

@@ -238,7 +238,7 @@ def _selection(
     wanted = torch.where((place < newest)[:, None], recent, chosen).masked_fill((place >= count)[:, None], -1)
     index = _places(positions, wanted.int().contiguous()).repeat_interleave(site.group, 1)
     if not any(full):
-        return Gather(index=index, **shape)
+        return Gather(index=index, shared=site.group, **shape)
     end = torch.where(count[..., 0] == 0, torch.arange(site.offset + 1, site.keys + 1, device=at), 0)
     ranges = torch.stack([torch.zeros_like(end), end], -1).int()[:, None, :, None]
     return Gather(index=index, ranges=ranges.expand(-1, site.heads, -1, -1, -1), **shape)

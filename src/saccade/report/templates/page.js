@@ -89,7 +89,7 @@ function order(a, b, up) {
   if (a === "" || b === "") return (a === "") - (b === "");
   return (up ? 1 : -1) * (isNumber(a) && isNumber(b) ? a - b : a.localeCompare(b));
 }
-for (const th of document.querySelectorAll(".sortable thead th")) {
+for (const th of document.querySelectorAll(".sortable thead tr:last-child th")) {
   th.firstElementChild.onclick = () => {
     const up = th.ariaSort !== "ascending";
     for (const other of th.parentElement.children) other.removeAttribute("aria-sort");

@@ -1,0 +1,37 @@
+"""Prompts read into caches by the model, with the methods that are attached."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from typing import Any
+
+import torch
+
+from saccade.attach import compat
+from saccade.attach.compat import CACHE
+
+
+class Prompts:
+    """How they are read. `run`: of what is attached; None: nothing is."""
+
+    def __init__(self, model: Any, run: Any):
+        self.model, self.run = model, run
+        self._forward = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+    def new_cache(self) -> Any:
+        """An empty one."""
+        return self.run.new_cache() if self.run else compat.new_cache(self.model)
+
+    def one(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside, what is read is one prompt, in however many forwards."""
+        return self.run.prompt() if self.run else contextlib.nullcontext()
+
+    def read(self, ids: list[int], cache: Any, known: int = 0) -> torch.Tensor:
+        """Logits [1 n v] of the tokens that the cache does not hold yet; of the last alone if the model can do that."""
+        device = self.model.device
+        places = torch.arange(known, len(ids), device=device)[None]
+        mask = torch.ones(1, len(ids), dtype=torch.long, device=device)
+        new = torch.tensor([ids[known:]], device=device)
+        given = {CACHE: cache, "use_cache": True, **self._forward}
+        return self.model(new, attention_mask=mask, position_ids=places, **given).logits
