@@ -18,6 +18,8 @@ from saccade.core.site import Seen, Site, Stage
 if TYPE_CHECKING:
     from saccade.attach.engine import Engine
 
+Reach = list[list[tuple[int, int]]]  # sinks and recent tokens, by sequence and key/value head
+
 
 def evict(engine: Engine, layer: SaccadeLayer, prompt_end: bool = False) -> None:
     """Drop what the method gives up: after every forward if it is rolling, else once, at the end of the prompt; at
@@ -84,9 +86,9 @@ def _seen(layer: SaccadeLayer, rows: Bucket, ids: list[int], method: Cache | Dec
 
 def _evict_rolling(engine: Engine, method: Cache, layer: SaccadeLayer) -> None:
     """Keep what the next query may still see."""
-    store, kept = layer.store, []
+    store, kept, reach = layer.store, [], _reach(engine, method, layer, 0)
     for rows in store.buckets:
-        gone = out_of_reach(engine, method, layer, rows, 0)
+        gone = _gone(store, rows, reach, 0)
         if gone is not None:
             for (first, count), part in store.parts(rows, gone):
                 store.dropped = store.dropped or bool(count)
@@ -105,13 +107,23 @@ def out_of_reach(
 ) -> list[tuple[int, int]] | None:
     """For each row the slots, first and count, out of reach of a query `ahead` tokens behind the last one seen. None:
     the device has to be asked."""
-    if method.merges or rows.packed:
+    return _gone(layer.store, rows, _reach(engine, method, layer, ahead), ahead)
+
+
+def _reach(engine: Engine, method: Cache, layer: SaccadeLayer, ahead: int) -> Reach | None:
+    """What such a query reaches, for each sequence and head; None where the method does not say it in numbers."""
+    store = layer.store
+    if method.merges or not store.buckets:
         return None
-    store, gone = layer.store, []
-    site = engine.site(layer, "decode", 1, rows.length, max(store.seen), list(range(store.sequences)), "evict")
-    reach = method.reach([seen + ahead for seen in store.seen], site)
-    if reach is None:
+    most = max(b.length for b in store.buckets)
+    site = engine.site(layer, "decode", 1, most, max(store.seen), list(range(store.sequences)), "evict")
+    return method.reach([seen + ahead for seen in store.seen], site)
+
+
+def _gone(store: Store, rows: Bucket, reach: Reach | None, ahead: int) -> list[tuple[int, int]] | None:
+    if reach is None or rows.packed:
         return None
+    gone = []
     for i, row in zip(store.sequence_of(rows), numbers(rows.rows)):
         gone.append(rows.out_of_reach(*reach[i][row % store.kv_heads], store.seen[i] + ahead, store.seen[i]))
     return None if None in gone else gone
