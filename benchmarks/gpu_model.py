@@ -21,8 +21,8 @@ step without the graph. Fewer layers than the model's 32 where memory or time as
 steps, weights included; `cache` what is held after them; `waits` are the places where an eager step waits for the
 device.
 
-Gates of duo-attention and channels of double-sparsity are drawn at random: half of the key/value heads of the model
-stream.
+Gates of duo-attention, channels of double-sparsity and scores of razor-attention are drawn at random. The captured step
+of recycled-attention is a cheap one; a round of eager steps holds one that reads everything.
 """
 
 from __future__ import annotations
@@ -87,19 +87,23 @@ class Plan:
 
 
 DUO = "duo-attention:sink_tokens=64,recent_tokens=256@0.5"
+# An eighth of the layers, or of the steps of a round, read everything; the others 1/32 of the cache.
+FAMILY = ("quest:dense_layers=0@1/16", "tidaldecode:dense_layers=0,reselect_layer=none,group=sum@0.152",
+          "recycled-attention:every_tokens=8@0.152", "razor-attention@0.25", "zipvl@0.6")  # fmt: skip
 USUAL = Plan(
     {8192: 32, 32768: 32, 131072: 32, 524288: 2},
     ("full", "full:attached", "minference@7096tok", "hip@784tok"),
     {16384: 32, 32768: 32, 131072: 8},
     ("full", "full:attached", "snapkv@0.12", DUO, "double-sparsity:dense_layers=0@1/16",
-     "double-sparsity:dense_layers=0,group=max@1/16"),
+     "double-sparsity:dense_layers=0,group=max@1/16", *FAMILY),
 )
 SMALL = Plan(
     {256: 4, 512: 2},
     ("full", "full:attached", "minference@0.25", "hip@64tok"),
     {256: 4, 512: 2},
     ("full", "full:attached", "snapkv@0.125", "duo-attention:sink_tokens=4,recent_tokens=12@0.5",
-     "double-sparsity:dense_layers=0,channels=4@1/16", "double-sparsity:dense_layers=0,channels=4,group=max@1/16"),
+     "double-sparsity:dense_layers=0,channels=4@1/16", "double-sparsity:dense_layers=0,channels=4,group=max@1/16",
+     *FAMILY),
 )  # fmt: skip
 
 
@@ -121,6 +125,13 @@ GOALS = (
     Goal("prefill", "hip", 131072, "attention", 3),
     Goal("decode", "double-sparsity", 131072, "step", 1.9, 8),
     Goal("decode", "double-sparsity by group", 131072, "step", 1.9, 8),
+    Goal("decode", "quest", 131072, "step", 1.9, 8),
+    Goal("decode", "tidaldecode", 131072, "step", 2, 8),
+    Goal("decode", "recycled-attention", 131072, "step", 2, 8),
+    Goal("decode", "razor-attention", 131072, "step", 2, 8),
+    Goal("decode", "razor-attention", 131072, "cache", 0.3, 8),
+    Goal("decode", "zipvl", 131072, "step", 1.5, 8),
+    Goal("decode", "zipvl", 131072, "cache", 0.3, 8),
     Goal("decode", "duo-attention", 131072, "step", 2, 1),
     Goal("decode", "duo-attention", 131072, "step", 2, 8),
     Goal("decode", "duo-attention", 131072, "cache", 1 / 2, 8),
@@ -310,7 +321,13 @@ def drawn_channels(layers: int, heads: int, size: int) -> dict[str, Tensor]:
     return dict.fromkeys(("q", "k", "qk"), noise.argsort(-1).to(torch.int16))
 
 
-DRAWN = {"duo-attention": drawn_gates, "double-sparsity": drawn_channels}
+def drawn_scores(layers: int, heads: int, size: int) -> dict[str, Tensor]:
+    """Of razor-attention: the whole heads lie anywhere."""
+    noise = torch.rand(2, layers, heads, generator=rng.generator("benchmarks/gpu_model/scores"))
+    return {"induction": noise[0], "echo": noise[1]}
+
+
+DRAWN = {"duo-attention": drawn_gates, "double-sparsity": drawn_channels, "razor-attention": drawn_scores}
 
 
 @contextlib.contextmanager

@@ -14,14 +14,18 @@ from saccade.attach import attach, fingerprint
 from saccade.attach.compat import CACHE
 from saccade.core.artefact import Artefact
 from saccade.methods.cache.duo_attention import DuoAttention
+from saccade.methods.cache.razor_attention import RazorAttention
 from saccade.methods.cache.snapkv import SnapKV
 from saccade.methods.cache.streaming import Streaming
 from saccade.methods.decode.quest import Quest
+from saccade.methods.decode.recycled_attention import RecycledAttention
+from saccade.methods.decode.tidaldecode import TidalDecode
 from saccade.methods.sparse.full import Full
 from tests.methods.handmade import site, tiny, tokens
 
 MODEL = tiny()
-GATES = Artefact("duo-attention", {"gates": torch.tensor([[0.9, 0.1], [0.2, 0.8]])}, "tiny", fingerprint(MODEL))
+RANKED, MARK = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), fingerprint(MODEL)
+GATES = Artefact("duo-attention", {"gates": RANKED}, "tiny", MARK)
 DUO = DuoAttention(sink_tokens=2, recent_tokens=4, artefact=GATES)
 ASK = ("_local_scalar_dense", "nonzero", "unique", "_unique2", "masked_select", "equal")
 
@@ -40,18 +44,28 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-METHODS = [Full(), SnapKV(window_tokens=4), Streaming(), DUO, Quest(page_tokens=2, dense_layers=0)]
+RAZOR = RazorAttention(
+    window_tokens=4, artefact=Artefact("razor-attention", dict.fromkeys(("induction", "echo"), RANKED), "tiny", MARK)
+)
+TIDAL = TidalDecode(dense_layers=0, reselect_layer="none", group="sum")
+METHODS = [
+    Full(), SnapKV(window_tokens=4), Streaming(), DUO, Quest(page_tokens=2, dense_layers=0), RAZOR, TIDAL,
+    RecycledAttention(every_tokens=8), RecycledAttention(every_tokens=3),
+]  # fmt: skip
 
 
+@pytest.mark.parametrize("repeats", [1, 2])
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.card.name)
-def test_a_step_does_not_wait_for_the_device(method):
-    budget = 1.0 if isinstance(method, Full) else 0.5
+def test_a_step_does_not_wait_for_the_device(method, repeats):
+    budget = {"full": 1.0, "tidaldecode": 0.75}.get(method.card.name, 0.5)
     with attach(MODEL, method, budget=budget), torch.no_grad():
         cache = MODEL(tokens(40), use_cache=True)[CACHE]
+        if repeats > 1:
+            cache.batch_repeat_interleave(repeats)
         for _ in range(2):
-            MODEL(tokens(1), **{CACHE: cache})
+            MODEL(tokens(1, repeats), **{CACHE: cache})
         with Asked() as asked:
-            MODEL(tokens(1), **{CACHE: cache})
+            MODEL(tokens(1, repeats), **{CACHE: cache})
     assert not asked.seen
 
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend
 
 from saccade import ops
 from saccade.core.errors import BadInput, BadOption, CannotRun
 from saccade.ops.packed import api
-from tests.helpers import assert_close_as_torch
-from tests.ops._triton import assert_close_on_a_gpu, interpreter, run_in_interpreter
+from tests.helpers import assert_close_as_torch, assert_no_worse, exact_attention, torch_attention
+from tests.ops._triton import interpreter, run_in_interpreter
 from tests.ops.shapes import HEAD_SIZES, tensors
 
 BITS = st.sampled_from([2, 4])
@@ -86,6 +87,16 @@ def test_attention_is_that_over_what_they_stand_for(bits, queries, tokens, softc
     assert_close_as_torch(out, q, k, v, None, softcap=softcap, lse=lse)
 
 
+def assert_no_worse_than_spelt_out(found, q, packed, softcap):
+    """The truth is what the codes stand for, unrounded; PyTorch gets it spelt out in the precision of the queries."""
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in vars(packed).items()}
+    k, v = (x[:, None] for x in ops.unpack_tokens(ops.Packed(**wide)))
+    exact = exact_attention(q, k, v, softcap=softcap)
+    theirs = torch_attention(q, k.to(q.dtype), v.to(q.dtype), softcap=softcap, backend=SDPBackend.MATH)
+    for ours, truth, plain, what in zip(found, exact, theirs, ("output", "lse")):
+        assert_no_worse(ours, truth, [plain], what)
+
+
 def test_in_the_interpreter():
     run_in_interpreter(__file__)
 
@@ -99,10 +110,9 @@ def test_in_the_interpreter():
 def test_attention_from_the_codes(bits, queries, lengths, softcap, dtype, size):
     q, said = tensors(2, 3, 1, queries, queries, size, dtype)[0], []
     packed = joined(*[ops.pack_tokens(*noise(2, n, size, dtype), bits) for n in lengths])
-    k, v = (x[:, None] for x in ops.unpack_tokens(packed))
-    out, lse = ops.attend_packed(q, packed, softcap=softcap, impl="triton", report=said.append)
-    assert said == ["attend_packed:triton"] and out.dtype == dtype
-    assert_close_as_torch(out, q, k, v, None, softcap=softcap, lse=lse)
+    found = ops.attend_packed(q, packed, softcap=softcap, impl="triton", report=said.append)
+    assert said == ["attend_packed:triton"] and found[0].dtype == dtype
+    assert_no_worse_than_spelt_out(found, q, packed, softcap)
 
 
 @interpreter
@@ -147,8 +157,6 @@ def test_attention_from_the_codes_on_a_gpu(bits, size, dtype):
         q, said = tensors(4, 4, 1, queries, queries, size, dtype)[0].cuda(), []
         units = [[x.cuda() for x in noise(4, n, size, dtype)] for n in lengths]
         packed = joined(*[ops.pack_tokens(k, v, bits) for k, v in units])
-        k, v = (x[:, None] for x in ops.unpack_tokens(packed))
-        out, lse = ops.attend_packed(q, packed, softcap=softcap, report=said.append)
+        found = ops.attend_packed(q, packed, softcap=softcap, report=said.append)
         assert said == ["attend_packed:triton"]
-        mask = torch.ones(1, 1, queries, sum(lengths), dtype=torch.bool, device="cuda")
-        assert_close_on_a_gpu(out, q, k, v, mask, softcap=softcap, lse=lse)
+        assert_no_worse_than_spelt_out(found, q, packed, softcap)

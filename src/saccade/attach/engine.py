@@ -20,7 +20,7 @@ from saccade.attach.states import Remembered, owned
 from saccade.attach.store import Bucket, Store, by_head
 from saccade.core.errors import CannotRun, DoesNotCompose
 from saccade.core.method import Cache, Decode, Method
-from saccade.core.selection import Gather, Selection
+from saccade.core.selection import Gather, Selection, Spans
 from saccade.core.site import Site, Stage, State, Turn
 
 if TYPE_CHECKING:
@@ -260,9 +260,9 @@ class Engine:
             there = rows.length - new + last
             position = rows.positions[:, :there]
             keys, values = (rows.columns[name][:, :there] for name in ("keys", "values"))
-            stays = torch.ones_like(position, dtype=torch.bool) if visible is None else visible[:, first, :there]
-            seen = None if bool(stays.all()) else stays[:, None, None].expand(-1, 1, last - first, -1)
-            if seen is not None:
+            stays, seen = None if visible is None else visible[:, first, :there], None
+            if stays is not None and not bool(stays.all()):
+                seen = stays[:, None, None].expand(-1, 1, last - first, -1)
                 keys, values = method.merge(keys, values, position, stays)
             several = method.stands_for(position, stays)
             merged = several and tuple(x[:, None] for x in several)
@@ -274,8 +274,8 @@ class Engine:
         evictor = self.parts.get("evict")
         if not isinstance(evictor, Cache) or (stage == "prefill" and "prefill" not in evictor.parts):
             return None
-        if type(evictor).visible is Cache.visible:  # all: without asking the device which rows these are
-            return None
+        if type(evictor).visible is Cache.visible or (stage == "decode" and not self._evicting):
+            return None  # all that is stored: without asking the device which rows these are
         gone = eviction.out_of_reach(self, evictor, layer, rows, -1) if queries == 1 else None
         if gone is not None and not any(count for _, count in gone):
             return None
@@ -357,6 +357,8 @@ class Engine:
             self.counts.pending.append(selection)
             return ops.attend(q, k, v, selection, **options)[0]
         self.counts.later(q, selection)
+        if isinstance(selection, Spans) and selection.dense and selection.causal:
+            return ops.decode(q, k, v, **options)[0]
         if isinstance(selection, Gather) and selection.q_block == 1 and selection.ranges is None and selection.causal:
             return ops.decode(q, k, v, selection.index[:, :: selection.shared], **options)[0]
         return ops.attend(q, k, v, selection, **options)[0]

@@ -123,10 +123,10 @@ def _reach(engine: Engine, method: Cache, layer: SaccadeLayer, ahead: int) -> Re
 def _gone(store: Store, rows: Bucket, reach: Reach | None, ahead: int) -> list[tuple[int, int]] | None:
     if reach is None or rows.packed:
         return None
-    gone = []
-    for i, row in zip(store.sequence_of(rows), numbers(rows.rows)):
-        gone.append(rows.out_of_reach(*reach[i][row % store.kv_heads], store.seen[i] + ahead, store.seen[i]))
-    return None if None in gone else gone
+    places = zip(store.sequence_of(rows), numbers(rows.rows))
+    asked = [(*reach[i][row % store.kv_heads], store.seen[i]) for i, row in places]
+    found = {key: rows.out_of_reach(*key[:2], key[2] + ahead, key[2]) for key in set(asked)}
+    return None if None in found.values() else [found[key] for key in asked]
 
 
 def _evict_by_score(engine: Engine, method: Cache, layer: SaccadeLayer) -> None:

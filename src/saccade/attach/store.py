@@ -72,14 +72,14 @@ class Bucket:
     def moved(self, device: torch.device) -> Bucket:
         """A copy on another device. Room behind the rows does not come along."""
         columns, packed = ({name: c.to(device) for name, c in x.items()} for x in (self.columns, self.packed))
-        return Bucket(self.rows.to(device), self.positions.to(device), columns, packed)
+        return Bucket(self.rows.to(device), self.positions.to(device), columns, packed, sinks=self.sinks)
 
     def pick(self, entries: Int[Tensor, " m"]) -> Bucket:
         """Some of the rows, by their place in the bucket; may repeat."""
         chosen, packed = (
             {name: c.index_select(0, entries) for name, c in columns.items()} for columns in (self.columns, self.packed)
         )
-        return Bucket(self.rows[entries], self.positions.index_select(0, entries), chosen, packed)
+        return Bucket(self.rows[entries], self.positions.index_select(0, entries), chosen, packed, sinks=self.sinks)
 
     def out_of_reach(self, sinks: int, recent: int, query: int, seen: int) -> tuple[int, int] | None:
         """Slots, first and count, that a query at that position does not see, if it sees the first `sinks` tokens and

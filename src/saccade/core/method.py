@@ -251,10 +251,10 @@ class Cache(Method):
         return k, v
 
     def stands_for(
-        self, k_position: Int[Tensor, "r k"], stays: Bool[Tensor, "r k"]
+        self, k_position: Int[Tensor, "r k"], stays: Bool[Tensor, "r k"] | None
     ) -> tuple[Int[Tensor, "r m"], Int[Tensor, "r m"]] | None:
-        """Keys that stand for several tokens: which of those that stay, and for how many. Each counts so many times in
-        the softmax, as if log(tokens) were added to its logits. None: every key counts once.
+        """Keys that stand for several tokens: which of those that stay (None: all do), and for how many. Each counts so
+        many times in the softmax, as if log(tokens) were added to its logits. None: every key counts once.
         """
         return None
 

@@ -230,6 +230,12 @@ class Spans(Selection):
     grid: tuple[int, ...] | None = None
     kernel: tuple[int, ...] | None = None
 
+    @property
+    def dense(self) -> bool:
+        """Whether it is known, without asking a device, that every pair is in it."""
+        plain = not self.grid and self.dilation == 1 and self.window.device.type == "cpu"
+        return plain and min(self.window.tolist()) >= max(self.queries, self.keys)
+
     def _pairs(self) -> Tensor:
         return self._neighbours() if self.grid else self._line()
 

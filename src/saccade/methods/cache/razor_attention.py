@@ -190,13 +190,14 @@ class RazorAttention(Cache):
         return _merged(k, heir, count), _merged(v, heir, count)
 
     def stands_for(
-        self, k_position: Int[Tensor, "r k"], stays: Bool[Tensor, "r k"]
+        self, k_position: Int[Tensor, "r k"], stays: Bool[Tensor, "r k"] | None
     ) -> tuple[Int[Tensor, "r 1"], Int[Tensor, "r 1"]] | None:
         """A compensation key lies at the end of a gap, and stands for the tokens that the gap lacks and itself."""
         if self.compensation == "one":
             return None
-        before = pad(torch.where(stays, k_position, -1).cummax(-1).values[:, :-1], (1, 0), value=-1)
-        tokens = torch.where(stays, k_position - before, 1)
+        before = k_position if stays is None else torch.where(stays, k_position, -1).cummax(-1).values
+        tokens = k_position - pad(before[:, :-1], (1, 0), value=-1)
+        tokens = tokens if stays is None else torch.where(stays, tokens, 1)
         most = tokens.max(-1, keepdim=True)
         return most.indices, most.values
 

@@ -188,7 +188,10 @@ class RecycledAttention(Decode):
             keys = torch.zeros(b, SLOTS, site.kv_heads, 0, dtype=torch.int32, device=q.device)
             none = {"plan": plan.expand(b, -1, -1), "keys": keys}
             return none | {"query": q.new_zeros(b, SLOTS, h, d)} if self.schedule == "dynamic" else none
-        order = torch.tensor([_order([Plan(*p) for p in plans], past) for plans in site.state["plan"].tolist()])
+        slots = [_order([Plan(*p) for p in plans], past) for plans in site.state["plan"].tolist()]
+        if all(some == list(range(SLOTS)) for some in slots):
+            return dict(site.state)
+        order = torch.tensor(slots)
         row = torch.arange(b)[:, None]
         return {name: x[row.to(x.device), order.to(x.device)] for name, x in site.state.items()}
 
@@ -229,10 +232,11 @@ def _selection(
     if all(full):
         return dense(**shape)
     at = positions.device
-    count, newest = torch.tensor(reads, device=at).permute(2, 1, 0)[..., None]  # [b q 1]
+    count, newest = (_placed([[read[i] for read in row] for row in reads], at) for i in (0, 1))  # [b q 1]
     width = max(n for row in reads for n, _ in row)
     place, longest = torch.arange(width, device=at), max(width, *[x.shape[-1] for x in choices])
-    chosen = torch.stack([pad(x, (0, longest - x.shape[-1]), value=-1) for x in choices], 2)[:, :, which]  # [b g q l]
+    chosen = torch.stack([pad(x, (0, longest - x.shape[-1]), value=-1) for x in choices], 2)
+    chosen = chosen if which == [*range(len(choices))] else chosen[:, :, which]  # [b g q l]
     chosen = chosen.gather(-1, (place - newest).clamp(min=0)[:, None].expand(-1, chosen.shape[1], -1, -1))
     recent = torch.arange(site.seen - site.queries, site.seen, device=at)[:, None] - place
     wanted = torch.where((place < newest)[:, None], recent, chosen).masked_fill((place >= count)[:, None], -1)
@@ -242,6 +246,14 @@ def _selection(
     end = torch.where(count[..., 0] == 0, torch.arange(site.offset + 1, site.keys + 1, device=at), 0)
     ranges = torch.stack([torch.zeros_like(end), end], -1).int()[:, None, :, None]
     return Gather(index=index, ranges=ranges.expand(-1, site.heads, -1, -1, -1), **shape)
+
+
+def _placed(numbers: list[list[int]], device: torch.device) -> Int[Tensor, "b q 1"]:
+    """Of each query and sequence; where all are alike, nothing is copied from the host."""
+    (one, *others) = {n for row in numbers for n in row}
+    if others:
+        return torch.tensor(numbers, device=device).T[..., None]
+    return torch.full((len(numbers[0]), len(numbers), 1), one, device=device)
 
 
 def _places(positions: Int[Tensor, "b g k"], wanted: Int[Tensor, "b g q l"]) -> Int[Tensor, "b g q l"]:

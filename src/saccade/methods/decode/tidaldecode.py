@@ -11,11 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saccade import ops
 from saccade.core.artefact import Artefact
 from saccade.core.card import Card
 from saccade.core.errors import BadOption
 from saccade.core.method import Decode
-from saccade.core.selection import Gather, Selection, dense
+from saccade.core.selection import Gather, Selection, column, dense
 from saccade.core.site import Site
 
 QUERIES = 32  # last queries of a sample whose best keys calibration compares
@@ -185,12 +186,17 @@ class TidalDecode(Decode):
         self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], count: int, site: Site
     ) -> Int[Tensor, "b h q l"]:
         """The best keys of each query, best first; those ahead of it come last."""
-        wide = torch.promote_types(q.dtype, torch.float32)
-        score = q.to(wide).unflatten(1, (site.kv_heads, -1)) @ k.to(wide)[:, :, None].mT
         at = torch.arange(site.keys, device=q.device)
         behind = at[site.offset :, None] - at
-        if self.group == "sum":
-            score = _probabilities(score.masked_fill(behind < 0, -torch.inf), site).sum(2, keepdim=True)
+        if site.queries == 1:  # without a copy of the keys in float32
+            score = ops.column_scores(q, k, scale=site.scale, softcap=site.softcap)[:, :, None]
+            score = score.unflatten(1, (site.kv_heads, -1))
+        else:
+            wide = torch.promote_types(q.dtype, torch.float32)
+            score = q.to(wide).unflatten(1, (site.kv_heads, -1)) @ k.to(wide)[:, :, None].mT
+            if self.group == "sum":
+                score = _probabilities(score.masked_fill(behind < 0, -torch.inf), site)
+        score = score.sum(2, keepdim=True) if self.group == "sum" else score
         score = score.masked_fill(behind < 0, -torch.inf)
         if self.force_current:
             score = score.masked_fill(behind == 0, torch.inf)
@@ -207,8 +213,8 @@ def _probabilities(score: Float[Tensor, "b g s q k"], site: Site) -> Float[Tenso
 
 def _first(order: Int[Tensor, "b h q l"], counts: list[int]) -> Int[Tensor, "b h q m"]:
     """The first `counts` of each query's keys, -1 behind them."""
-    rank, room = torch.arange(max(counts), device=order.device), torch.tensor(counts, device=order.device)
-    return order[..., : max(counts)].masked_fill(rank >= room[:, None], -1).int()
+    rank = torch.arange(max(counts), device=order.device)
+    return order[..., : max(counts)].masked_fill(rank >= column(counts, order.device), -1).int()
 
 
 def best_keys(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"]) -> Bool[Tensor, "b h w n"]:

@@ -1,8 +1,9 @@
 """Attention over packed tokens by Triton: codes are read from memory, and become numbers in registers.
 
 As the kernel of `decode`, by which the parts are put together: each program reads some tokens of a row for all of its
-queries. A tile lies in one unit, whose spans and scales are read once for it. What a code stands for is rounded to the
-precision of the queries, as where it is spelt out.
+queries. A tile lies in one unit. Codes are multiplied as they are, exact in any precision: a channel's step goes to the
+queries and a token's to its weight, both rounded to the queries' precision; lows and scales are added and multiplied
+outside. A byte holds neighbouring channels: each of its places is a piece of the channels, as in `decode`.
 """
 
 from __future__ import annotations
@@ -15,66 +16,179 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from saccade.ops import device
-from saccade.ops.decode.triton import MOST_PARTS, MOST_ROWS, Plan, Rows, finish, grow, job_of, join, keep_part, parts_of
+from saccade.ops.decode.quantised import width
+from saccade.ops.decode.triton import MOST_PARTS, MOST_ROWS, Plan, Rows, grow, job_of, join, parts_of
 from saccade.ops.packed.api import Packed
 from saccade.ops.tanh import tanh
 
 
+def _two_codes(shift: int, mask: str, magic: str, less: str) -> tl.constexpr:
+    """Machine code for two 16-bit numbers in a register: a code or-ed into the mantissa of a power of two is that power
+    plus the code, exactly; then the power goes."""
+    return tl.constexpr(f"{{ .reg .b32 t, c; shr.u32 t, $1, {shift}; lop3.b32 t, t, {mask}, {magic}, 0xea; {less} }}")
+
+
+def _tables(magic: str, less: str) -> tuple[tl.constexpr, ...]:
+    """Of the pieces of 4 bits, then of those of 2."""
+    four = [_two_codes(shift, "0x000f000f", magic, less) for shift in (0, 4)]
+    return (*four, *[_two_codes(shift, "0x00030003", magic, less) for shift in (0, 2, 4, 6)])
+
+
+# 1024 in float16, 128 in bfloat16, whose difference older devices only have as a product and a sum
+H4_0, H4_1, H2_0, H2_1, H2_2, H2_3 = _tables("0x64006400", "mov.b32 c, 0x64006400; sub.f16x2 $0, t, c;")
+B4_0, B4_1, B2_0, B2_1, B2_2, B2_3 = _tables(
+    "0x43004300",
+    "{ .reg .b32 o; mov.b32 o, 0x3f803f80; mov.b32 c, 0xc300c300; fma.rn.bf16x2 $0, t, o, c; }",
+)
+
+
 @triton.jit
-def _codes(X, row, at, ok, d, D: tl.constexpr, BITS: tl.constexpr):
-    """Codes [tokens, channels] of some tokens of a row of bytes."""
-    each: tl.constexpr = 8 // BITS
-    x = tl.load(X + (row + at.to(tl.int64))[:, None] * (D // each) + (d // each)[None, :], mask=ok, other=0)
-    return ((x.to(tl.int32) >> (d % each * BITS)[None, :]) & ((1 << BITS) - 1)).to(tl.float32)
+def _half(x, CODE: tl.constexpr):
+    return tl.inline_asm_elementwise(CODE, "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit
+def _brain(x, CODE: tl.constexpr):
+    return tl.inline_asm_elementwise(CODE, "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
+
+
+@triton.jit
+def _piece(x, J: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr):
+    """The J-th codes of bytes that lie in 16 bits."""
+    if FAST and KIND == tl.float16:
+        if BITS == 4:
+            return _half(x, H4_0 if J == 0 else H4_1)
+        return _half(x, H2_0 if J == 0 else (H2_1 if J == 1 else (H2_2 if J == 2 else H2_3)))
+    if FAST and KIND == tl.bfloat16:
+        if BITS == 4:
+            return _brain(x, B4_0 if J == 0 else B4_1)
+        return _brain(x, B2_0 if J == 0 else (B2_1 if J == 1 else (B2_2 if J == 2 else B2_3)))
+    return ((x >> (J * BITS)) & ((1 << BITS) - 1)).to(tl.float32).to(KIND)
+
+
+@triton.jit
+def _asked(Q, SPAN, i, live, q_d, J: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
+    """Queries of the J-th channel of each byte, times what a code is worth; and what they find in the lows alone."""
+    channel = i * (8 // BITS) + J
+    in_d = channel < D
+    q = tl.load(Q + channel[None, :] * q_d, mask=live[:, None] & in_d[None, :], other=0.0)
+    low = tl.load(SPAN + channel * 2, mask=in_d, other=0.0).to(tl.float32)
+    step = tl.load(SPAN + channel * 2 + 1, mask=in_d, other=0.0).to(tl.float32)
+    wide = q.to(tl.float32)
+    return (wide * step[None, :]).to(q.dtype), tl.sum(wide * low[None, :], 1)
+
+
+@triton.jit
+def _level(SCALE, i, J: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
+    """Scales of the J-th channel of each byte."""
+    channel = i * (8 // BITS) + J
+    return tl.load(SCALE + channel, mask=channel < D, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _write(TO, at, live, x, i, J: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
+    """The J-th piece of rows."""
+    channel = i * (8 // BITS) + J
+    to = at.to(tl.int64)[:, None] * D + channel[None, :]
+    tl.store(TO + to, x.to(TO.dtype.element_ty), mask=live[:, None] & (channel < D)[None, :])
 
 
 # fmt: off
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "units", "chunk", "parts"])
 def _split(Q, K, V, KEY_SPAN, VALUE_SPAN, VALUE_SCALE, TOKENS, ACC, STAT, OUT, LSE, q_b, q_h, q_q, q_d, scale, cap,
            tokens, units, chunk, parts, heads, queries, HR: tl.constexpr, QR: tl.constexpr, RP: tl.constexpr,
-           D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, CAPPED: tl.constexpr, BITS: tl.constexpr,
-           PDL: tl.constexpr):
+           D: tl.constexpr, WP: tl.constexpr, BN: tl.constexpr, CAPPED: tl.constexpr, BITS: tl.constexpr,
+           FAST: tl.constexpr, PDL: tl.constexpr):
 # fmt: on
     """The queries of one row over its tokens [part * chunk, (part + 1) * chunk)."""
     if PDL:
         gdc_launch_dependents()
+    each: tl.constexpr = 8 // BITS
+    kind: tl.constexpr = Q.dtype.element_ty
     job, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     b, head, query, live = job_of(job, heads, queries, HR, QR, RP)
-    d, wide = tl.arange(0, DP), b.to(tl.int64)
-    in_d = d < D
-    at_q = wide * q_b + (head * q_h + query * q_q)[:, None] + d[None, :] * q_d
-    q = tl.load(Q + at_q, mask=live[:, None] & in_d[None, :], other=0.0)
+    i, wide = tl.arange(0, WP), b.to(tl.int64)
+    in_row = (i < D // each)[None, :]
+    Q += (wide * q_b + head * q_h + query * q_q)[:, None]
+    K += wide * tokens * (D // each)
+    V += wide * tokens * (D // each)
+    VALUE_SPAN += wide * tokens * 2
     m = tl.full([RP], -float("inf"), tl.float32)
     l = tl.zeros([RP], tl.float32)
-    acc = tl.zeros([RP, DP], tl.float32)
+    a0 = tl.zeros([RP, WP], tl.float32)
+    a1 = tl.zeros([RP, WP], tl.float32)
+    if BITS == 2:
+        a2 = tl.zeros([RP, WP], tl.float32)
+        a3 = tl.zeros([RP, WP], tl.float32)
+    largest = 1e-30  # power of two above the steps so far: weights times steps stay within float16, and small ones stay
     start, end, first = part * chunk, tl.minimum(tokens, (part + 1) * chunk), 0
     for unit in range(units):
         behind = first + tl.load(TOKENS + wide * units + unit)
         a, z = tl.maximum(first, start), tl.minimum(behind, end)
         first = behind
         if a < z:
-            channel = (wide * units + unit) * D + d
-            k_low = tl.load(KEY_SPAN + channel * 2, mask=in_d, other=0.0).to(tl.float32)[None, :]
-            k_step = tl.load(KEY_SPAN + channel * 2 + 1, mask=in_d, other=0.0).to(tl.float32)[None, :]
-            level = tl.load(VALUE_SCALE + channel, mask=in_d, other=0.0).to(tl.float32)[None, :]
+            channels = (wide * units + unit) * D
+            q0, low = _asked(Q, KEY_SPAN + channels * 2, i, live, q_d, 0, BITS, D)
+            q1, more = _asked(Q, KEY_SPAN + channels * 2, i, live, q_d, 1, BITS, D)
+            low += more
+            e0 = _level(VALUE_SCALE + channels, i, 0, BITS, D)
+            e1 = _level(VALUE_SCALE + channels, i, 1, BITS, D)
+            if BITS == 2:
+                q2, more = _asked(Q, KEY_SPAN + channels * 2, i, live, q_d, 2, BITS, D)
+                low += more
+                q3, more = _asked(Q, KEY_SPAN + channels * 2, i, live, q_d, 3, BITS, D)
+                low += more
+                e2 = _level(VALUE_SCALE + channels, i, 2, BITS, D)
+                e3 = _level(VALUE_SCALE + channels, i, 3, BITS, D)
             for t in range(a, z, BN):
                 at = t + tl.arange(0, BN)
                 there = at < z
-                ok = there[:, None] & in_d[None, :]
-                k = (k_low + k_step * _codes(K, wide * tokens, at, ok, d, D, BITS)).to(q.dtype)
-                s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+                place = at.to(tl.int64)
+                byte = place[:, None] * (D // each) + i[None, :]
+                x = tl.load(K + byte, mask=there[:, None] & in_row, other=0).to(tl.int16)
+                y = tl.load(V + byte, mask=there[:, None] & in_row, other=0).to(tl.int16)
+                v_low = tl.load(VALUE_SPAN + place * 2, mask=there, other=0.0).to(tl.float32)
+                v_step = tl.load(VALUE_SPAN + place * 2 + 1, mask=there, other=0.0).to(tl.float32)
+                s = tl.dot(q0, tl.trans(_piece(x, 0, BITS, kind, FAST)), input_precision="ieee")
+                s = tl.dot(q1, tl.trans(_piece(x, 1, BITS, kind, FAST)), s, input_precision="ieee")
+                if BITS == 2:
+                    s = tl.dot(q2, tl.trans(_piece(x, 2, BITS, kind, FAST)), s, input_precision="ieee")
+                    s = tl.dot(q3, tl.trans(_piece(x, 3, BITS, kind, FAST)), s, input_precision="ieee")
+                s = (s + low[:, None]) * scale
                 if CAPPED:
                     s = cap * tanh(s / cap, True)
                 p, alpha, m, l = grow(tl.where(there[None, :], s, -float("inf")), m, l)
-                span = VALUE_SPAN + (wide * tokens + at.to(tl.int64)) * 2
-                v_low = tl.load(span, mask=there, other=0.0).to(tl.float32)[:, None]
-                v_step = tl.load(span + 1, mask=there, other=0.0).to(tl.float32)[:, None]
-                v = ((v_low + v_step * _codes(V, wide * tokens, at, ok, d, D, BITS)) * level).to(q.dtype)
-                acc = acc * alpha[:, None] + tl.dot(p.to(q.dtype), v, input_precision="ieee")
+                above = tl.math.ceil(tl.math.log2(tl.maximum(tl.max(v_step, 0), 1e-30)))
+                new = tl.maximum(largest, tl.math.exp2(above))
+                w = (p * (v_step * (4096.0 / new))[None, :]).to(kind)
+                alpha, back, largest = alpha[:, None], new / 4096.0, new
+                base = tl.sum(p * v_low[None, :], 1)[:, None]
+                a0 = a0 * alpha + (tl.dot(w, _piece(y, 0, BITS, kind, FAST), input_precision="ieee") * back + base) * e0
+                a1 = a1 * alpha + (tl.dot(w, _piece(y, 1, BITS, kind, FAST), input_precision="ieee") * back + base) * e1
+                if BITS == 2:
+                    z2 = tl.dot(w, _piece(y, 2, BITS, kind, FAST), input_precision="ieee")
+                    z3 = tl.dot(w, _piece(y, 3, BITS, kind, FAST), input_precision="ieee")
+                    a2 = a2 * alpha + (z2 * back + base) * e2
+                    a3 = a3 * alpha + (z3 * back + base) * e3
+    some = l != 0
     if parts == 1:
-        finish(OUT, LSE, (b * heads + head) * queries + query, live, acc, m, l, D, DP)
+        row, share = (b * heads + head) * queries + query, (1.0 / tl.where(some, l, 1.0))[:, None]
+        _write(OUT, row, live, a0 * share, i, 0, BITS, D)
+        _write(OUT, row, live, a1 * share, i, 1, BITS, D)
+        if BITS == 2:
+            _write(OUT, row, live, a2 * share, i, 2, BITS, D)
+            _write(OUT, row, live, a3 * share, i, 3, BITS, D)
+        lse = m + tl.math.log2(tl.where(some, l, 1.0)) * 0.6931471805599453
+        tl.store(LSE + row, tl.where(some, lse, -float("inf")), mask=live)
     else:
-        keep_part(ACC, STAT, tl.program_id(0) * (HR * QR), tl.arange(0, RP), live, acc, m, l, D, DP)
+        to = tl.program_id(0) * (HR * QR) + tl.arange(0, RP)
+        _write(ACC, to, live, a0, i, 0, BITS, D)
+        _write(ACC, to, live, a1, i, 1, BITS, D)
+        if BITS == 2:
+            _write(ACC, to, live, a2, i, 2, BITS, D)
+            _write(ACC, to, live, a3, i, 3, BITS, D)
+        tl.store(STAT + to * 2, m, mask=live)
+        tl.store(STAT + to * 2 + 1, l, mask=live)
 
 
 def reasons(q: Tensor, x: Packed) -> list[str]:
@@ -100,15 +214,15 @@ def attend(
     out = torch.empty(r, s, n, d, dtype=q.dtype, device=q.device)
     lse = torch.empty(r, s, n, dtype=torch.float32, device=q.device)
     acc, stat = parts_of(how, share, d, out)
-    early, width = device.dependent_launch(q.device.index), max(16, triton.next_power_of_2(d))
+    early = device.dependent_launch(q.device.index)
     _split[(r * how.parts,)](
         q, x.keys, x.values, x.key_span, x.value_span, x.value_scale, x.tokens, acc, stat, out, lse, *q.stride(), scale,
         softcap or 1.0, tokens, x.tokens.shape[1], how.chunk, how.parts, s, n, HR=s, QR=n, RP=share.padded, D=d,
-        DP=width, BN=how.block, CAPPED=softcap is not None, BITS=x.bits, PDL=early, num_warps=how.warps,
-        num_stages=how.stages,
+        WP=width(d * x.bits // 8), BN=how.block, CAPPED=softcap is not None, BITS=x.bits,
+        FAST=q.is_cuda and not torch.version.hip, PDL=early, num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     if how.parts > 1:
-        join(acc, stat, out, lse, how.parts, {"HR": s, "QR": n, "DV": d, "DVP": width}, early)
+        join(acc, stat, out, lse, how.parts, {"HR": s, "QR": n, "DV": d, "DVP": width(d)}, early)
     return out, lse
 
 

@@ -13,7 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from saccade.ops import device
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keys", "pages"])
 def _bounds(K, LOW, HIGH, k_b, k_h, k_t, k_d, keys, pages, heads, PAGE: tl.constexpr, D: tl.constexpr,
             DP: tl.constexpr, BP: tl.constexpr):  # fmt: skip
     """The pages of one tile, token by token."""
@@ -35,12 +35,12 @@ def _bounds(K, LOW, HIGH, k_b, k_h, k_t, k_d, keys, pages, heads, PAGE: tl.const
 
 
 # fmt: off
-@triton.jit
+@triton.jit(do_not_specialize=["pages"])
 def _scores(Q, LOW, HIGH, OUT, q_b, q_h, q_q, q_d, l_b, l_h, l_p, l_d, u_b, u_h, u_p, u_d, pages, groups, queries,
-            GROUP: tl.constexpr, GP: tl.constexpr, BY_GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-            STEP: tl.constexpr, BP: tl.constexpr, PDL: tl.constexpr):
+            GROUP: tl.constexpr, GP: tl.constexpr, BY_GROUP: tl.constexpr, SAME: tl.constexpr, D: tl.constexpr,
+            DP: tl.constexpr, STEP: tl.constexpr, BP: tl.constexpr, PDL: tl.constexpr):
 # fmt: on
-    """The query heads of one key/value head and one query, over a tile of pages."""
+    """The query heads of one key/value head and one query, over a tile of pages. SAME: both bounds are one key."""
     if PDL:
         gdc_launch_dependents()
     job = tl.program_id(1)
@@ -56,11 +56,14 @@ def _scores(Q, LOW, HIGH, OUT, q_b, q_h, q_q, q_d, l_b, l_h, l_p, l_d, u_b, u_h,
         in_d = (d < D)[None, :]
         there = (page < pages)[:, None] & in_d
         low = tl.load(LOW + d[None, :] * l_d, mask=there, other=0.0)
-        high = tl.load(HIGH + d[None, :] * u_d, mask=there, other=0.0)
         q = tl.load(Q + d[None, :] * q_d, mask=live[:, None] & in_d, other=0.0)
-        none, sign = tl.zeros_like(q), q.to(tl.float32)  # Triton 3.9's interpreter compares the bits of bfloat16
-        some = tl.dot(tl.where(sign < 0, none, q), tl.trans(high), input_precision="ieee")  # a NaN stays one
-        s += some + tl.dot(tl.where(sign > 0, none, q), tl.trans(low), input_precision="ieee")
+        if SAME:
+            s += tl.dot(q, tl.trans(low), input_precision="ieee")
+        else:
+            high = tl.load(HIGH + d[None, :] * u_d, mask=there, other=0.0)
+            none, sign = tl.zeros_like(q), q.to(tl.float32)  # Triton 3.9's interpreter compares the bits of bfloat16
+            some = tl.dot(tl.where(sign < 0, none, q), tl.trans(high), input_precision="ieee")  # a NaN stays one
+            s += some + tl.dot(tl.where(sign > 0, none, q), tl.trans(low), input_precision="ieee")
     if BY_GROUP:
         best = tl.max(tl.where(live[:, None], s, -float("inf")), 0)
         tl.store(OUT + ((b * groups + kv) * queries + query).to(tl.int64) * pages + page, best, mask=page < pages)
@@ -95,10 +98,11 @@ def page_scores(
     (b, h, n, d), (g, pages) = q.shape, low.shape[1:3]
     out = torch.empty(b, g if by_group else h, n, pages, dtype=torch.float32, device=q.device)
     wide = max(16, triton.next_power_of_2(d))
-    block = block or max(16, min(64, 16384 // (wide * q.element_size())))
+    same = low is high
+    block = block or max(16, min(256 if same else 64, 16384 // (wide * q.element_size())))
     _scores[(triton.cdiv(pages, block), b * g * n)](
         q, low, high, out, *q.stride(), *low.stride(), *high.stride(), pages, g, n, GROUP=h // g,
-        GP=max(16, triton.next_power_of_2(h // g)), BY_GROUP=by_group, D=d, DP=wide,
+        GP=max(16, triton.next_power_of_2(h // g)), BY_GROUP=by_group, SAME=same, D=d, DP=wide,
         STEP=min(wide, 32) if q.dtype == torch.float32 else wide, BP=block, PDL=device.dependent_launch(q.device.index),
         num_warps=warps,
     )  # fmt: skip
