@@ -1,14 +1,13 @@
 """How near `ops.attend` over a neighbourhood on a grid comes to dense attention on a CUDA device, per pair computed.
 
     PYTHONPATH=src python benchmarks/gpu_grid.py --json found.json
-    PYTHONPATH=src python benchmarks/gpu_grid.py --tune             # boxes, steps and warps of the kernels
+    PYTHONPATH=src python benchmarks/gpu_grid.py --tune             # steps and warps of the kernels
 
 The case that NATTEN publishes: a grid of 256 x 256 tokens, windows of 80 x 80 shifted inwards at the border, 24 heads
 of 128, bfloat16. share = TFLOP/s over the pairs of the windows (4 D flop each, 2.5 times that backward), over 680, that
 of FlashAttention-3; cuDNN's dense attention over half the tokens is in the same run. The whole call is timed.
-Nothing but the queries is brought into another order, by the call itself, so that is counted; "copy apart" is the same
-less the time of that copy alone. FlexAttention gets tokens in the order of its blocks (8 x 16 cells) and its mask made
-before.
+Nothing is brought into another order. FlexAttention gets tokens in the order of its blocks (8 x 16 cells) and its mask
+made before.
 
 Each number comes after a check of sampled rows against float64 (backward: of one head), and is not printed if that
 fails. Median of the rounds, least and largest; the second-level cache is cleared before each.
@@ -175,26 +174,14 @@ def timed(work, off: float, rounds: int, backward: bool = False, pairs: float = 
 
 def forward_rows(rounds: int) -> dict[str, dict[str, Any]]:
     """Of ours, its parts, and the peers."""
-    from saccade.ops.attend.triton.grid import hopper, launch
-
     q, k, v = inputs()
     where, found = selection(), {}
-    grid = boxes.of(where)
     half = q[:, :, : TOKENS // 2], k[:, :, : TOKENS // 2], v[:, :, : TOKENS // 2]
     found["dense half the tokens by cuDNN"] = timed(
         lambda: dense(*half), 0.0, rounds, pairs=float(HEADS * (TOKENS // 2) ** 2)
     )
     call = lambda: ops.attend(q, k, v, where, impl="triton")[0]  # noqa: E731
     found["triton"] = timed(call, wrong(call(), q, k, v), rounds)
-    if hopper.fits(q, k, v, grid, None):
-        box, _ = hopper.boxes(grid, hopper.STEP)
-        found["copy of the queries"] = {"ms": torch.tensor(
-            milliseconds(lambda: hopper.in_boxes(q, grid, box), rounds)).median().item()}
-        if "ms" in found["triton"]:
-            less = found["triton"]["ms"] - found["copy of the queries"]["ms"]
-            found["copy apart"] = speed(PAIRS, [less], False)
-    plain = lambda: launch.forward(q, k, v, grid, SIZE**-0.5, None, special=False)[0]  # noqa: E731
-    found["triton, plain form"] = timed(plain, wrong(plain(), q, k, v), rounds)
     mask, (a, b, c) = flex_mask(), map(reordered, (q, k, v))
     by_flex = lambda: flex._compiled()(a, b, c, block_mask=mask)  # noqa: E731
     found["flex, order apart"] = timed(by_flex, wrong(restored(by_flex()), q, k, v), rounds)
@@ -209,16 +196,6 @@ def backward_rows(rounds: int) -> dict[str, dict[str, Any]]:
     d_out = torch.randn(out.shape, generator=draw, device="cuda", dtype=torch.float32).to(out.dtype)
     back = lambda: list(torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True))  # noqa: E731
     return {"triton backward": timed(back, wrong_gradients(back(), q, k, v, d_out), rounds, backward=True)}
-
-
-def touched(grid: boxes.Grid, box: boxes.Cells, step: boxes.Cells) -> float:
-    """Pairs that are multiplied, over those of the windows."""
-    total = 1.0
-    for n, w, b, s in zip(grid.size, grid.wide, box, step):
-        first = [min(max(c - w // 2, 0), n - w) for c in range(n)]
-        cells = [-(-(first[min(c + b, n) - 1] + w - first[c]) // s) * s * b for c in range(0, n, b)]
-        total *= sum(cells) / (n * w)
-    return total
 
 
 def tried(works: dict[str, tuple[Run, Callable[[], float]]], rounds: int, backward: bool) -> dict[str, dict[str, Any]]:
@@ -236,13 +213,13 @@ def tried(works: dict[str, tuple[Run, Callable[[], float]]], rounds: int, backwa
 
 
 def tune(rounds: int) -> dict[str, dict[str, Any]]:
-    """Boxes of the warp-specialised form, and shapes of the plain kernels."""
-    from saccade.ops.attend.triton.grid import hopper, launch
+    """Shapes of the kernels."""
+    from saccade.ops.attend.triton.grid import launch
     from saccade.ops.attend.triton.launch import Shape
 
     q, k, v = inputs()
     grid, scale = boxes.of(selection()), SIZE**-0.5
-    out, lse, _ = launch.forward(q, k, v, grid, scale, None, special=False)
+    out, lse, _ = launch.forward(q, k, v, grid, scale, None)
     d_out = torch.randn(out.shape, generator=rng.generator("d_out", device="cuda"), device="cuda").bfloat16()
     delta, base = launch.row_sums(out, d_out, lse, torch.zeros_like(lse))
     grads = [torch.empty_like(x) for x in (q, k, v)]
@@ -253,13 +230,8 @@ def tune(rounds: int) -> dict[str, dict[str, Any]]:
         out.fill_(math.nan)  # for the next
         return off
 
-    for box in ((8, 16), (16, 8), (4, 32)):
-        for step in ((8, 16), (16, 8), (4, 32), (8, 8), (4, 16), (16, 4)):
-            shape = (1, *box), (1, *step)
-            name = f"special {box[0]}x{box[1]} by {step[0]}x{step[1]} touched {touched(grid, *shape):.2f}"
-            works[name] = lambda shape=shape: hopper.forward(q, k, v, out, lse, grid, scale, shape), right
     for shape in (Shape(64, 8, 2), Shape(64, 8, 3), Shape(128, 8, 2), Shape(64, 4, 2), Shape(32, 4, 3)):
-        works[f"plain {told_shape(shape)}"] = (
+        works[f"forward {told_shape(shape)}"] = (
             lambda shape=shape: launch.over_keys(q, k, v, None, out, lse, None, None, grid, scale, None, shape), right
         )
     found = tried(works, rounds, backward=False)
@@ -283,7 +255,7 @@ def told_shape(shape: Any) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tune", action="store_true", help="boxes, steps and warps of the kernels")
+    parser.add_argument("--tune", action="store_true", help="steps and warps of the kernels")
     parser.add_argument("--json", help="write the rows there too")
     args = parser.parse_args()
     if not torch.cuda.is_available():

@@ -14,7 +14,6 @@ from saccade import ops
 from saccade.core.errors import CannotRun
 from saccade.core.selection import PerHead, Spans
 from saccade.ops.attend.triton import grid as boxes
-from tests.helpers import assert_close_as_torch
 from tests.ops._triton import interpreter, run_in_interpreter
 from tests.ops.shapes import HEAD_SIZES, tensors
 from tests.ops.test_attend_triton import DTYPES, EXACT, _within_the_tensors, check, moved  # noqa: F401  (a fixture)
@@ -91,25 +90,6 @@ def test_sequences_grouped_heads_strides_and_values_of_another_size():
     q, k, _ = tensors(2, 4, 2, 20, 20, 20)
     v = tensors(2, 4, 2, 20, 20, 32)[2]
     check(selection, [q, k, v], layout=lambda x: x.transpose(1, 2).contiguous().transpose(1, 2))
-
-
-@interpreter
-@pytest.mark.parametrize("step", [128, 64])
-@pytest.mark.parametrize("name", ["dilated line", "plane", "dilated plane", "space"])
-def test_the_form_for_hopper(name, step, monkeypatch):
-    """Its values, by the interpreter, which does not specialise by warp."""
-    from saccade.ops.attend.triton.grid import hopper
-
-    grid, kernel, dilation = SHAPES[name]
-    grid = tuple(n * 2 // 3 for n in grid)
-    monkeypatch.setattr(hopper, "fits", lambda *_: True)
-    monkeypatch.setattr(hopper, "STEP", step)
-    selection = neighbourhood(grid, tuple(map(min, kernel, grid)), dilation)
-    inputs = tensors(1, 2, 1, selection.queries, selection.keys, 24, torch.float16)
-    mask = selection.mask()
-    with torch.no_grad():
-        out, lse = ops.attend(*inputs, selection, impl="triton")
-    assert_close_as_torch(out, *inputs, mask, lse=lse)
 
 
 # --- on any machine -------------------------------------------------------------------------------------------------
@@ -199,19 +179,6 @@ def test_causality_and_softcap_on_a_gpu(name, causal, softcap):
                 check(selection, inputs, softcap=softcap, device="cuda")
         else:
             check(selection, inputs, softcap=softcap, device="cuda")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("size", (64, 80, 96, 128))
-@pytest.mark.parametrize("axes, step", list(itertools.product((1, 2, 3), (64, 128))))
-def test_the_form_for_hopper_on_a_gpu(size, axes, step):
-    from saccade.ops.attend.triton.grid import hopper
-
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("not a Hopper device")
-    for dtype in (torch.bfloat16, torch.float16):
-        shape = hopper.boxes(hopper._small(axes), step)
-        assert hopper.right(torch.device("cuda", torch.cuda.current_device()), dtype, size, axes, *shape)
 
 
 @pytest.mark.gpu

@@ -55,11 +55,11 @@ def _brain(x, CODE: tl.constexpr):
 @triton.jit
 def _piece(x, J: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr):
     """The J-th codes of bytes that lie in 16 bits."""
-    if FAST and KIND == tl.float16:
+    if FAST and tl.float16 == KIND:
         if BITS == 4:
             return _half(x, H4_0 if J == 0 else H4_1)
         return _half(x, H2_0 if J == 0 else (H2_1 if J == 1 else (H2_2 if J == 2 else H2_3)))
-    if FAST and KIND == tl.bfloat16:
+    if FAST:
         if BITS == 4:
             return _brain(x, B4_0 if J == 0 else B4_1)
         return _brain(x, B2_0 if J == 0 else (B2_1 if J == 1 else (B2_2 if J == 2 else B2_3)))
@@ -149,11 +149,11 @@ def _split(Q, K, V, KEY_SPAN, VALUE_SPAN, VALUE_SCALE, TOKENS, ACC, STAT, OUT, L
                 y = tl.load(V + byte, mask=there[:, None] & in_row, other=0).to(tl.int16)
                 v_low = tl.load(VALUE_SPAN + place * 2, mask=there, other=0.0).to(tl.float32)
                 v_step = tl.load(VALUE_SPAN + place * 2 + 1, mask=there, other=0.0).to(tl.float32)
-                s = tl.dot(q0, tl.trans(_piece(x, 0, BITS, kind, FAST)), input_precision="ieee")
-                s = tl.dot(q1, tl.trans(_piece(x, 1, BITS, kind, FAST)), s, input_precision="ieee")
+                s = tl.dot(q0, tl.trans(_piece(x, 0, BITS, kind, FAST)))
+                s = tl.dot(q1, tl.trans(_piece(x, 1, BITS, kind, FAST)), s)
                 if BITS == 2:
-                    s = tl.dot(q2, tl.trans(_piece(x, 2, BITS, kind, FAST)), s, input_precision="ieee")
-                    s = tl.dot(q3, tl.trans(_piece(x, 3, BITS, kind, FAST)), s, input_precision="ieee")
+                    s = tl.dot(q2, tl.trans(_piece(x, 2, BITS, kind, FAST)), s)
+                    s = tl.dot(q3, tl.trans(_piece(x, 3, BITS, kind, FAST)), s)
                 s = (s + low[:, None]) * scale
                 if CAPPED:
                     s = cap * tanh(s / cap, True)
@@ -163,11 +163,11 @@ def _split(Q, K, V, KEY_SPAN, VALUE_SPAN, VALUE_SCALE, TOKENS, ACC, STAT, OUT, L
                 w = (p * (v_step * (4096.0 / new))[None, :]).to(kind)
                 alpha, back, largest = alpha[:, None], new / 4096.0, new
                 base = tl.sum(p * v_low[None, :], 1)[:, None]
-                a0 = a0 * alpha + (tl.dot(w, _piece(y, 0, BITS, kind, FAST), input_precision="ieee") * back + base) * e0
-                a1 = a1 * alpha + (tl.dot(w, _piece(y, 1, BITS, kind, FAST), input_precision="ieee") * back + base) * e1
+                a0 = a0 * alpha + (tl.dot(w, _piece(y, 0, BITS, kind, FAST)) * back + base) * e0
+                a1 = a1 * alpha + (tl.dot(w, _piece(y, 1, BITS, kind, FAST)) * back + base) * e1
                 if BITS == 2:
-                    z2 = tl.dot(w, _piece(y, 2, BITS, kind, FAST), input_precision="ieee")
-                    z3 = tl.dot(w, _piece(y, 3, BITS, kind, FAST), input_precision="ieee")
+                    z2 = tl.dot(w, _piece(y, 2, BITS, kind, FAST))
+                    z3 = tl.dot(w, _piece(y, 3, BITS, kind, FAST))
                     a2 = a2 * alpha + (z2 * back + base) * e2
                     a3 = a3 * alpha + (z3 * back + base) * e3
     some = l != 0
@@ -194,10 +194,11 @@ def _split(Q, K, V, KEY_SPAN, VALUE_SPAN, VALUE_SCALE, TOKENS, ACC, STAT, OUT, L
 def reasons(q: Tensor, x: Packed) -> list[str]:
     """Why this kernel cannot read this; [] = it can."""
     why = device.triton_reasons(q)
-    if q.dtype == torch.float64 or q.dtype != x.value_scale.dtype:
-        why.append(f"it computes in float32 at most, in one precision, and the inputs are {q.dtype}")
-    if x.size > (128 if q.dtype == torch.float32 else 256):
-        why.append(f"heads of {x.size}; it takes up to 128 in float32, 256 else")
+    if q.dtype not in device.HALVES or q.dtype != x.value_scale.dtype:
+        found = f"queries in {q.dtype} and packed tokens from {x.value_scale.dtype}"
+        why.append(f"it multiplies in float16 or bfloat16, one for all, and finds {found}")
+    if x.size > 256:
+        why.append(f"heads of {x.size}; it takes up to 256")
     if (n := q.shape[1] * q.shape[2]) > MOST_ROWS:
         why.append(f"{n} queries of a row; it takes up to {MOST_ROWS}")
     if not all(t.is_contiguous() for t in vars(x).values()):

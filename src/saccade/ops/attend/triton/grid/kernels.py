@@ -405,37 +405,3 @@ def over_queries(
     dv_at = DV + b * dv_b + kv.to(tl.int64) * dv_h + far * dv_n + dv[None, :]
     tl.store(dk_at, (d_k * scale).to(DK.dtype.element_ty), mask=k_mask)
     tl.store(dv_at, d_v.to(DV.dtype.element_ty), mask=v_mask)
-
-
-@triton.jit
-def copied(
-    X,
-    OUT,  # [b h boxes*BM d]
-    size_z, size_y, size_x,
-    gap_z, gap_y, gap_x,
-    x_b, x_h, x_n,
-    out_b, out_h,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BZ: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr,
-):
-    """Rows in the order of their boxes; zeros where there is no cell."""
-    BM: tl.constexpr = BZ * BY * BX
-    head = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
-    rest_x, cells_x, at_x, more = own(tl.program_id(0), size_x, gap_x, BX)
-    rest_y, cells_y, at_y, more = own(more, size_y, gap_y, BY)
-    rest_z, cells_z, at_z, _ = own(more, size_z, gap_z, BZ)
-    r = tl.arange(0, BM)
-    z, y, x = local(r, BY, BX)
-    z += at_z
-    y += at_y
-    x += at_x
-    alive = (z < cells_z) & (y < cells_y) & (x < cells_x)
-    row = ((z * gap_z + rest_z) * size_y + y * gap_y + rest_y) * size_x + x * gap_x + rest_x
-    d = tl.arange(0, BD)
-    here = (d < D)[None, :]
-    rows = tl.load(X + b * x_b + head * x_h + (row.to(tl.int64) * x_n)[:, None] + d[None, :],
-                   mask=alive[:, None] & here, other=0.0)
-    place = tl.program_id(0).to(tl.int64) * BM + r
-    tl.store(OUT + b * out_b + head * out_h + place[:, None] * D + d[None, :], rows, mask=here)
