@@ -55,15 +55,18 @@ def _brain(x, CODE: tl.constexpr):
 @triton.jit
 def _piece(x, J: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr):
     """The J-th codes of bytes that lie in 16 bits."""
-    if FAST and tl.float16 == KIND:
+    if not FAST:
+        return ((x >> (J * BITS)) & ((1 << BITS) - 1)).to(tl.float32).to(KIND)
+    elif tl.float16 == KIND:
         if BITS == 4:
             return _half(x, H4_0 if J == 0 else H4_1)
-        return _half(x, H2_0 if J == 0 else (H2_1 if J == 1 else (H2_2 if J == 2 else H2_3)))
-    if FAST:
+        else:
+            return _half(x, H2_0 if J == 0 else (H2_1 if J == 1 else (H2_2 if J == 2 else H2_3)))
+    else:
         if BITS == 4:
             return _brain(x, B4_0 if J == 0 else B4_1)
-        return _brain(x, B2_0 if J == 0 else (B2_1 if J == 1 else (B2_2 if J == 2 else B2_3)))
-    return ((x >> (J * BITS)) & ((1 << BITS) - 1)).to(tl.float32).to(KIND)
+        else:
+            return _brain(x, B2_0 if J == 0 else (B2_1 if J == 1 else (B2_2 if J == 2 else B2_3)))
 
 
 @triton.jit
