@@ -10,7 +10,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saccade.measure.environment import digest, environment
+from saccade.measure.environment import deciding, digest, environment
 from tests.measure.validate import problems, schema
 
 
@@ -28,3 +28,9 @@ def test_environment_says_nothing_personal():
 def test_digest_ignores_order_and_nothing_else(value):
     assert digest(value) == digest(dict(reversed(value.items())))
     assert digest(value) != digest({**value, "another field": 1})
+
+
+def test_more_memory_is_no_other_machine():
+    found = environment()
+    assert deciding(found) == deciding({**found, "memory_bytes": 1})
+    assert deciding(found) != deciding({**found, "threads": 99})

@@ -20,7 +20,7 @@ from saccade.core.errors import BadInput, BadOption
 from saccade.measure.cells import SCHEMA, Cell
 from saccade.measure.config import Config
 from saccade.measure.contestants import Spec
-from saccade.measure.environment import digest, environment
+from saccade.measure.environment import deciding, digest, environment
 from saccade.measure.planning import Plan, estimate, weigh
 from saccade.measure.program import Entry, all_cells, entrants, everybody, not_exercised, timed
 from saccade.measure.runner import Event, Progress, Results, run_cells, write_json
@@ -153,7 +153,7 @@ def execute(config: Config, folder: Path, progress: Progress) -> Path:
     for entry in left_out:
         progress(Event("note", f"{entry['label']} at {', '.join(entry['budgets'])} is left out: {entry['reasons'][0]}"))
     env = environment(config.device)
-    identity = digest([fingerprint(subject.model), env, _sources()])
+    identity = digest([fingerprint(subject.model), deciding(env), _sources()])
     cells = all_cells(config, entries, identity)
     run = _run_record(config, entries, left_out, cells)
     write_json(folder / "env.json", env)

@@ -15,7 +15,7 @@ import saccade
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Versions, processor, threads and precision flags; written to env.json and part of every cell's key."""
+    """Versions, processor, threads and precision flags; written to env.json. What decides is in every cell's key."""
     place = torch.device(device)
     return {
         "saccade": saccade.__version__,
@@ -34,6 +34,11 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "tf32_cudnn": torch.backends.cudnn.allow_tf32,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
+
+
+def deciding(environment: dict[str, Any]) -> dict[str, Any]:
+    """What a result may depend on: all but the memory, of which some machines are given more as they use it."""
+    return {name: value for name, value in environment.items() if name != "memory_bytes"}
 
 
 def digest(value: Any) -> str:
