@@ -90,7 +90,7 @@ def _write(TO, at, live, acc, i, J: tl.constexpr, BITS: tl.constexpr, DV: tl.con
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["c_b", "c_h", "d_b", "d_h", "i_b", "i_h", "i_q", "keys", "entries", "chunk", "parts"])
+@triton.jit(do_not_specialize=["i_b", "i_h", "i_q", "keys", "entries", "parts"])
 def _split(Q, K, V, KS, VS, LIST, ACC, STAT, OUT, LSE, q_b, q_h, q_q, q_d, k_b, k_h, k_t, v_b, v_h, v_t, c_b, c_h, c_t,
            d_b, d_h, d_t, i_b, i_h, i_q, i_l, scale, cap, keys, entries, chunk, parts, heads, queries,
            GROUP: tl.constexpr, HR: tl.constexpr, QR: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, WP: tl.constexpr,

@@ -82,7 +82,7 @@ def keep_part(ACC, STAT, first, r, live, acc, m, l, DV: tl.constexpr, DVP: tl.co
 
 # fmt: off
 # what grows with the text is not compiled anew where it happens to be a multiple of 16
-@triton.jit(do_not_specialize=["i_b", "i_h", "i_q", "s_b", "s_h", "s_q", "keys", "entries", "chunk", "parts"])
+@triton.jit(do_not_specialize=["i_b", "i_h", "i_q", "s_b", "s_h", "s_q", "keys", "entries", "parts"])
 def _split(Q, K, V, LIST, SEEN, ACC, STAT, OUT, LSE, q_b, q_h, q_q, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d,
            i_b, i_h, i_q, i_l, s_b, s_h, s_q, s_k, scale, cap, keys, entries, chunk, parts, heads, queries,
            GROUP: tl.constexpr, HR: tl.constexpr, QR: tl.constexpr, RP: tl.constexpr, D: tl.constexpr,
