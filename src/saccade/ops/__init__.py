@@ -5,6 +5,7 @@
     out, lse = ops.attend(q, k, v, selection)
 """
 
+from saccade.ops.antidiagonal_mass.api import antidiagonal_mass
 from saccade.ops.assign.api import assign
 from saccade.ops.attend.api import attend
 from saccade.ops.block_gate.api import Gate, Pooled, block_gate, gate_logits, pool_for_gate
@@ -31,6 +32,7 @@ __all__ = [
     "Packed",
     "Pooled",
     "Quantised",
+    "antidiagonal_mass",
     "assign",
     "attend",
     "attend_packed",
