@@ -74,7 +74,7 @@ def test_back_ends_agree(n, queries, stride, times, softcap, tight):
 def test_an_even_stride_meets_diagonals_at_odd_distances_only(stride, distance):
     q = 30.0 * torch.eye(256)[None, None]  # each query matches the key so far behind it
     mass = ops.antidiagonal_mass(q, q.roll(-distance, 2), block=16, stride=stride, scale=1.0)[0, 0, 8:]
-    assert (mass.amax(-1) > 0.7).all() == (stride == 1 or distance % 2 == 1)
+    assert (mass.amax(-1) > 0.4).all() == (stride == 1 or distance % 2 == 1)
 
 
 def test_what_does_not_fit_is_refused():
