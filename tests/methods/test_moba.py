@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saccade.attach import attach
+from saccade.attach.compat import CACHE
 from saccade.core.errors import BadOption
 from saccade.core.selection import Spans
 from saccade.methods.nets import LanguageModel
@@ -68,13 +69,13 @@ def test_a_model_reads_a_prompt_under_its_mask_and_decodes_dense():
     torch.testing.assert_close(found, under_mask(model, ids, mask))
 
 
-def test_chunks_agree_with_one_pass_under_a_budget_in_tokens():
-    model, ids = tiny(), tokens(60)
-    with attach(model, "moba", budget="12tok"):
-        whole = in_pieces(model, ids, [60 - 1])
-        with torch.no_grad():
-            alone = model(ids[:, :59]).logits
-    torch.testing.assert_close(whole[:, :59], alone)
+def test_chunks_of_a_prompt_agree_with_one_pass_under_a_budget_in_tokens():
+    model, ids, out = tiny(), tokens(60), []
+    with attach(model, "moba", budget="12tok") as run, torch.no_grad():
+        whole, cache = model(ids).logits, run.new_cache()
+        with run.prompt():
+            out = [model(part, **{CACHE: cache}).logits for part in ids.split([20, 7, 33], 1)]
+    torch.testing.assert_close(torch.cat(out, 1), whole)
 
 
 def test_a_net_is_trained_with_it_and_reads_in_pieces_and_by_steps():

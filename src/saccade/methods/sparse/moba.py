@@ -87,7 +87,7 @@ class Moba(Sparse):
         self, q: Tensor, k: Tensor, own: Int[Tensor, " q"], count: int, block: int
     ) -> Int[Tensor, "b h q count"]:
         """The `count` earlier blocks of largest gate of each query; -1 where there are fewer."""
-        whole = int(own[-1])
+        whole = (k.shape[2] - 1) // block
         means = ops.pool_blocks(k[:, :, : whole * block], block)
         gate = (q.unflatten(1, (k.shape[1], -1)).flatten(2, 3).to(means.dtype) @ means.mT).view(*q.shape[:3], whole)
         gate = gate.masked_fill(torch.arange(whole, device=q.device) >= own[:, None], -torch.inf)
