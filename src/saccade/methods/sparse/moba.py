@@ -23,8 +23,8 @@ class Moba(Sparse):
     s_ti = q_t . mean(K_i);  query t sees block i  iff  i is its own or s_ti is among the k - 1 largest of whole earlier
     blocks, each query by itself. Queries that picked a block attend to it together; the parts are one softmax.
     The gate has no weights: a model trained so makes its keys' means tell. Attached to one that was not, it is no
-    drop-in. While decoding attention is dense, as the authors' is; in a net of `saccade train` tokens that follow one
-    by one pick blocks too.
+    drop-in. While decoding attention is dense, as the authors' is; in a net that is trained with it, tokens that follow
+    one by one pick blocks too.
     The budget pays for k blocks in every row.
 
     top_blocks: k, the own block among them; finer blocks where it is larger, fewer where the budget is fewer keys
