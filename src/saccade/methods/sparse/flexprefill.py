@@ -31,8 +31,8 @@ class Flexprefill(Sparse):
     gamma: the share itself; takes no budget
     tau: largest distance D of a query-aware head, from 0 (none is) to 1 (all are)
     block_tokens: b, for queries and keys; by a budget a smaller power of two where a row is shorter than four blocks
-    least_tokens: of columns and of diagonals, so many tokens' worth of each come first in every head; by a budget at
-        most an eighth of a row each
+    least_tokens: of columns and of diagonals, so many tokens' worth of each come first in every head, in whole blocks
+        and one at least; by a budget at most an eighth of a row of each
 
     Raises:
         BadOption: an empty block, or a gamma or tau outside 0 to 1.
