@@ -115,6 +115,38 @@ def test_the_last_rows_are_whole_where_an_eighth_of_the_pairs_pays_for_them():
     assert counts[0].sum() - 1 <= counts[2].sum() <= counts[0].sum()
 
 
+@FEW
+@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from([1, 2, 4, 8]), st.integers(0, 40))
+def test_heads_and_rows_share_the_pairs_in_the_order_of_entries(n, queries, block, more):
+    queries = min(n, queries)
+    row = min(n, (2 if (n - queries) % block else 1) * block + more)
+    entry = noise(2, 3, -(-queries // block), -(-n // block))
+    chosen = ops.cover_blocks(entry, queries=queries, keys=n, block=block, row_tokens=row)
+    allowed, table = 3 * sum(min(i + 1, row) for i in range(n - queries, n)), chosen.table()
+    for b in range(2):
+        there = [(h, i) for h in range(3) for i in range(entry.shape[2])]
+        own = {(h, i): (n - queries + i * block) // block for h, i in there}
+        paid = chosen.mask()[b].sum()
+        assert paid <= allowed
+        kept = {(h, i, j) for h, i, j in table[b].nonzero().tolist() if j < own[h, i]}
+        left = sorted({(h, i, j) for h, i in there for j in range(own[h, i])} - kept, key=lambda x: entry[b][x])
+        if left:
+            h, i, j = left[0]
+            assert all(entry[b][x] <= entry[b, h, i, j] for x in kept)
+            assert paid + block * (min(queries, (i + 1) * block) - i * block) > allowed
+
+
+@FEW
+@given(st.integers(1, 9), st.booleans())
+def test_the_mass_before_is_that_of_the_larger_ones(n, led):
+    mass, first = noise(3, n, name="mass").exp(), noise(3, n, name="first") > 0.5 if led else None
+    found = ops.mass_before(mass, first)
+    for r in range(3):
+        order = sorted(range(n), key=lambda i: (not (led and first[r, i]), -mass[r, i]))
+        for place, i in enumerate(order):
+            torch.testing.assert_close(found[r, i], mass[r, order[:place]].sum())
+
+
 def test_what_does_not_fit_is_refused():
     q, k = tensors(5, 5)
     gate = ops.Gate(noise(4, 12, 4).double())
@@ -125,3 +157,5 @@ def test_what_does_not_fit_is_refused():
     asked = "blocks of 2 for 5 queries over 5 keys, row_tokens=None, threshold=None"
     with pytest.raises(BadInput, match=rf"{asked}: the scores are for \(3, 3\) blocks\. Give scores of that shape"):
         ops.choose_blocks(noise(1, 4, 3, 3), queries=5, keys=5, block=2)
+    with pytest.raises(BadInput, match=rf"{asked}: the scores are for \(3, 3\) blocks\. Give scores of that shape"):
+        ops.cover_blocks(noise(1, 4, 3, 3), queries=5, keys=5, block=2)

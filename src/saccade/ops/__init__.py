@@ -5,11 +5,12 @@
     out, lse = ops.attend(q, k, v, selection)
 """
 
+from saccade.ops.antidiagonal_mass.api import antidiagonal_mass
 from saccade.ops.assign.api import assign
 from saccade.ops.attend.api import attend
 from saccade.ops.block_gate.api import Gate, Pooled, block_gate, gate_logits, pool_for_gate
 from saccade.ops.block_logits.api import block_logits
-from saccade.ops.choose_blocks.api import choose_blocks
+from saccade.ops.choose_blocks.api import choose_blocks, cover_blocks, mass_before
 from saccade.ops.column_scores.api import column_scores
 from saccade.ops.decode.api import decode
 from saccade.ops.dispatch import explain
@@ -31,6 +32,7 @@ __all__ = [
     "Packed",
     "Pooled",
     "Quantised",
+    "antidiagonal_mass",
     "assign",
     "attend",
     "attend_packed",
@@ -39,6 +41,7 @@ __all__ = [
     "check_window",
     "choose_blocks",
     "column_scores",
+    "cover_blocks",
     "decode",
     "dequantise",
     "dequantise_groups",
@@ -49,6 +52,7 @@ __all__ = [
     "index_keys",
     "index_reasons",
     "line_scores",
+    "mass_before",
     "merge_lse",
     "pack_tokens",
     "page_bounds",

@@ -35,7 +35,7 @@ def attend(
     heads in order (h / g each). Sums are in float32 or better; the output has the dtype of q, lse float32 or better.
     Differentiable in q, k and v, through both results.
 
-    A `Together` is computed part by part, and merged.
+    A `Together` is computed part by part, and merged; by "reference" under one mask if no part counts several times.
 
     impl: "auto" (kernels of our own where they can compute it, else "torch"), "triton" (those kernels: blocks, gather,
         lines, spans and buckets on a CUDA device), "torch", "reference" (dense under a mask, the oracle), "flex"
@@ -51,7 +51,7 @@ def attend(
     check(q, k, v)
     check_selection(q, k, selection)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if isinstance(selection, Together):
+    if isinstance(selection, Together) and (impl != "reference" or set(selection.times) != {1.0}):
         every = [attend(q, k, v, s, scale=scale, softcap=softcap, impl=impl, report=report) for s in selection.parts]
         return merge_lse([o for o, _ in every], [e + math.log(n) for (_, e), n in zip(every, selection.times)])
     plain = {"torch": list, "reference": list, "flex": lambda: flex.reasons(q, v, selection, softcap)}

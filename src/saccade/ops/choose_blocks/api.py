@@ -1,4 +1,8 @@
-"""From a score for each block of the attention map to the blocks that are computed: the best that the pairs pay for."""
+"""From a score for each block of the attention map to the blocks that are computed: the best that the pairs pay for.
+
+`choose_blocks` gives every row of blocks its share of the pairs. `cover_blocks` lets the rows and heads of a sequence
+share them: those whose attention is spread out get more blocks.
+"""
 
 from __future__ import annotations
 
@@ -36,24 +40,71 @@ def choose_blocks(
     Raises:
         BadInput: scores of another shape, or not one of `row_tokens` and `threshold`.
     """
-    grid = (-(-queries // block), -(-keys // block))
-    if tuple(score.shape[-2:]) != grid or (row_tokens is None) == (threshold is None):
-        asked = f"blocks of {block} for {queries} queries over {keys} keys, row_tokens={row_tokens}, {threshold=}"
-        found = f"the scores are for {tuple(score.shape[-2:])} blocks"
-        raise BadInput(asked, found, "Give scores of that shape, and one of the two.")
+    _check(score, queries, keys, block, row_tokens, threshold)
     plan = _plan(keys if row_tokens is None else row_tokens, queries, keys, block, whole_last, score.device)
     keep = plan.best(score) if threshold is None else plan.above(score, threshold)
     return Blocks.of(keep, queries=queries, keys=keys, q_block=block, k_block=block)
 
 
+@torch.no_grad()
+def cover_blocks(
+    entry: Float[Tensor, "b h nqb nkb"],
+    *,
+    queries: int,
+    keys: int,
+    block: int,
+    row_tokens: int | None = None,
+    threshold: float | None = None,
+) -> Blocks:
+    """The diagonal, and the blocks of smallest entry in all rows and heads; causal, queries the last of keys.
+
+    entry: how much attention is held already by what comes before a block, as `mass_before` counts it; where it is
+        below 0 the block comes before all that are not
+    row_tokens: all heads of a sequence together make as many pairs as rows of so many keys (fewer where there are
+        fewer) in each of them would, at most; the first of equal entries are taken
+    threshold: instead, the blocks with an entry below it: as many as it takes to hold that share
+
+    Raises:
+        BadInput: entries of another shape, or not one of `row_tokens` and `threshold`.
+    """
+    _check(entry, queries, keys, block, row_tokens, threshold)
+    plan = _plan(keys if row_tokens is None else row_tokens, queries, keys, block, 0, entry.device)
+    keep = plan.cheapest(entry) if threshold is None else (entry < threshold) & plan.allowed | plan.forced
+    return Blocks.of(keep, queries=queries, keys=keys, q_block=block, k_block=block)
+
+
+def mass_before(
+    mass: Float[Tensor, "*rows n"], first: Bool[Tensor, "*rows n"] | None = None
+) -> Float[Tensor, "*rows n"]:
+    """How much the larger ones of a row hold together, for each of its elements; those that are `first` lead anyhow."""
+    key = mass if first is None else mass + first * (mass.amax(-1, keepdim=True) + 1)
+    order = key.argsort(dim=-1, descending=True, stable=True)
+    ranked = mass.gather(-1, order)
+    return torch.empty_like(mass).scatter_(-1, order, ranked.cumsum(-1) - ranked)
+
+
+def _check(
+    score: Tensor, queries: int, keys: int, block: int, row_tokens: int | None, threshold: float | None
+) -> None:
+    grid = (-(-queries // block), -(-keys // block))
+    if tuple(score.shape[-2:]) != grid or (row_tokens is None) == (threshold is None):
+        asked = f"blocks of {block} for {queries} queries over {keys} keys, row_tokens={row_tokens}, {threshold=}"
+        found = f"the scores are for {tuple(score.shape[-2:])} blocks"
+        raise BadInput(asked, found, "Give scores of that shape, and one of the two.")
+
+
 @dataclass(frozen=True)
 class _Plan:
-    """Of each row of blocks: which key blocks it may see, which it sees anyhow, and how many in all."""
+    """Of each row of blocks: which key blocks it may see, which it sees anyhow, and how many in all; what one of the
+    others costs, and how many pairs there are for them.
+    """
 
     allowed: Bool[Tensor, "nqb nkb"]
     forced: Bool[Tensor, "nqb nkb"]
     count: Int[Tensor, " nqb"]
     width: int
+    size: Int[Tensor, " nqb"]
+    spare: float
 
     def best(self, score: Float[Tensor, "b h nqb nkb"]) -> Bool[Tensor, "b h nqb nkb"]:
         """As many as planned."""
@@ -67,6 +118,15 @@ class _Plan:
         """Those whose share of a row is large enough."""
         share = score.masked_fill(~self.allowed, -torch.inf).softmax(-1)
         return (share >= threshold) & self.allowed | self.forced
+
+    def cheapest(self, entry: Float[Tensor, "b h nqb nkb"]) -> Bool[Tensor, "b h nqb nkb"]:
+        """Those of smallest entry in each sequence, as many as the pairs of all its heads pay for."""
+        flat = entry.masked_fill(~self.allowed | self.forced, torch.inf).flatten(1)
+        cost = (self.size[:, None] * self.allowed).double().expand(entry.shape[1:]).flatten()
+        value, order = flat.sort(dim=-1, stable=True)
+        paid = cost[order].cumsum(-1) <= self.spare * entry.shape[1] + 1e-6
+        keep = torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, order, paid & value.isfinite())
+        return keep.view(entry.shape) | self.forced
 
 
 @functools.lru_cache(maxsize=8)
@@ -89,4 +149,4 @@ def _plan(row: int, queries: int, keys: int, block: int, whole: int, device: tor
     count = here[:, 0] - own + 1
     count[:ends] += more
     width = min(int(count[:ends].max()), len(place)) if ends else 1
-    return _Plan(allowed.to(device), forced.to(device), count.to(device), width)
+    return _Plan(allowed.to(device), forced.to(device), count.to(device), width, size.to(device), float(total))
