@@ -483,6 +483,11 @@ class Mixer(torch.nn.Module):
         """The paper's equation over whole rows, loop and all, with the weights of this layer."""
         raise NotImplementedError
 
+    def density(self) -> float | None:
+        """Share of all pairs that the newest forward computed, mean over heads; None: it chooses none, or read nothing.
+        """
+        return None
+
 
 def place(mixer: type[Mixer], slot: Slot, changes: Mapping[str, Any]) -> Mixer:
     """A mixer made for a slot, with some options changed; text is read as the option's own type.
