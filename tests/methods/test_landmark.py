@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from saccade.core.errors import BadOption
 from saccade.core.selection import causal_mask
-from saccade.methods.mixers.landmark import _placed, is_landmark, with_landmarks
+from saccade.methods.mixers._places import placed_apart
+from saccade.methods.mixers.landmark import is_landmark, with_landmarks
 from saccade.methods.nets import LanguageModel
 from tests.mixers import assert_as_good, made, noise
 
@@ -67,13 +68,13 @@ def test_gates_that_weigh_their_blocks_rightly_make_it_dense_attention():
     mixer = layer(block_tokens=4)
     q, k, v = parts(14, heads=4, size=4)
     at = torch.arange(14)
-    turned_q, turned_k = _placed(q, at)[:, :, -1], _placed(k, at)
+    turned_q, turned_k = placed_apart(q, at)[:, :, -1], placed_apart(k, at)
     logits = (turned_k @ turned_q[..., None])[..., 0] / math.sqrt(4)
     marks = is_landmark(14, 4)
     for last in (3, 7, 11):
         wanted = logits[..., last - 3 : last].logsumexp(-1)[..., None] * math.sqrt(4)
         mark = wanted * turned_q / turned_q.square().sum(-1, keepdim=True)
-        k[:, :, last] = _placed(mark[:, :, None], -at[last : last + 1])[:, :, 0]
+        k[:, :, last] = placed_apart(mark[:, :, None], -at[last : last + 1])[:, :, 0]
         v[:, :, last] = 1e6
     found = mixer._attend(q[:, :, -1:], k, v)[:, :, 0]
     weights = logits.masked_fill(marks, -torch.inf).softmax(-1)
@@ -84,8 +85,8 @@ def test_what_is_loaded_is_read_alike_from_any_distance():
     """The first block, which its landmark calls, as if it were two blocks away; others are not loaded."""
     mixer, (q, k, v) = layer(block_tokens=4, read_blocks=1), parts(31, heads=4, size=4)
     query, k[:, :, 3::4] = q[:, :, -1:], 0
-    asked = _placed(query, torch.tensor([2 * 4 + 2]))
-    k[:, :, 3] = _placed(9 * asked, torch.tensor([-3]))[:, :, 0]
+    asked = placed_apart(query, torch.tensor([2 * 4 + 2]))
+    k[:, :, 3] = placed_apart(9 * asked, torch.tensor([-3]))[:, :, 0]
     outs = []
     for skipped in (4, 12, 20):
         there = [x[:, :, [*range(4), *range(skipped, 31)]] for x in (k, v)]

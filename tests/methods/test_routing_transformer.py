@@ -67,6 +67,7 @@ def test_strictly_causal_layers_read_in_pieces_and_see_nothing_later(cuts, windo
     assert_as_good(mixer(other)[0][:, : cuts[0]], whole[:, : cuts[0]], "causality")
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("how", ["best", "strict", "both ways"])
 def test_density_counts_what_the_loops_see(how):
     mixer, x, n = layer(how != "both ways", strict_causal=how == "strict", window_tokens=5), noise(1, 17, 16), 17

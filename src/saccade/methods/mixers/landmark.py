@@ -15,7 +15,8 @@ from saccade.core.card import Card
 from saccade.core.errors import BadOption
 from saccade.core.method import Mixer, Slot
 from saccade.core.selection import Buckets, Gather, dense
-from saccade.methods.nets._rows import by_length, compute, nothing, places, turned
+from saccade.methods.mixers._pieces import computed, fresh, in_pieces
+from saccade.methods.mixers._places import placed, placed_apart
 
 
 class Landmark(Mixer):
@@ -46,6 +47,7 @@ class Landmark(Mixer):
         licence_of_official="Apache-2.0",
         summary="A landmark token closes every block; attention to it is the block's gate, and finds it in long texts.",
         equation="w_ij = p(landmark of j's block) softmax_{block}(s_ij), p over landmarks and the own block",
+        budget="none is taken: the pairs follow from the blocks that are read",
         takes_budget=False,
         departures=(
             "Landmarks are where the place in the text says, every l-th token; the authors look for the token itself.",
@@ -70,8 +72,8 @@ class Landmark(Mixer):
         self.shape = (0, 0)  # queries and keys of the newest forward
 
     def forward(self, x, state=None, lengths=None):
-        state = state or nothing(x, self.slot.heads, self.head_size)
-        out, state = by_length(*self._heads(x), state, lengths, self._attend)
+        state = state or fresh(x, self.slot.heads)
+        out, state = in_pieces(*self._heads(x), state, lengths, self._attend)
         return self.out(rearrange(out, "b h n d -> b n (h d)")), state
 
     def density(self):
@@ -115,7 +117,7 @@ class Landmark(Mixer):
     def _logits(self, q: Tensor, k: Float[Tensor, "m d"], i: int, at: list[int]) -> Float[Tensor, " m"]:
         """Of a query at place i with keys at some places."""
         both = torch.cat([q[None], k])[None, None]
-        q, k = turned(both, places(torch.tensor([[i, *at]]), self.slot))[0, 0].split([1, len(k)])
+        q, k = placed(both, torch.tensor([i, *at]), self.slot)[0, 0].split([1, len(k)])
         return k @ q[0] / math.sqrt(self.head_size)
 
     def _loaded(self, q: Tensor, k: Tensor, i: int) -> dict[int, int]:
@@ -139,12 +141,12 @@ class Landmark(Mixer):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         new, n = self.shape = q.shape[2], k.shape[2]
         at = torch.arange(n, device=q.device)
-        turned_q, turned_k = (turned(x, places(a[None], self.slot)) for x, a in ((q, at[n - new :]), (k, at)))
+        turned_q, turned_k = placed(q, at[n - new :], self.slot), placed(k, at, self.slot)
         block = (at // self.block).int()
         ordinary = torch.where(at % self.block < self.block - 1, block, -1)
         shape = {"queries": new, "keys": n, "causal": self.slot.causal}
         own = Buckets(q_bucket=block[None, None, n - new :], k_bucket=ordinary[None, None], **shape)
-        out, lse = compute(turned_q, turned_k, v, own)
+        out, lse = computed(turned_q, turned_k, v, own)
         if self.read:
             return self._with_best(out, lse, self._best(turned_q, turned_k, q, k), q, k, v)
         return self._with_all(out, lse, turned_q, turned_k, v)
@@ -158,7 +160,7 @@ class Landmark(Mixer):
             if first >= new:
                 break
             asking, inside, last = q[:, :, first:], slice(b * size, b * size + size - 1), b * size + size - 1
-            said, _ = compute(asking, k[:, :, inside], v[:, :, inside], dense(new - first, size - 1, causal=False))
+            said, _ = computed(asking, k[:, :, inside], v[:, :, inside], dense(new - first, size - 1, causal=False))
             gate = (asking * k[:, :, last : last + 1]).sum(-1) / math.sqrt(self.head_size)
             gate = gate.masked_fill(at[first:] == b, -torch.inf)
             some = ops.merge_lse([out[:, :, first:], said], [lse[:, :, first:], gate])
@@ -175,7 +177,7 @@ class Landmark(Mixer):
         marks = slice(size - 1, blocks * size, size)
         near = turned_q @ turned_k[:, :, marks].mT
         last = at.new_full((blocks,), size - 1)
-        far = _placed(q, (self.read + 1) * size + at % size) @ _placed(k[:, :, marks], last).mT
+        far = placed_apart(q, (self.read + 1) * size + at % size) @ placed_apart(k[:, :, marks], last).mT
         scores = torch.where(behind <= self.read + 1, near, far).masked_fill(behind < 1, -torch.inf)
         best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.read]
         best = torch.where(scores.gather(-1, best) > -torch.inf, best, blocks).sort(-1).values
@@ -187,16 +189,16 @@ class Landmark(Mixer):
         """Rank by rank, the query placed as far behind the block as its slot says."""
         new, n, size = q.shape[2], k.shape[2], self.block
         at = torch.arange(n - new, n, device=q.device)
-        keys = _placed(k, torch.arange(n, device=q.device) % size)
+        keys = placed_apart(k, torch.arange(n, device=q.device) % size)
         many = (best >= 0).sum(-1)
         outs, gates = [out], [lse]
         for rank, block in enumerate(best.unbind(-1)):
             slot = many + 1 - rank - (at // size - block <= self.read).long()
-            asking = _placed(q, slot * size + at % size)
+            asking = placed_apart(q, slot * size + at % size)
             there = (block >= 0)[..., None]
             inside = block[..., None] * size + torch.arange(size, device=q.device)
             index = torch.where(there, inside[..., :-1], -1).int()
-            outs.append(compute(asking, keys, v, Gather(index=index, queries=new, keys=n))[0])
+            outs.append(computed(asking, keys, v, Gather(index=index, queries=new, keys=n))[0])
             mark = keys.gather(2, inside[..., -1:].clamp(min=0).expand_as(q))
             gate = (asking * mark).sum(-1) / math.sqrt(self.head_size)
             gates.append(gate.masked_fill(~there[..., 0], -torch.inf))
@@ -214,8 +216,3 @@ def with_landmarks(tokens: Int[Tensor, "b n"], landmark: int, block_tokens: int)
 def is_landmark(tokens: int, block_tokens: int) -> Bool[Tensor, " n"]:
     """Which places of a text of so many tokens have landmarks: nothing is to be predicted there."""
     return torch.arange(tokens) % block_tokens == block_tokens - 1
-
-
-def _placed(x: Float[Tensor, "b h n d"], at: Int[Tensor, "*b_h n"]) -> Float[Tensor, "b h n d"]:
-    """Turned to places that may differ from head to head."""
-    return turned(x.flatten(0, 1)[:, None], [at.expand(x.shape[:3]).flatten(0, 1)])[:, 0].view_as(x)

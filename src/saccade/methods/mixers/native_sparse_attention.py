@@ -14,7 +14,8 @@ from saccade.core.card import Card
 from saccade.core.errors import BadOption
 from saccade.core.method import Mixer, Slot
 from saccade.core.selection import Gather, Selection, Spans, dense
-from saccade.methods.nets._rows import by_length, compute, nothing, places, turned
+from saccade.methods.mixers._pieces import computed, fresh, in_pieces
+from saccade.methods.mixers._places import placed
 
 BRANCHES = 3  # compressed, selected, window: each has keys and values of its own
 FORCED = 3  # blocks that are always selected
@@ -23,14 +24,16 @@ FORCED = 3  # blocks that are always selected
 class NativeSparseAttention(Mixer):
     """Three looks at the text under one query, each with its own keys and values, weighted by gates.
 
-    o_t = sum_c g_c(x_t) attention(q_t, K_c, V_c),  g = sigmoid(W x_t);
-    compressed: K_i = phi(k_{i d} .. k_{i d + l - 1}), phi a small network that knows each key's place in the block;
-    selected: the n blocks of l' tokens of largest  p_j = sum_i p(K_i) |block i and block j| / d,  p the softmax over
-    compressed keys, summed over the query heads of a key/value head; first, own and previous block always among them;
-    window: the newest w tokens. All is trained: the choice follows what the compressed look has learnt.
+    o_t = sum_c g_c(x_t) attention(q_t, K_c, V_c),  g = sigmoid(W x_t).
+    Compressed:  K_i = phi(k_{i d} .. k_{i d + l - 1}),  phi a small network that knows each key's place in its block.
+    Selected: the n blocks of l' tokens of largest  p_j = sum_i p(K_i) |block i and block j|,  p the softmax over
+    compressed keys, summed over the query heads of a key/value head; first, own and previous block always among them.
+    Window: the newest w tokens. The choice has no gradient; it follows what the compressed look has learnt.
 
-    block_tokens: l; stride_tokens: d, from one compressed block to the next
-    select_tokens: l', of a block that is selected; select_blocks: n
+    block_tokens: l, of a block that is compressed to one key
+    stride_tokens: d, from the first token of a compressed block to that of the next
+    select_tokens: l', of a block that is selected
+    select_blocks: n, blocks that are selected
     window_tokens: w, the token itself included
     kv_heads: key/value heads; the query heads of each select together
 
@@ -49,6 +52,7 @@ class NativeSparseAttention(Mixer):
         authors="Yuan, Gao, Dai, Luo, Zhao, Zhang, Xie, Wei, Wang, Xiao and others",
         summary="Compressed blocks, blocks selected by the attention to them, and a window, under learnt gates.",
         equation="o = sum_c g_c attention(q, K_c, V_c), c in compressed, selected, window",
+        budget="none is taken: the pairs follow from the sizes of the three looks",
         takes_budget=False,
         departures=(
             "Sizes are a quarter of the paper's, for nets that read hundreds of tokens; theirs are l 32, d 16, l' 64,"
@@ -105,9 +109,14 @@ class NativeSparseAttention(Mixer):
             raise BadOption(f"{name}.kv_heads={self.kv_heads}", found, "Give a divisor of them.")
 
     def forward(self, x, state=None, lengths=None):
-        state = state or nothing(x, BRANCHES * self.kv_heads, self.head_size)
-        out, state = by_length(*self._heads(x), state, lengths, self._attend)
-        return self.out(rearrange(out, "b h n d -> b n (h d)")), state
+        x = x.contiguous()  # or what has a bias rounds otherwise
+        if lengths is not None:  # padding has gates, too
+            at = torch.arange(x.shape[1], device=x.device)[:, None]
+            x = x.masked_fill(at >= lengths.to(x.device)[:, None, None], 0.0)
+        q, k, v = self._heads(x)
+        state = state or fresh(x, self.slot.heads) | {"keys": k[:, :, :0], "values": v[:, :, :0]}
+        looks, state = in_pieces(q.repeat(1, BRANCHES, 1, 1), k, v, state, lengths, self._attend)
+        return self._mixed(looks, x), state
 
     def density(self):
         """Compressed keys are keys, and what two looks see counts twice."""
@@ -119,14 +128,14 @@ class NativeSparseAttention(Mixer):
         """Query by query, block by block."""
         q, k, v = self._heads(x)
         n, group = x.shape[1], self.slot.heads // self.kv_heads
-        q, gates = q.split([self.head_size, BRANCHES], -1)
-        q, out = turned(q, places(torch.arange(n)[None], self.slot)), torch.zeros_like(q)
+        q, out = placed(q, torch.arange(n), self.slot), torch.zeros_like(q).repeat(1, BRANCHES, 1, 1)
         for b, g in itertools.product(range(len(x)), range(self.kv_heads)):
             looks = self._looks(*(y[b, g :: self.kv_heads] for y in (k, v)))
-            heads = slice(g * group, g * group + group)
             for t in range(n):
-                out[b, heads, t] = self._row(q[b, heads, t], gates[b, heads, t], looks, t, n)
-        return self.out(rearrange(out, "b h n d -> b n (h d)"))
+                said = self._row(q[b, g * group : g * group + group, t], looks, t, n)
+                for c, h in itertools.product(range(BRANCHES), range(group)):
+                    out[b, c * self.slot.heads + g * group + h, t] = said[h][c]
+        return self._mixed(out, x)
 
     def _looks(self, k: Float[Tensor, "3 n d"], v: Float[Tensor, "3 n d"]) -> list[tuple[Tensor, Tensor]]:
         """Keys with positions, and values, of each look."""
@@ -136,10 +145,10 @@ class NativeSparseAttention(Mixer):
             for x, phi, where in zip((k, v), self.phi, self.where)
         ]
         keys, at = [small[0], *k[1:]], [list(starts), *[list(range(k.shape[1]))] * 2]
-        keys = [turned(x[None, None], places(torch.tensor([a]), self.slot))[0, 0] for x, a in zip(keys, at)]
+        keys = [placed(x[None, None], torch.tensor(a), self.slot)[0, 0] for x, a in zip(keys, at)]
         return list(zip(keys, [small[1], *v[1:]]))
 
-    def _row(self, q: Float[Tensor, "s d"], gates: Float[Tensor, "s 3"], looks: list, t: int, n: int) -> Tensor:
+    def _row(self, q: Float[Tensor, "s d"], looks: list, t: int, n: int) -> list[list[Tensor]]:
         def shares(head: Tensor, keys: Tensor) -> Tensor:
             return (keys @ head / math.sqrt(self.head_size)).softmax(0)
 
@@ -147,11 +156,8 @@ class NativeSparseAttention(Mixer):
         ended = [i for i in range(len(looks[0][0])) if i * self.stride + self.block - 1 <= t or not causal]
         together = sum(shares(head, looks[0][0][ended]) for head in q)
         near = [j for j in range(n) if abs(t - j) < self.window and (j <= t or not causal)]
-        there, out = (ended, self._chosen(dict(zip(ended, together.tolist())), t, n), near), []
-        for head, gate in zip(q, gates):
-            said = [shares(head, keys[seen]) @ values[seen] for (keys, values), seen in zip(looks, there)]
-            out.append(gate @ torch.stack(said))
-        return torch.stack(out)
+        there = ended, self._chosen(dict(zip(ended, together.tolist())), t, n), near
+        return [[shares(head, x[seen]) @ y[seen] for (x, y), seen in zip(looks, there)] for head in q]
 
     def _chosen(self, shares: dict[int, float], t: int, n: int) -> list[int]:
         """Tokens of the blocks that are selected."""
@@ -171,30 +177,33 @@ class NativeSparseAttention(Mixer):
     # --- attention ------------------------------------------------------------------------------------------------
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, with their gates behind them, keys and values, look by look; without positions."""
-        x = x.contiguous()  # or a layer with a bias rounds otherwise
+        """Queries, and keys and values, look by look; without positions."""
         q = rearrange(self.q(x), "b n (h d) -> b h n d", h=self.slot.heads)
-        gates = rearrange(self.gates(x).sigmoid(), "b n (h c) -> b h n c", c=BRANCHES)
         k, v = rearrange(self.kv(x), "b n (two h d) -> two b h n d", two=2, d=self.head_size)
-        return torch.cat([q, gates], -1), k, v
+        return q, k, v
+
+    def _mixed(self, looks: Float[Tensor, "b 3h n d"], x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """Under the gates of each token and head."""
+        gates = rearrange(self.gates(x).sigmoid(), "b n (c h) -> b (c h) n 1", c=BRANCHES)
+        return self.out(rearrange(gates * looks, "b (c h) n d -> c b n (h d)", c=BRANCHES).sum(0))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        new, n = q.shape[2], k.shape[2]
-        q, gates = q.split([self.head_size, BRANCHES], -1)
+        """The three looks, behind one another along the axis of heads; `q` is there once for each."""
+        new, n, q = q.shape[2], k.shape[2], q[:, : self.slot.heads]
         at = torch.arange(n, device=q.device)
-        q = turned(q, places(at[None, n - new :], self.slot))
+        q = placed(q, at[n - new :], self.slot)
         self.last, self.dense_pairs = [], dense(new, n, self.slot.causal).dense_pairs
         (k0, *keys), (v0, *values) = k.chunk(BRANCHES, 1), v.chunk(BRANCHES, 1)
-        keys = [turned(x, places(at[None], self.slot)) for x in keys]
+        keys = [placed(x, at, self.slot) for x in keys]
         small, ended = self._compressed(k0, 0), self._ended(at[n - new :], n)
-        small = turned(small, places(at[None, : small.shape[2] * self.stride : self.stride], self.slot))
+        small = placed(small, torch.arange(small.shape[2], device=q.device) * self.stride, self.slot)
         window = torch.full((1,), self.window, device=q.device)
         near = Spans(sinks=window * 0, window=window, queries=new, keys=n, causal=self.slot.causal)
         outs = [self._over_compressed(q, small, self._compressed(v0, 1), ended)]
         for key, value, seen in zip(keys, values, (self._selected(q, small, ended, n), near)):
             self.last.append(seen)
-            outs.append(compute(q, key, value, seen)[0])
-        return sum(gate[..., None] * out for gate, out in zip(gates.unbind(-1), outs))
+            outs.append(computed(q, key, value, seen)[0])
+        return torch.cat(outs, 1)
 
     def _compressed(self, x: Float[Tensor, "b g n d"], which: int) -> Float[Tensor, "b g m d"]:
         """Of each whole block one key (0) or value (1)."""
@@ -217,7 +226,7 @@ class NativeSparseAttention(Mixer):
         none = torch.full((1, 1, len(ended), 0), -1, dtype=torch.int32, device=q.device)
         seen = Gather(index=none, ranges=ranges, queries=len(ended), keys=k.shape[2], causal=False)
         self.last.append(seen)
-        return compute(q, k, v, seen)[0]
+        return computed(q, k, v, seen)[0]
 
     @torch.no_grad()
     def _selected(self, q: Tensor, small: Tensor, ended: Int[Tensor, " q"], n: int) -> Gather:

@@ -14,7 +14,8 @@ from saccade.core.card import Card
 from saccade.core.errors import BadOption
 from saccade.core.method import Mixer, Slot
 from saccade.core.selection import Buckets, Gather, Selection, Spans, dense
-from saccade.methods.nets._rows import by_length, compute, nothing, places, turned
+from saccade.methods.mixers._pieces import computed, fresh, in_pieces
+from saccade.methods.mixers._places import placed
 
 SMOOTHING = 1e-5  # added to the size of every cluster
 
@@ -33,7 +34,8 @@ class RoutingTransformer(Mixer):
     local_heads: heads that are local; None: half of them
     strict_causal: a token has the cluster nearest to it alone, and sees the newest w of it; nothing then depends on
         later tokens, on which membership in the w best does
-    decay: of the moving means; commitment: weight of the pull, added to the gradient as if to the loss
+    decay: of the moving means
+    commitment: weight of the pull, added to the gradient as if to the loss
 
     Raises:
         BadOption: no cluster, more local heads than heads, or strict_causal where tokens see later ones.
@@ -51,6 +53,7 @@ class RoutingTransformer(Mixer):
         licence_of_official="Apache-2.0",
         summary="Online k-means groups like tokens, which attend to each other; the other heads are local.",
         equation="o_t = mean_{c holds t} softmax_{j in c}(q_t . k_j / sqrt(d)) v_j",
+        budget="none is taken: the pairs follow from the clusters and the window",
         takes_budget=False,
         departures=(
             "Logits are divided by sqrt(d). The authors divide by nothing after the norm, so that a token, whose key is"
@@ -106,8 +109,8 @@ class RoutingTransformer(Mixer):
             raise BadOption(asked, "tokens see later ones in this net", "Leave it away.")
 
     def forward(self, x, state=None, lengths=None):
-        state = state or nothing(x, self.slot.heads, self.head_size)
-        out, state = by_length(*self._heads(x, lengths), state, lengths, self._attend)
+        state = state or fresh(x, self.slot.heads)
+        out, state = in_pieces(*self._heads(x, lengths), state, lengths, self._attend)
         return self.out(rearrange(out, "b h n d -> b n (h d)")), state
 
     def density(self):
@@ -117,8 +120,8 @@ class RoutingTransformer(Mixer):
     def reference(self, x):
         """Head by head and query by query, members of a cluster found by sorting all tokens."""
         q, k, v = self._heads(x, None)
-        at = places(torch.arange(x.shape[1])[None], self.slot)
-        turned_q, turned_k, out = turned(q, at), turned(k, at), torch.zeros_like(v)
+        turned_q, turned_k = (placed(y, torch.arange(x.shape[1]), self.slot) for y in (q, k))
+        out = torch.zeros_like(v)
         for b, h in itertools.product(range(len(x)), range(self.slot.heads)):
             count = [0] * x.shape[1]
             for t, seen in self._seen(q[b, h].detach(), k[b, h].detach(), h - self.local):
@@ -187,8 +190,8 @@ class RoutingTransformer(Mixer):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         new, n, local = q.shape[2], k.shape[2], self.local
-        at = torch.arange(n, device=k.device)[None]
-        turned_q, turned_k = turned(q, places(at[:, n - new :], self.slot)), turned(k, places(at, self.slot))
+        at = torch.arange(n, device=k.device)
+        turned_q, turned_k = placed(q, at[n - new :], self.slot), placed(k, at, self.slot)
         self.last, self.dense_pairs = [], dense(new, n, self.slot.causal).dense_pairs
         parts = []
         if local:
@@ -234,7 +237,7 @@ class RoutingTransformer(Mixer):
 
     def _compute(self, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
         self.last.append((selection, q.shape[1]))
-        return compute(q, k, v, selection)[0]
+        return computed(q, k, v, selection)[0]
 
 
 class _Learning(torch.autograd.Function):

@@ -13,7 +13,9 @@ from saccade.core.errors import CannotRun
 from saccade.core.method import Method, Mixer, Slot, Sparse
 from saccade.core.selection import Selection, dense
 from saccade.core.site import Site
-from saccade.methods.nets._rows import by_length, compute, nothing, places, turned
+from saccade.methods.mixers._pieces import computed, fresh, in_pieces
+
+THETA = 10_000.0  # base of the rotary embedding
 
 
 class Attention(Mixer):
@@ -53,8 +55,9 @@ class Attention(Mixer):
         return found
 
     def forward(self, x, state=None, lengths=None):
-        state = state or nothing(x, self.slot.heads, self.head_size)
-        out, state = by_length(*self._heads(x, state["count"]), state, lengths, self._attend)
+        state = state or fresh(x, self.slot.heads)
+        q, k, v = self._heads(x, state["count"])
+        out, state = in_pieces(q, k, v, state, lengths, self._attend)
         return self.out(rearrange(out, "b h n d -> b n (h d)")), state
 
     def density(self):
@@ -81,8 +84,9 @@ class Attention(Mixer):
     def _heads(self, x: Tensor, before: Int[Tensor, " b"]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values; the first two turned by their positions."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.slot.heads)
-        at = places(before[:, None] + torch.arange(x.shape[1], device=x.device), self.slot)
-        return turned(q, at), turned(k, at), v
+        at = before[:, None] + torch.arange(x.shape[1], device=x.device)
+        axes = [at] if self.slot.grid is None else [at // self.slot.grid[1], at % self.slot.grid[1]]
+        return turned(q, axes), turned(k, axes), v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         one = q.shape[2] == 1 and k.shape[2] > 1
@@ -105,7 +109,7 @@ class Attention(Mixer):
 
     def _compute(self, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
         self.last = selection
-        return compute(q, k, v, selection)[0]
+        return computed(q, k, v, selection)[0]
 
     def _site(self, stage, queries: int, keys: int) -> Site:
         slot = self.slot
@@ -124,3 +128,19 @@ class Attention(Mixer):
             seed=slot.seed,
             attend=self._compute,
         )
+
+
+def turned(x: Float[Tensor, "b h n d"], axes: list[Int[Tensor, "b n"]]) -> Float[Tensor, "b h n d"]:
+    """Rotary embedding: pairs of channels turned by their position; with two axes, half of the channels by each.
+
+    (x1, x2) -> (x1 cos a - x2 sin a, x1 sin a + x2 cos a),  a = position theta^(-2i/d). Source: arXiv 2104.09864.
+    """
+    out = []
+    for part, at in zip(x.chunk(len(axes), -1), axes):
+        half = part.shape[-1] // 2
+        speed = THETA ** -(torch.arange(half, device=x.device, dtype=torch.float64) / half)
+        angle = at[:, None, :, None] * speed
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        first, second = part.chunk(2, -1)
+        out += [first * cos - second * sin, first * sin + second * cos]
+    return torch.cat(out, -1)
