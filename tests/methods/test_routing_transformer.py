@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from saccade.core.errors import BadOption
 from saccade.core.selection import causal_mask
+from saccade.measure.training.loop import density
 from saccade.methods.mixers.routing_transformer import SMOOTHING
 from saccade.methods.nets import LanguageModel
 from tests.mixers import assert_as_good, made, noise
@@ -125,7 +126,7 @@ def test_a_net_learns_with_it_and_its_centroids_move():
         optimiser.zero_grad()
         losses[-1].backward()
         optimiser.step()
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] and 0 < density(net) < 1
     assert all(not torch.equal(old, block.mixer.centroids()) for old, block in zip(before, net.blocks))
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
