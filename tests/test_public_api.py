@@ -76,7 +76,7 @@ def test_the_version_is_the_packages():
         pytest.skip("not installed, only on the path")
 
 
-def test_replace_refuses_in_words_while_there_is_no_mixer():
-    said = r"replace layers \[0, 2\] by 'gla': no mixer is registered yet\. See: saccade list"
+def test_replace_refuses_in_words():
+    said = r"replace layers \[0, 2\] by 'gla': layers of a loaded model are not swapped in this version"
     with pytest.raises(CannotRun, match=said):
         saccade.replace(None, [0, 2], "gla")

@@ -83,9 +83,10 @@ def replace(model: Any, layers: Sequence[int], mixer: str) -> Any:
     """Swap attention layers for a trainable mixer.
 
     Raises:
-        CannotRun: this version ships no mixers; the family comes with its first paper.
+        CannotRun: this version trains mixers in its own nets alone.
     """
-    raise CannotRun(f"replace layers {list(layers)} by {mixer!r}", "no mixer is registered yet", "See: saccade list")
+    found = "layers of a loaded model are not swapped in this version"
+    raise CannotRun(f"replace layers {list(layers)} by {mixer!r}", found, "Train it in a small net: saccade train")
 
 
 def _as_list(methods: Methods) -> list[str | Method]:

@@ -47,7 +47,7 @@ class Method:
 
     def __post_init__(self):
         for name, value in options(self).items():
-            _check_option(self, name, value)
+            _check_option(self, name, value, _option_types(type(self))[name])
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -134,8 +134,7 @@ def _say(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def _check_option(method: Method, name: str, value: Any) -> None:
-    hint = _option_types(type(method))[name]
+def _check_option(method: Method | type[Mixer], name: str, value: Any, hint: Any) -> None:
     if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
         raise BadOption(f"{method.card.name}.{name}={value!r}", f"it takes {_say(hint)}", "Give one of these.")
     if hint is bool and not isinstance(value, bool):
@@ -483,6 +482,11 @@ class Mixer(torch.nn.Module):
         """The paper's equation over whole rows, loop and all, with the weights of this layer."""
         raise NotImplementedError
 
+    def density(self) -> float | None:
+        """Share of all pairs that the newest forward computed, mean over heads; None: it chooses none, or read nothing.
+        """
+        return None
+
 
 def place(mixer: type[Mixer], slot: Slot, changes: Mapping[str, Any]) -> Mixer:
     """A mixer made for a slot, with some options changed; text is read as the option's own type.
@@ -494,6 +498,8 @@ def place(mixer: type[Mixer], slot: Slot, changes: Mapping[str, Any]) -> Mixer:
     for name in changes:
         _check_known(mixer, name, known)
     read = {n: _read(mixer, n, x, hints[n]) if isinstance(x, str) else x for n, x in changes.items()}
+    for name, value in read.items():
+        _check_option(mixer, name, value, hints[name])
     return mixer(slot, **read)
 
 

@@ -15,10 +15,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from saccade.core.errors import CannotRun
+from saccade.core.method import Mixer
 from saccade.measure.runner import write_json
 from saccade.measure.training import checkpoint
 from saccade.measure.training.plan import Plan
-from saccade.methods.nets import Attention, Spec
+from saccade.methods.nets import Spec
 from saccade.tasks.training import Batch
 from saccade.tasks.training._base import IGNORED
 
@@ -133,9 +134,8 @@ def _judged(work: Work, net: torch.nn.Module) -> dict[str, Any]:
 
 
 def density(net: torch.nn.Module) -> float | None:
-    """Share of the pairs that the attention layers computed in the newest forward; None where there are none."""
-    lasts = [m.last for m in net.modules() if isinstance(m, Attention) and m.last is not None]
-    shares = [float(last.density().mean()) for last in lasts]
+    """Share of the pairs that the layers computed in the newest forward; None where there are none that say it."""
+    shares = [share for m in net.modules() if isinstance(m, Mixer) and (share := m.density()) is not None]
     return sum(shares) / len(shares) if shares else None
 
 
