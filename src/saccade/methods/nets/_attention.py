@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saccade import ops
 from saccade.core.errors import CannotRun
 from saccade.core.method import Method, Mixer, Slot, Sparse
 from saccade.core.selection import Selection, dense
-from saccade.core.site import Site, State
+from saccade.core.site import Site
+from saccade.methods.nets._pieces import computed, fresh, in_pieces
 
 THETA = 10_000.0  # base of the rotary embedding
-SHORT_TOKENS = 512  # up to here a processor is faster with all pairs under a mask than with many small pieces
 
 
 class Attention(Mixer):
@@ -57,13 +55,9 @@ class Attention(Mixer):
         return found
 
     def forward(self, x, state=None, lengths=None):
-        n = x.shape[1]
-        state = state or self._fresh(x)
-        before = state["count"]
-        real = torch.full_like(before, n) if lengths is None else lengths.to(before.device)
-        q, k, v = self._heads(x, before)
-        out, keys, values = self._pieces(q, k, v, state, real)
-        state = {"keys": keys, "values": values, "count": before + real}
+        state = state or fresh(x, self.slot.heads)
+        q, k, v = self._heads(x, state["count"])
+        out, state = in_pieces(q, k, v, state, lengths, self._attend)
         return self.out(rearrange(out, "b h n d -> b n (h d)")), state
 
     def reference(self, x):
@@ -84,37 +78,12 @@ class Attention(Mixer):
         assert self.last is not None, "a forward attends"
         return self.last
 
-    def _fresh(self, x: Tensor) -> State:
-        none = x.new_zeros(len(x), self.slot.heads, 0, self.head_size)
-        return {"keys": none, "values": none, "count": torch.zeros(len(x), dtype=torch.long, device=x.device)}
-
     def _heads(self, x: Tensor, before: Int[Tensor, " b"]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values; the first two turned by their positions."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.slot.heads)
         at = before[:, None] + torch.arange(x.shape[1], device=x.device)
         axes = [at] if self.slot.grid is None else [at // self.slot.grid[1], at % self.slot.grid[1]]
         return turned(q, axes), turned(k, axes), v
-
-    def _pieces(
-        self, q: Tensor, k: Tensor, v: Tensor, state: State, real: Int[Tensor, " b"]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Output, and all keys and values so far; rows of one length together, so that none sees padding."""
-        ends = state["count"] + real
-        out, longest = torch.zeros_like(q), int(ends.max())
-        keys, values = (x.new_zeros(*x.shape[:2], longest, x.shape[3]) for x in (k, v))
-        pieces = list(_alike(state["count"], real))
-        for rows, before, new in pieces:
-            own = slice(None) if len(pieces) == 1 else rows
-            key, value = (
-                torch.cat([old[own][:, :, :before], x[own][:, :, :new]], 2)
-                for old, x in ((state["keys"], k), (state["values"], v))
-            )
-            part = self._attend(q[own][:, :, :new], key, value)
-            if len(pieces) == 1 and new == q.shape[2]:
-                return part, key, value
-            out[rows, :, :new] = part
-            keys[rows, :, : before + new], values[rows, :, : before + new] = key, value
-        return out, keys, values
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         one = q.shape[2] == 1 and k.shape[2] > 1
@@ -137,8 +106,7 @@ class Attention(Mixer):
 
     def _compute(self, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
         self.last = selection
-        short = not q.is_cuda and k.shape[2] <= SHORT_TOKENS
-        return ops.attend(q, k, v, selection, impl="reference" if short else "auto")[0]
+        return computed(q, k, v, selection)
 
     def _site(self, stage, queries: int, keys: int) -> Site:
         slot = self.slot
@@ -173,11 +141,3 @@ def turned(x: Float[Tensor, "b h n d"], axes: list[Int[Tensor, "b n"]]) -> Float
         first, second = part.chunk(2, -1)
         out += [first * cos - second * sin, first * sin + second * cos]
     return torch.cat(out, -1)
-
-
-def _alike(before: Int[Tensor, " b"], real: Int[Tensor, " b"]) -> Iterator[tuple[Int[Tensor, " rows"], int, int]]:
-    """Rows that have as many tokens behind them and as many new ones: which, and how many of both. None without new."""
-    kinds, which = torch.stack([before, real], 1).unique(dim=0, return_inverse=True)
-    for i, (old, new) in enumerate(kinds.tolist()):
-        if old + new:
-            yield (which == i).nonzero()[:, 0], old, new

@@ -1,0 +1,66 @@
+"""What layers of attention share: texts in pieces, rows of different lengths, and how pairs are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saccade import ops
+from saccade.core.selection import Selection
+from saccade.core.site import State
+
+SHORT_TOKENS = 512  # up to here a processor is faster with all pairs under a mask than with many small pieces
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # the last queries, all keys and values so far -> output
+
+
+def fresh(x: Float[Tensor, "b n c"], heads: int) -> State:
+    """The state before the first token."""
+    none = x.new_zeros(len(x), heads, 0, x.shape[2] // heads)
+    return {"keys": none, "values": none, "count": torch.zeros(len(x), dtype=torch.long, device=x.device)}
+
+
+def in_pieces(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b h n d"],
+    v: Float[Tensor, "b h n d"],
+    state: State,
+    lengths: Int[Tensor, " b"] | None,
+    attend: Attend,
+) -> tuple[Float[Tensor, "b h n d"], State]:
+    """Output, and the state with these keys and values; rows of one length together, so that none sees padding."""
+    count = state["count"]
+    real = torch.full_like(count, q.shape[2]) if lengths is None else lengths.to(count.device)
+    ends = count + real
+    out, longest = torch.zeros_like(q), int(ends.max())
+    keys, values = (x.new_zeros(*x.shape[:2], longest, x.shape[3]) for x in (k, v))
+    pieces = list(_alike(count, real))
+    for rows, before, new in pieces:
+        own = slice(None) if len(pieces) == 1 else rows
+        key, value = (
+            torch.cat([old[own][:, :, :before], x[own][:, :, :new]], 2)
+            for old, x in ((state["keys"], k), (state["values"], v))
+        )
+        part = attend(q[own][:, :, :new], key, value)
+        if len(pieces) == 1 and new == q.shape[2]:
+            return part, {"keys": key, "values": value, "count": ends}
+        out[rows, :, :new] = part
+        keys[rows, :, : before + new], values[rows, :, : before + new] = key, value
+    return out, {"keys": keys, "values": values, "count": ends}
+
+
+def computed(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float | None = None) -> Tensor:
+    """`ops.attend`, dense under a mask where that is faster."""
+    short = not q.is_cuda and k.shape[2] <= SHORT_TOKENS
+    return ops.attend(q, k, v, selection, scale=scale, impl="reference" if short else "auto")[0]
+
+
+def _alike(before: Int[Tensor, " b"], real: Int[Tensor, " b"]) -> Iterator[tuple[Int[Tensor, " rows"], int, int]]:
+    """Rows that have as many tokens behind them and as many new ones: which, and how many of both. None without new."""
+    kinds, which = torch.stack([before, real], 1).unique(dim=0, return_inverse=True)
+    for i, (old, new) in enumerate(kinds.tolist()):
+        if old + new:
+            yield (which == i).nonzero()[:, 0], old, new
