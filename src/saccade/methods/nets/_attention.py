@@ -106,7 +106,7 @@ class Attention(Mixer):
 
     def _compute(self, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
         self.last = selection
-        return computed(q, k, v, selection)
+        return computed(q, k, v, selection)[0]
 
     def _site(self, stage, queries: int, keys: int) -> Site:
         slot = self.slot

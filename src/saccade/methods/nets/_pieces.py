@@ -52,10 +52,12 @@ def in_pieces(
     return out, {"keys": keys, "values": values, "count": ends}
 
 
-def computed(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float | None = None) -> Tensor:
+def computed(
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float | None = None
+) -> tuple[Float[Tensor, "b h q d"], Float[Tensor, "b h q"]]:
     """`ops.attend`, dense under a mask where that is faster."""
     short = not q.is_cuda and k.shape[2] <= SHORT_TOKENS
-    return ops.attend(q, k, v, selection, scale=scale, impl="reference" if short else "auto")[0]
+    return ops.attend(q, k, v, selection, scale=scale, impl="reference" if short else "auto")
 
 
 def _alike(before: Int[Tensor, " b"], real: Int[Tensor, " b"]) -> Iterator[tuple[Int[Tensor, " rows"], int, int]]:
