@@ -13,9 +13,9 @@ from saccade.core.card import Card
 from saccade.core.errors import BadInput, CannotRun
 from saccade.core.method import Mixer, Slot
 from saccade.core.selection import Gather
+from saccade.methods.mixers._pieces import computed, fresh, in_pieces
 from saccade.methods.mixers._windows import Axis, Windows
 from saccade.methods.nets._attention import turned
-from saccade.methods.nets._pieces import computed, fresh, in_pieces
 
 Form = Literal["fused", "unfused", "naive"]
 

@@ -13,7 +13,7 @@ from saccade.core.errors import CannotRun
 from saccade.core.method import Method, Mixer, Slot, Sparse
 from saccade.core.selection import Selection, dense
 from saccade.core.site import Site
-from saccade.methods.nets._pieces import computed, fresh, in_pieces
+from saccade.methods.mixers._pieces import computed, fresh, in_pieces
 
 THETA = 10_000.0  # base of the rotary embedding
 
