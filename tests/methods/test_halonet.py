@@ -10,7 +10,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from saccade.core.errors import BadOption, CannotRun, UnknownName
+from saccade.core.errors import BadInput, BadOption, CannotRun, UnknownName
 from saccade.core.method import Slot
 from saccade.methods.mixers._halo import Halo, halo_attention
 from saccade.methods.mixers.halonet import HaloNet
@@ -152,5 +152,7 @@ def test_what_does_not_fit_is_said():
         HaloNet(Slot(16, 4), mask_pad=False)
     with pytest.raises(CannotRun, match="halonet in a causal net of pictures: a picture has no order"):
         HaloNet(Slot(16, 4, grid=(2, 2)))
+    with pytest.raises(BadInput, match=r"halonet of 5 tokens: the grid is \(2, 3\)"):
+        HaloNet(Slot(16, 4, causal=False, grid=(2, 3)))(noise(1, 5, 16))
     with pytest.raises(UnknownName, match="no HaloNet 'h9'"):
         HaloNets("h9")

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from saccade.core.card import Card
-from saccade.core.errors import CannotRun
+from saccade.core.errors import BadInput, CannotRun
 from saccade.core.method import Mixer, Slot
 from saccade.methods.mixers._halo import Halo, halo_attention
 from saccade.methods.mixers._pieces import fresh, in_pieces
@@ -27,7 +27,8 @@ class HaloNet(Mixer):
     scale_positions: divide the relative terms by sqrt(d) too
 
     Raises:
-        BadOption: sizes that make no blocks. CannotRun: a picture in which no token may see a later one.
+        BadOption: sizes that make no blocks. BadInput: tokens that are not the cells of the grid.
+        CannotRun: a picture in which no token may see a later one.
 
     Source: arXiv 2103.12731, section 3; no official code. Compared in words with timm's halo_attn.py.
     """
@@ -69,6 +70,9 @@ class HaloNet(Mixer):
         )
 
     def forward(self, x, state=None, lengths=None):
+        if self.slot.grid and x.shape[1] != self.slot.grid[0] * self.slot.grid[1]:
+            asked, found = f"halonet of {x.shape[1]} tokens", f"the grid is {self.slot.grid}"
+            raise BadInput(asked, found, "Give a token for each of its cells.")
         state = state or fresh(x, self.slot.heads)
         out, state = in_pieces(*self._heads(x), state, lengths, self._attend)
         return self.out(rearrange(out, "b h n d -> b n (h d)")), state
