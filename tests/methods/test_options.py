@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import typing
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from saccade.attach import attach
 from saccade.core.artefact import Artefact
 from saccade.core.errors import BadOption, CannotRun
-from saccade.core.method import options
+from saccade.core.method import Mixer, Slot, options
 from saccade.core.registry import get, list_methods
 from tests.methods.handmade import tiny
 
@@ -21,7 +22,9 @@ HERE = [name for name in list_methods() if get(name).__module__.startswith("sacc
 @pytest.mark.parametrize("name", HERE)
 def test_no_option_takes_what_it_cannot_be(name):
     method, hints = get(name), typing.get_type_hints(get(name))
-    for option in options(method):
+    if issubclass(method, Mixer):
+        method, hints = functools.partial(method, Slot(16)), typing.get_type_hints(method.__init__)
+    for option in options(get(name)):
         literal = typing.get_origin(hints[option]) is typing.Literal
         for value in ("nothing",) if literal else BAD.get(hints[option], ()):
             said = "it takes .+ or .+" if literal else SAID[hints[option]]

@@ -135,14 +135,28 @@ def _say(hint: Any) -> str:
 
 
 def _check_option(method: Method, name: str, value: Any) -> None:
-    hint = _option_types(type(method))[name]
+    _check_value(method.card, name, value, _option_types(type(method))[name])
+
+
+def check_options(mixer: Mixer, given: Mapping[str, Any]) -> None:
+    """That the options of a mixer, as its constructor was given them, are what they may be.
+
+    Raises:
+        BadOption: a value outside what the option allows.
+    """
+    hints = typing.get_type_hints(type(mixer).__init__)
+    for name, value in given.items():
+        _check_value(mixer.card, name, value, hints[name])
+
+
+def _check_value(card: Card, name: str, value: Any, hint: Any) -> None:
     if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
-        raise BadOption(f"{method.card.name}.{name}={value!r}", f"it takes {_say(hint)}", "Give one of these.")
+        raise BadOption(f"{card.name}.{name}={value!r}", f"it takes {_say(hint)}", "Give one of these.")
     if hint is bool and not isinstance(value, bool):
-        raise BadOption(f"{method.card.name}.{name}={value!r}", "it takes True or False", "Give one of these.")
+        raise BadOption(f"{card.name}.{name}={value!r}", "it takes True or False", "Give one of these.")
     wrong = isinstance(value, bool) or not isinstance(value, int)
     if hint is int and (wrong or value < 0):
-        raise BadOption(f"{method.card.name}.{name}={value!r}", "it takes a whole number from 0", "Give such a number.")
+        raise BadOption(f"{card.name}.{name}={value!r}", "it takes a whole number from 0", "Give such a number.")
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def _on_map(table: Int[Tensor, "n w"], axis: int, sides: Sequence[int]) -> Int[T
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, halo: Halo) -> Tensor:
-    index, order = halo.keys().int(), halo.queries()
+    index, order = halo.keys().int().to(q.device), halo.queries()
     if halo.causal:
         n, cells = q.shape[2], halo.sides[0]
         whole = n == cells

@@ -96,7 +96,7 @@ class Windows:
         """What each cell of the grid sees, -1: nothing."""
         return self._crossed([axis.keys() for axis in self.axes])
 
-    def selection(self) -> tuple[Selection, Int[Tensor, " q"] | None]:
+    def selection(self, device: torch.device) -> tuple[Selection, Int[Tensor, " q"] | None]:
         """Pairs for the queries in this order, where -1 stands for none, so that those with one window lie together.
         None: as they come.
         """
@@ -111,9 +111,9 @@ class Windows:
             return Spans(sinks=one, window=one, causal=False, **shape), None
         groups = [axis.alike() for axis in self.axes]
         lists = [axis.keys()[group[:, 0]] for axis, group in zip(self.axes, groups)]
-        index, order = self._crossed(lists).int()[None, None], self._crossed(groups)
+        index, order = self._crossed(lists).int()[None, None].to(device), self._crossed(groups)
         shape = {"q_block": order.shape[1], "queries": order.numel(), "keys": n}
-        return Gather(index=index, causal=False, **shape), order.flatten()
+        return Gather(index=index, causal=False, **shape), order.flatten().to(device)
 
     def _crossed(self, tables: Sequence[Tensor]) -> Tensor:
         """Indices along each axis to indices of the grid."""

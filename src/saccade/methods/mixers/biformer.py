@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saccade.core.card import Card
 from saccade.core.errors import BadInput, BadOption, CannotRun
-from saccade.core.method import Mixer, Slot
+from saccade.core.method import Mixer, Slot, check_options
 from saccade.core.selection import Gather
 from saccade.methods.mixers._halo import Halo
 from saccade.methods.mixers._pieces import computed, fresh, in_pieces
@@ -71,6 +71,7 @@ class BiFormer(Mixer):
         lepe: int = 5,
     ):
         super().__init__(slot)
+        check_options(self, {"side": side, "topk": topk, "qk_scale": qk_scale, "lepe": lepe})
         if slot.grid and slot.causal:
             found = "a picture has no order in which cells come"
             raise CannotRun("biformer in a causal net of pictures", found, "Give a slot without the grid.")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saccade.core.card import Card
 from saccade.core.errors import BadInput, CannotRun
-from saccade.core.method import Mixer, Slot
+from saccade.core.method import Mixer, Slot, check_options
 from saccade.core.selection import Gather
 from saccade.methods.mixers._pieces import computed, fresh, in_pieces
 from saccade.methods.mixers._windows import Axis, Windows
@@ -68,6 +68,7 @@ class FasterNeighborhood(Mixer):
 
     def __init__(self, slot: Slot, *, kernel: int = 7, dilation: int = 1, stride: int = 1, form: Form = "fused"):
         super().__init__(slot)
+        check_options(self, {"kernel": kernel, "dilation": dilation, "stride": stride, "form": form})
         if slot.grid and slot.causal:
             found = "a picture has no order in which cells come"
             raise CannotRun("faster-neighborhood in a causal net of pictures", found, "Give a slot without the grid.")
@@ -117,7 +118,7 @@ class FasterNeighborhood(Mixer):
         windows, (queries, keys) = self._windows(k.shape[2]), (q.shape[2], k.shape[2])
         if queries == keys == windows.cells or not self.slot.causal:
             return neighborhood_attention(q, k, v, windows, self.form)[0]
-        index = windows.keys()[keys - queries : keys].int()[None, None]
+        index = windows.keys()[keys - queries : keys].int()[None, None].to(q.device)
         return computed(q, k, v, Gather(index=index, queries=queries, keys=keys))[0]
 
 
@@ -145,10 +146,9 @@ def neighborhood_attention(
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
-    selection, order = windows.selection()
+    selection, order = windows.selection(q.device)
     if order is None:
         return computed(q, k, v, selection)
-    order = order.to(q.device)
     out, lse = computed(q[:, :, order.clamp(min=0)], k, v, selection)
     back = _back(order)
     return out[:, :, back], lse[:, :, back]
@@ -163,8 +163,8 @@ def _back(order: Int[Tensor, " m"]) -> Int[Tensor, " n"]:
 def _naive(q: Tensor, k: Tensor, v: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
     index = windows.keys().to(q.device)
     logits = torch.einsum("bhnd,bhnkd->bhnk", q, k[:, :, index.clamp(min=0)]) * q.shape[-1] ** -0.5
-    logits = logits.masked_fill(index < 0, -torch.inf)
-    out = torch.einsum("bhnk,bhnkd->bhnd", logits.softmax(-1), v[:, :, index.clamp(min=0)])
+    logits = logits.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(index < 0, -torch.inf)
+    out = torch.einsum("bhnk,bhnkd->bhnd", logits.softmax(-1).to(v.dtype), v[:, :, index.clamp(min=0)])
     return out, logits.logsumexp(-1)
 
 
@@ -172,8 +172,10 @@ def _unfused(q: Tensor, k: Tensor, v: Tensor, windows: Windows) -> tuple[Tensor,
     queries, keys, where = (x.to(q.device) for x in windows.tiles())
     box = q[:, :, queries.clamp(min=0)] @ k[:, :, keys].mT * q.shape[-1] ** -0.5
     index = where.clamp(min=0).expand(*q.shape[:2], -1, -1, -1)
-    logits = box.gather(-1, index).masked_fill(where < 0, torch.finfo(q.dtype).min)  # [b h T t k], stored
-    spread = torch.zeros_like(box).scatter_add(-1, index, logits.softmax(-1).masked_fill(where < 0, 0.0))
+    logits = box.gather(-1, index).to(torch.promote_types(q.dtype, torch.float32))  # [b h T t k], stored
+    logits = logits.masked_fill(where < 0, torch.finfo(logits.dtype).min)
+    weights = logits.softmax(-1).masked_fill(where < 0, 0.0).to(v.dtype)
+    spread = torch.zeros_like(box).scatter_add(-1, index, weights)
     out, lse = spread @ v[:, :, keys], logits.logsumexp(-1)
     back = _back(queries.flatten())
     return out.flatten(2, 3)[:, :, back], lse.flatten(2, 3)[:, :, back]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saccade.core.card import Card
 from saccade.core.errors import BadInput, CannotRun
-from saccade.core.method import Mixer, Slot
+from saccade.core.method import Mixer, Slot, check_options
 from saccade.methods.mixers._halo import Halo, halo_attention
 from saccade.methods.mixers._pieces import fresh, in_pieces
 
@@ -58,6 +58,7 @@ class HaloNet(Mixer):
         self, slot: Slot, *, block: int = 8, halo: int = 3, mask_pad: bool = True, scale_positions: bool = False
     ):
         super().__init__(slot)
+        check_options(self, {"block": block, "halo": halo, "mask_pad": mask_pad, "scale_positions": scale_positions})
         if slot.grid and slot.causal:
             found = "a picture has no order in which cells come"
             raise CannotRun("halonet in a causal net of pictures", found, "Give a slot without the grid.")
