@@ -12,7 +12,7 @@ import pytest
 from saccade.core import registry
 from saccade.core.card import Card
 from saccade.core.errors import BugInSaccade, UnknownName
-from saccade.core.method import Method, options
+from saccade.core.method import Method, Mixer, Slot, options
 
 OURS = registry.list_methods()
 
@@ -38,12 +38,15 @@ def others(monkeypatch):
 @pytest.mark.parametrize("name", OURS)
 def test_file_name_card_and_class_agree(name):
     made, card = registry.get(name), registry.card(name)
-    assert issubclass(made, Method) and made.card.name == card.name == name
+    assert issubclass(made, Method | Mixer) and made.card.name == card.name == name
     assert card == made.card, "the card read from the source is the card of the class"
     assert isinstance(card, Card) and made.__module__.split(".")[-1] == name.replace("-", "_")
     assert made.__module__.split(".")[-2] == card.family
     assert registry.get(name.replace("-", "_")) is made
-    assert list(options(made)) == list(options(made())), "it works with its defaults"
+    if issubclass(made, Mixer):
+        assert made(Slot(16)).slot == Slot(16), "it works with its defaults"
+    else:
+        assert list(options(made)) == list(options(made())), "it works with its defaults"
 
 
 def test_every_file_is_listed():
@@ -53,7 +56,7 @@ def test_every_file_is_listed():
 
 def test_patterns_and_families_filter():
     assert registry.list_methods("*kv") == [n for n in OURS if n.endswith("kv")]
-    families = {f: registry.list_methods(family=f) for f in ("sparse", "cache", "decode", "probes")}
+    families = {f: registry.list_methods(family=f) for f in ("sparse", "cache", "decode", "probes", "mixers")}
     assert sorted(n for names in families.values() for n in names) == OURS
     assert "snapkv" in families["cache"] and registry.list_methods("nothing*") == []
 

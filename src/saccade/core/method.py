@@ -9,7 +9,7 @@ import inspect
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,6 +23,9 @@ from saccade.core.record import Notes, Table
 from saccade.core.registry import get, split
 from saccade.core.selection import Selection
 from saccade.core.site import Seen, Site, State
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Pair = tuple[Float[Tensor, "r n d"], Float[Tensor, "r n d"]]  # keys and values
 
@@ -47,7 +50,7 @@ class Method:
 
     def __post_init__(self):
         for name, value in options(self).items():
-            _check_option(self, name, value, _option_types(type(self))[name])
+            _check_value(self.card, name, value, _option_types(type(self))[name])
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -134,14 +137,14 @@ def _say(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def _check_option(method: Method | type[Mixer], name: str, value: Any, hint: Any) -> None:
+def _check_value(card: Card, name: str, value: Any, hint: Any) -> None:
     if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
-        raise BadOption(f"{method.card.name}.{name}={value!r}", f"it takes {_say(hint)}", "Give one of these.")
+        raise BadOption(f"{card.name}.{name}={value!r}", f"it takes {_say(hint)}", "Give one of these.")
     if hint is bool and not isinstance(value, bool):
-        raise BadOption(f"{method.card.name}.{name}={value!r}", "it takes True or False", "Give one of these.")
+        raise BadOption(f"{card.name}.{name}={value!r}", "it takes True or False", "Give one of these.")
     wrong = isinstance(value, bool) or not isinstance(value, int)
     if hint is int and (wrong or value < 0):
-        raise BadOption(f"{method.card.name}.{name}={value!r}", "it takes a whole number from 0", "Give such a number.")
+        raise BadOption(f"{card.name}.{name}={value!r}", "it takes a whole number from 0", "Give such a number.")
 
 
 @dataclass(frozen=True)
@@ -453,6 +456,17 @@ class Mixer(torch.nn.Module):
 
     card: ClassVar[Card]
 
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        """Checks the options, of whatever layer.
+
+        Raises:
+            BadOption: a value outside what the option allows.
+        """
+        hints, known = typing.get_type_hints(cls.__init__), options(cls)
+        for name in given.keys() & known:
+            _check_value(cls.card, name, given[name], hints[name])
+        return super().__new__(cls)
+
     def __init__(self, slot: Slot):
         super().__init__()
         self.slot = slot
@@ -498,8 +512,6 @@ def place(mixer: type[Mixer], slot: Slot, changes: Mapping[str, Any]) -> Mixer:
     for name in changes:
         _check_known(mixer, name, known)
     read = {n: _read(mixer, n, x, hints[n]) if isinstance(x, str) else x for n, x in changes.items()}
-    for name, value in read.items():
-        _check_option(mixer, name, value, hints[name])
     return mixer(slot, **read)
 
 

@@ -250,19 +250,22 @@ class Spans(Selection):
     def _neighbours(self) -> Tensor:
         assert self.grid is not None and self.kernel is not None
         assert self.queries == self.keys == torch.Size(self.grid).numel(), "a grid asks about all of its cells"
-        cells = torch.cartesian_prod(*[torch.arange(s, device=self.sinks.device) for s in self.grid])
-        cells = cells.reshape(self.keys, len(self.grid))
-        near = torch.ones(self.keys, self.keys, dtype=torch.bool, device=cells.device)
-        for axis, (size, width) in enumerate(zip(self.grid, self.kernel)):
-            c, span = cells[:, axis], (width - 1) * self.dilation
-            first = (c - (width // 2) * self.dilation).clamp(min=0)
-            # shift inwards in steps of the dilation, so that a query stays among its own neighbours
-            over = (first + span - (size - 1)).clamp(min=0)
-            first = (first - -(-over // self.dilation) * self.dilation).clamp(min=0)
-            first = torch.where(first % self.dilation == c % self.dilation, first, c % self.dilation)
-            delta = c[None] - first[:, None]
-            near &= (delta >= 0) & (delta <= span) & (delta % self.dilation == 0)
+        near = torch.ones(1, 1, dtype=torch.bool, device=self.sinks.device)
+        for size, width in zip(self.grid, self.kernel):
+            axis = self._along(size, width)
+            near = (near[:, None, :, None] & axis[None, :, None]).flatten(2).flatten(0, 1)
         return near[None, None]
+
+    def _along(self, size: int, width: int) -> Bool[Tensor, "n n"]:
+        """Who is near whom along one axis."""
+        c, span = torch.arange(size, device=self.sinks.device), (width - 1) * self.dilation
+        first = (c - (width // 2) * self.dilation).clamp(min=0)
+        # shift inwards in steps of the dilation, so that a query stays among its own neighbours
+        over = (first + span - (size - 1)).clamp(min=0)
+        first = (first - -(-over // self.dilation) * self.dilation).clamp(min=0)
+        first = torch.where(first % self.dilation == c % self.dilation, first, c % self.dilation)
+        delta = c[None] - first[:, None]
+        return (delta >= 0) & (delta <= span) & (delta % self.dilation == 0)
 
     def count(self) -> Tensor:
         if self.grid or self.dilation > 1 or not self.causal:

@@ -5,7 +5,9 @@
 """
 
 from saccade.methods.nets._attention import Attention
+from saccade.methods.nets._biformer import BiFormers
+from saccade.methods.nets._halonet import HaloNets
 from saccade.methods.nets._models import LanguageModel, VisionModel
 from saccade.methods.nets._slot import Spec, make_mixer
 
-__all__ = ["Attention", "LanguageModel", "Spec", "VisionModel", "make_mixer"]
+__all__ = ["Attention", "BiFormers", "HaloNets", "LanguageModel", "Spec", "VisionModel", "make_mixer"]
