@@ -136,9 +136,11 @@ class Attention(Mixer):
         return torch.cat([t[:, :half], t[:, half:].flip(2)], 1)
 
     def _compute(self, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
+        return self._partial(q, k, v, selection)[0]
+
+    def _partial(self, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
         self.last = selection
-        short = not q.is_cuda and k.shape[2] <= SHORT_TOKENS
-        return ops.attend(q, k, v, selection, impl="reference" if short else "auto")[0]
+        return attend(q, k, v, selection)
 
     def _site(self, stage, queries: int, keys: int) -> Site:
         slot = self.slot
@@ -156,7 +158,14 @@ class Attention(Mixer):
             budget=slot.budget,
             seed=slot.seed,
             attend=self._compute,
+            partial=self._partial,
         )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
+    """As the op: output and log-sum-exp."""
+    short = not q.is_cuda and k.shape[2] <= SHORT_TOKENS
+    return ops.attend(q, k, v, selection, impl="reference" if short else "auto")
 
 
 def turned(x: Float[Tensor, "b h n d"], axes: list[Int[Tensor, "b n"]]) -> Float[Tensor, "b h n d"]:
