@@ -102,7 +102,7 @@ class Attention(Mixer):
         ends = state["count"] + real
         out, longest = torch.zeros_like(q), int(ends.max())
         keys, values = (x.new_zeros(*x.shape[:2], longest, x.shape[3]) for x in (k, v))
-        pieces = list(_alike(state["count"], real))
+        pieces = list(alike(state["count"], real))
         for rows, before, new in pieces:
             own = slice(None) if len(pieces) == 1 else rows
             key, value = (
@@ -184,7 +184,7 @@ def turned(x: Float[Tensor, "b h n d"], axes: list[Int[Tensor, "b n"]]) -> Float
     return torch.cat(out, -1)
 
 
-def _alike(before: Int[Tensor, " b"], real: Int[Tensor, " b"]) -> Iterator[tuple[Int[Tensor, " rows"], int, int]]:
+def alike(before: Int[Tensor, " b"], real: Int[Tensor, " b"]) -> Iterator[tuple[Int[Tensor, " rows"], int, int]]:
     """Rows that have as many tokens behind them and as many new ones: which, and how many of both. None without new."""
     kinds, which = torch.stack([before, real], 1).unique(dim=0, return_inverse=True)
     for i, (old, new) in enumerate(kinds.tolist()):
