@@ -75,7 +75,7 @@ class Sea(Sparse):
         ),
         lacks={
             "mask": "a mean of all values is mixed in: it is dense attention under no mask",
-            "chunks": "the picture of a piece has nothing above it, and budgets of rows follow from the prompt's length",
+            "chunks": "the picture of a piece has nothing above it, and a row's budget follows from the whole length",
         },
     )
 
