@@ -14,7 +14,7 @@ from saccade.core import rng
 from saccade.core.method import Slot
 from saccade.measure.stats import Estimate, paired
 from saccade.measure.training import train
-from saccade.methods.mixers.combiner import Combiner, Pattern
+from saccade.methods.mixers.combiner import CHOICES, Combiner
 from saccade.methods.nets._models import drawn
 
 CLAIM = Claim(
@@ -30,7 +30,7 @@ CLAIM = Claim(
     counts="Each pattern better with summaries than with single tokens; the fixed one within 3 % of the bits of full"
     " attention and better than random blocks; axial digits within 2 points of full and no worse than single tokens.",
 )
-PATTERNS: tuple[Pattern, ...] = ("fixed", "logsparse", "axial")
+PATTERNS = CHOICES["pattern"]
 TOKENS, SEGMENT = 128, 16
 BYTES = {"tokens": TOKENS, "rows": 4, "layers": 2, "steps": 120, "seeds": 3}
 DIGITS = {"rows": 16, "layers": 2, "steps": 120, "seeds": 3}
@@ -76,7 +76,7 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     return Evidence(checks, setting, table=table + more)
 
 
-def density(pattern: Pattern, n: int, grid: tuple[int, int] | None = None) -> float:
+def density(pattern: str, n: int, grid: tuple[int, int] | None = None) -> float:
     """Logits of a layer over those of dense attention."""
     layer = Combiner(Slot(16, 4, causal=grid is None, grid=grid), pattern=pattern, segment_tokens=SEGMENT)
     near = float(layer._near(n, n, layer.slot.causal).count().max())
@@ -84,7 +84,7 @@ def density(pattern: Pattern, n: int, grid: tuple[int, int] | None = None) -> fl
     return (near + far) / (n * (n + 1) / 2 if grid is None else n * n)
 
 
-def _single(pattern: Pattern) -> Any:
+def _single(pattern: str) -> Any:
     return lambda slot: Single(slot, pattern=pattern, segment_tokens=SEGMENT)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -18,9 +18,11 @@ from saccade.core.method import Mixer, Slot
 from saccade.core.selection import Buckets, Gather
 from saccade.methods.nets._attention import alike, attend, turned
 
-Pattern = Literal["fixed", "logsparse", "axial"]
-Pooling = Literal["max", "mean", "deepsets"]
-RowSummary = Literal["proj", "wsum", "none"]
+CHOICES = {
+    "pattern": ("fixed", "logsparse", "axial"),
+    "pooling": ("max", "mean", "deepsets"),
+    "row_summary": ("proj", "wsum", "none"),
+}
 Region = tuple[list[int], int]  # its tokens, and the one whose query sums them up; -1: their pooled query
 
 
@@ -49,7 +51,7 @@ class Combiner(Mixer):
         paper="arXiv:2107.05768",
         year=2021,
         authors="Ren, Dai, Dai, Yang, Leskovec, Schuurmans, Dai",
-        official="google-research/google-research, combiner",
+        official="google-research/google-research",
         licence_of_official="Apache-2.0",
         summary="Near tokens directly, far ones through a learnt summary of their region, all under one softmax.",
         equation="p(j|i) = P_i(j) if near, P_i(R) p(j|R) if j is in the far region R",
@@ -71,17 +73,15 @@ class Combiner(Mixer):
         self,
         slot: Slot,
         *,
-        pattern: Pattern = "fixed",
+        pattern: Literal["fixed", "logsparse", "axial"] = "fixed",
         segment_tokens: int = 16,
-        pooling: Pooling = "max",
-        row_summary: RowSummary = "proj",
+        pooling: Literal["max", "mean", "deepsets"] = "max",
+        row_summary: Literal["proj", "wsum", "none"] = "proj",
     ):
         super().__init__(slot)
-        for name, value, kind in (
-            ("pattern", pattern, Pattern), ("pooling", pooling, Pooling), ("row_summary", row_summary, RowSummary)
-        ):  # fmt: skip
-            if value not in get_args(kind):
-                found = f"it takes {' or '.join(map(repr, get_args(kind)))}"
+        for name, value in (("pattern", pattern), ("pooling", pooling), ("row_summary", row_summary)):
+            if value not in CHOICES[name]:
+                found = f"it takes {' or '.join(map(repr, CHOICES[name]))}"
                 raise BadOption(f"combiner.{name}={value!r}", found, "Give one of these.")
         if segment_tokens < 1:
             raise BadOption(f"combiner.segment_tokens={segment_tokens}", "it takes at least 1", "Leave it away for 16.")
