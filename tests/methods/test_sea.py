@@ -68,7 +68,7 @@ def slow(q, k, v, w, here):
             values = torch.stack([torch.cat([torch.tensor(code[j]).double(), v[0, h // 2, j]]) for j in range(i + 1)])
             e = torch.cat([share @ values / share.sum(), v[0, h // 2, i]]) @ w["encode"] + w["encode_bias"]
             e = torch.nn.functional.gelu(norm(e))
-            gates[0, h, i] = 1 / (1 + torch.exp(-(e @ w["mix"] + w["mix_bias"])))
+            gates[0, h, i] = 1 / (1 + torch.exp(-(e @ w["mix"][:-1] + w["mix"][-1])))
             low[2 * h : 2 * h + 2, i] = (e @ w["decode"] + w["decode_bias"]).view(2, -1)
             low[2 * h, i], low[2 * h + 1, i] = norm(low[2 * h, i]), norm(low[2 * h + 1, i])
     low = looked(looked(low, w["first"], w["first_bias"], 2).clamp(min=0), w["second"], w["second_bias"], 2)
@@ -168,7 +168,7 @@ def test_the_output_is_the_kept_pairs_and_the_mean():
 def test_a_loss_of_nothing_is_reached_where_the_picture_is_the_map():
     """One pixel a token, and all of them kept: what is left is how far the gates are from open."""
     n, w = 4, weights(4)
-    w["mix"], w["mix_bias"] = torch.zeros_like(w["mix"]), torch.full((2,), 50.0).double()
+    w["mix"] = torch.cat([torch.zeros(16, 2), torch.full((1, 2), 50.0)]).double()
     q, k, v = tensors(n)
     flat = torch.zeros_like(q)  # its map is flat in every row, and a picture without gain too
     w["gain"], w["shift"] = torch.zeros(4).double(), torch.zeros(4).double()

@@ -126,7 +126,6 @@ def first_weights(layers: int, heads: int, size: int, pixels: int) -> dict[str, 
         "first": (2 * heads, 2 * heads, 3, 3),
         "second": (2 * heads, 2 * heads, 3, 3),
         "last": (heads, 2 * heads, 3, 3),
-        "mix": (2 * size, 2),
     }
     out, draw = {}, rng.generator("sea/weights")
     for name, shape in shapes.items():
@@ -134,8 +133,8 @@ def first_weights(layers: int, heads: int, size: int, pixels: int) -> dict[str, 
         fan = shape[0] if dense else math.prod(shape[1:])
         out[name] = torch.randn(layers, *shape, generator=draw) / math.sqrt(fan)
         out[f"{name}_bias"] = torch.zeros(layers, shape[1] if dense else shape[0])
-    out["mix"] *= 0.1
-    out["mix_bias"] += GATE_AT_FIRST
+    mix = torch.randn(layers, 2 * size, 2, generator=draw) / (10 * math.sqrt(2 * size))
+    out["mix"] = torch.cat([mix, torch.full((layers, 1, 2), GATE_AT_FIRST)], 1)  # its last row is the bias
     return out | {"gain": torch.ones(layers, pixels), "shift": torch.zeros(layers, pixels)}
 
 

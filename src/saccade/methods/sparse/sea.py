@@ -169,7 +169,7 @@ def estimate(
     own = v[:, :, site.offset :].repeat_interleave(group, 1)
     e = torch.cat([total / weight[..., None], own], -1) @ weights["encode"] + weights["encode_bias"]
     e = gelu(layer_norm(e, e.shape[-1:]))
-    gates = torch.sigmoid(e @ weights["mix"] + weights["mix_bias"])
+    gates = torch.sigmoid(e @ weights["mix"][:-1] + weights["mix"][-1])
     return _picture(e @ weights["decode"] + weights["decode_bias"], weights), gates
 
 
