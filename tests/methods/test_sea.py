@@ -23,7 +23,7 @@ from tests.methods.handmade import in_pieces, noise, tiny, tokens
 from tests.methods.handmade import site as bare_site
 from tests.mixers import assert_as_good
 
-SHORT = Sea(train_steps=30)
+SHORT = Sea(train_steps=20)
 
 
 def site(budget=1.0, **shape):

@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saccade import ops
 from saccade.attach.gates import Progress
 from saccade.core import rng
 from saccade.core.budget import Budget
 from saccade.core.errors import BadInput
-from saccade.core.selection import causal_mask
+from saccade.core.selection import Pairs, causal_mask
 from saccade.core.site import Site
 from saccade.methods.sparse.sea import Sea, Weights, best_pixels, edges, estimate, mixed
-from saccade.ops.attend import reference
 
 if TYPE_CHECKING:
     from saccade.attach.calibration import Subject
@@ -97,8 +97,8 @@ def layer_loss(
     keep = best_pixels(image.detach(), edge, site.budget.row_tokens(n))
     chosen = keep.gather(-1, _pixel(n, image).expand_as(hidden).expand(*keep.shape[:2], -1, -1))
     chosen = (chosen | torch.eye(n, dtype=torch.bool, device=q.device)) & ~hidden
-    kwargs = {"scale": site.scale, "softcap": site.softcap}
-    out = mixed(reference.masked(q, k, v, chosen, **kwargs)[0], v, gates)
+    pairs = Pairs(allowed=chosen, queries=n, keys=n)
+    out = mixed(ops.attend(q, k, v, pairs, scale=site.scale, softcap=site.softcap, impl="reference")[0], v, gates)
     context = exact @ v.repeat_interleave(group, 1)
     missed = (out - context).square().mean() / context.square().mean()
     return KL_WEIGHT * apart + (exact - drawn).square().mean() + missed
