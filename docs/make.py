@@ -63,7 +63,8 @@ ACHIEVED = {
     "decode": 'run.record.density("decode")',
     "probes": "run.result()",
 }
-TRAIN = "saccade train --task mqar --mixer {}"
+TRAIN = {"mixers": "saccade train --task mqar --mixer {}", "nets": "saccade train --task digits --mixer {}"}
+LAYERS = ("padding", "chunks", "cache-ops", "causality", "forms", "memory")  # what is tested of a layer that is trained
 assert set(PROPERTIES) <= set(WORDS), "a new property needs its words"
 
 
@@ -126,8 +127,9 @@ def _use(card: Card) -> str:
     budget = ", budget=0.25" if card.takes_budget and card.family != "probes" else ""
     code = f'with saccade.attach(model, "{card.name}"{budget}) as run:\n    out = model.generate(**inputs)\n'
     text = f"## Use\n\n```python\n{code}print({ACHIEVED.get(card.family, 'run.record.bytes_held')})\n```"
-    if card.family == "mixers":
-        text = f"## Use\n\n```bash\n{TRAIN.format(card.name)}\n```\n\n[How layers are trained](../train.md)."
+    if card.family in TRAIN:
+        line = TRAIN[card.family].format(card.name)
+        text = f"## Use\n\n```bash\n{line}\n```\n\n[How layers are trained](../train.md)."
     text += f"\n\nA budget means: {card.budget}." if card.budget else ""
     text += f"\n\nIts score is given the model's {' and '.join(card.needs)}." if card.needs else ""
     if card.calibrated:
@@ -139,8 +141,8 @@ def _claim(name: str, card: Card) -> str:
     found = measured(name)
     again = f"Measure it: `saccade claim {name} --tier cpu`."
     compare = f"Compare it: `saccade compare --methods {name}{'' if card.takes_budget else ' --budgets 1'}`."
-    if card.family == "mixers":
-        compare = f"Compare it: `{TRAIN.format(name)}`."
+    if card.family in TRAIN:
+        compare = f"Compare it: `{TRAIN[card.family].format(name)}`."
     if card.family == "probes":
         compare = f"See it: `saccade calibrate {name}` prints a path, and `saccade report PATH` draws its heads."
     if found is None:
@@ -170,7 +172,10 @@ def _short(value: float | None) -> str:
 
 
 def _properties(card: Card) -> str:
-    held = [WORDS[p] for p in PROPERTIES if p not in card.lacks and (p != "forms" or card.family == "mixers")]
+    if card.family == "nets":
+        return "## What is tested\n\nIts own tests compare it with its equation written out, gradients too."
+    mine = LAYERS if card.family == "mixers" else [p for p in PROPERTIES if p != "forms"]
+    held = [WORDS[p] for p in mine if p not in card.lacks]
     text = "## What is tested\n\nThe conformance suite tests that " + "; ".join(held) + "."
     if card.family == "probes":
         text += " Under a probe every bit is the model's own, and what it saw of a text depends on that text alone."

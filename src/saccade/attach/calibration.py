@@ -19,6 +19,7 @@ from saccade import __version__, ops
 from saccade.attach.compat import CACHE
 from saccade.attach.distil import Distilling
 from saccade.attach.engine import Place
+from saccade.attach.estimating import Estimating
 from saccade.attach.fingerprint import fingerprint
 from saccade.attach.gates import Gating, Progress
 from saccade.attach.influence import Influence
@@ -35,6 +36,7 @@ from saccade.core.selection import dense
 if TYPE_CHECKING:
     from saccade.methods.cache.duo_attention import DuoAttention
     from saccade.methods.sparse.moa import MoA
+    from saccade.methods.sparse.sea import Sea
     from saccade.methods.sparse.seer_attention import SeerAttention
 
 Captured = tuple[int, Tensor, Tensor, Tensor]
@@ -159,6 +161,14 @@ class Subject:
         """
         rows = checked(samples)
         return Distilling(self, recipe, self.draft(recipe, rows)).train(rows, progress)
+
+    def distil_estimators(
+        self, recipe: Sea, samples: Sequence[Tensor], progress: Progress | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Estimators of all layers that draw the model's own attention maps, and figures of the training;
+        `attach.estimating` says how.
+        """
+        return Estimating(self, recipe).train(checked(samples), progress)
 
     def draft(self, method: Method, samples: Sequence[Tensor]) -> Draft:
         """Where this calibration keeps what it has done: other options, samples or models are others."""

@@ -341,7 +341,8 @@ class Engine:
             settled=stage == "decode" and not self._evicting, state=_gather_state(layer, owner, ids),
             handed=self._handed(owner, ids), turn=place.turn,
             far=layer.far_of(ids or []) if stage == "decode" else (),
-            attend=functools.partial(self._compute, stage), searched=self.counts.searched,
+            attend=lambda *inputs: self._compute(stage, *inputs)[0], partial=functools.partial(self._compute, stage),
+            searched=self.counts.searched,
         )  # fmt: skip
 
     def _handed(self, owner: Method | None, ids: list[int] | None) -> State:
@@ -350,18 +351,20 @@ class Engine:
             return {}
         return self.run.handed.setdefault(tuple(ids), {})
 
-    def _compute(self, stage: Stage, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
-        """What `Site.attend` does: compute, and note what was computed."""
+    def _compute(
+        self, stage: Stage, q: Tensor, k: Tensor, v: Tensor, selection: Selection
+    ) -> tuple[Tensor, Tensor]:
+        """What `Site.partial` does, and `Site.attend`: compute, and note what was computed."""
         options = {"scale": self.place.scale, "softcap": self.place.softcap}
         if stage == "prefill":
             self.counts.pending.append(selection)
-            return ops.attend(q, k, v, selection, **options)[0]
+            return ops.attend(q, k, v, selection, **options)
         self.counts.later(q, selection)
         if isinstance(selection, Spans) and selection.dense and selection.causal:
-            return ops.decode(q, k, v, **options)[0]
+            return ops.decode(q, k, v, **options)
         if isinstance(selection, Gather) and selection.q_block == 1 and selection.ranges is None and selection.causal:
-            return ops.decode(q, k, v, selection.index[:, :: selection.shared], **options)[0]
-        return ops.attend(q, k, v, selection, **options)[0]
+            return ops.decode(q, k, v, selection.index[:, :: selection.shared], **options)
+        return ops.attend(q, k, v, selection, **options)
 
     def keep_state(self, layer: SaccadeLayer, method: Method, site: Site, ids: list[int]) -> None:
         """What a method left in `site.state` is remembered for each of these sequences."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -18,13 +19,16 @@ Note = Callable[[Selection], None]  # told what some queries after the prompt re
 
 
 def noting(site: Site, note: Note) -> Site:
-    """The same site, whose `attend` tells what it is given to read."""
+    """The same site, whose `attend` and `partial` tell what they are given to read."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
-        note(selection)
-        return site.attend(q, k, v, selection)
+    def telling(compute: Callable[..., Any]) -> Callable[..., Any]:
+        def told(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Any:
+            note(selection)
+            return compute(q, k, v, selection)
 
-    return replace(site, attend=attend)
+        return told
+
+    return replace(site, attend=telling(site.attend), partial=telling(site.partial))
 
 
 def note(

@@ -38,7 +38,7 @@ class Far:
         return self.positions.shape[1]
 
 
-def _nowhere(*_: object) -> Tensor:
+def _nowhere(*_: object) -> Any:
     raise AssertionError("this Site was made without an attachment; give Site(attend=...)")
 
 
@@ -66,6 +66,7 @@ class Site:
     turn: (x [b h n d], shifts [n]) -> queries or keys as they would be so many positions later (or, below 0, earlier);
         None where the model's position embedding is not known. Linear in x
     attend: (q, k, v, selection) -> out; computes and records. A method calls it instead of an op's back end
+    partial: the same, and the log-sum-exp of each row: for a method that merges a remainder with what it selects
     searched: (keys looked at, keys there); records what a search cost
     """
 
@@ -90,6 +91,9 @@ class Site:
     far: tuple[Far, ...] = field(default=(), repr=False, compare=False)
     turn: Turn | None = field(default=None, repr=False, compare=False)
     attend: Callable[[Tensor, Tensor, Tensor, Selection], Tensor] = field(default=_nowhere, repr=False, compare=False)
+    partial: Callable[[Tensor, Tensor, Tensor, Selection], tuple[Tensor, Tensor]] = field(
+        default=_nowhere, repr=False, compare=False
+    )
     searched: Callable[[int, int], Any] = field(default=_nowhere, repr=False, compare=False)
 
     @property

@@ -14,6 +14,7 @@ from saccade.ops.choose_blocks.api import choose_blocks, cover_blocks, mass_befo
 from saccade.ops.column_scores.api import column_scores
 from saccade.ops.decode.api import decode
 from saccade.ops.dispatch import explain
+from saccade.ops.linear_attend.api import linear_attend
 from saccade.ops.lines.api import draw_lines, fit_lines, line_scores
 from saccade.ops.merge_lse.api import merge_lse
 from saccade.ops.nearest.api import index_keys, index_reasons
@@ -23,6 +24,7 @@ from saccade.ops.pool_and_select.api import pool_and_select, pool_blocks
 from saccade.ops.pooled_map.api import pooled_map
 from saccade.ops.quantise.api import Quantised, dequantise, quantise
 from saccade.ops.quantise.groups import dequantise_groups, quantise_groups
+from saccade.ops.random_features.api import log_features, orthogonal_directions
 from saccade.ops.sparse_step.api import sparse_step
 from saccade.ops.topk.api import topk
 from saccade.ops.window_votes.api import check_window, votes_of, window_votes
@@ -52,8 +54,11 @@ __all__ = [
     "index_keys",
     "index_reasons",
     "line_scores",
+    "linear_attend",
+    "log_features",
     "mass_before",
     "merge_lse",
+    "orthogonal_directions",
     "pack_tokens",
     "page_bounds",
     "page_scores",

@@ -37,7 +37,7 @@ def in_pieces(
     ends = count + real
     out, longest = torch.zeros_like(q), int(ends.max())
     keys, values = (x.new_zeros(*x.shape[:2], longest, x.shape[3]) for x in (k, v))
-    pieces = list(_alike(count, real))
+    pieces = list(alike(count, real))
     for rows, before, new in pieces:
         own = slice(None) if len(pieces) == 1 else rows
         key, value = (
@@ -60,7 +60,7 @@ def computed(
     return ops.attend(q, k, v, selection, scale=scale, impl="reference" if short else "auto")
 
 
-def _alike(before: Int[Tensor, " b"], real: Int[Tensor, " b"]) -> Iterator[tuple[Int[Tensor, " rows"], int, int]]:
+def alike(before: Int[Tensor, " b"], real: Int[Tensor, " b"]) -> Iterator[tuple[Int[Tensor, " rows"], int, int]]:
     """Rows that have as many tokens behind them and as many new ones: which, and how many of both. None without new."""
     kinds, which = torch.stack([before, real], 1).unique(dim=0, return_inverse=True)
     for i, (old, new) in enumerate(kinds.tolist()):

@@ -108,8 +108,11 @@ class Attention(Mixer):
         return torch.cat([t[:, :half], t[:, half:].flip(2)], 1)
 
     def _compute(self, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
+        return self._partial(q, k, v, selection)[0]
+
+    def _partial(self, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
         self.last = selection
-        return computed(q, k, v, selection)[0]
+        return computed(q, k, v, selection)
 
     def _site(self, stage, queries: int, keys: int) -> Site:
         slot = self.slot
@@ -127,6 +130,7 @@ class Attention(Mixer):
             budget=slot.budget,
             seed=slot.seed,
             attend=self._compute,
+            partial=self._partial,
         )
 
 
