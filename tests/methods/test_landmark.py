@@ -52,6 +52,12 @@ def test_all_blocks_that_are_loaded_are_where_they_are():
     assert_as_good(layer(block_tokens=4, read_blocks=3)(x)[0], layer(block_tokens=4)(x)[0], "all of three")
 
 
+@pytest.mark.parametrize("read", [0, 2])
+def test_gates_are_merged_in_low_precision_too(read):
+    y = layer(block_tokens=4, read_blocks=read).bfloat16()(noise(2, 16, 16, dtype=torch.bfloat16))[0]
+    assert y.dtype == torch.bfloat16 and y.isfinite().all()
+
+
 def test_one_open_block_is_dense_attention():
     mixer, x = layer(block_tokens=16), noise(2, 11, 16)
     assert_as_good(mixer(x)[0], dense_like(mixer)(x)[0], "dense")
@@ -126,6 +132,6 @@ def test_options_that_make_no_sense_are_refused():
     said = r"landmark\.block_tokens=1: a block has a token and its landmark\. Give at least 2\."
     with pytest.raises(BadOption, match=said):
         layer(block_tokens=1)
-    said = r"landmark\.read_blocks=2: tokens see later ones in this net, and all blocks\. Leave it away\."
+    said = r"landmark\.read_blocks=2: only texts in which no token sees a later one are read in part\. Leave it"
     with pytest.raises(BadOption, match=said):
         layer(False, read_blocks=2)

@@ -32,7 +32,7 @@ class Landmark(Mixer):
     read_blocks: k, blocks that a token loads beside its own; 0: all, where they are, as in training
 
     Raises:
-        BadOption: blocks of less than two tokens, or read_blocks where tokens see later ones.
+        BadOption: blocks of less than two tokens, or read_blocks where tokens see later ones or are cells.
     Source: arXiv 2305.16300, sections 3 and 4.2; epfml/landmark-attention, lm_benchmark/models.
     """
 
@@ -64,8 +64,8 @@ class Landmark(Mixer):
         if block_tokens < 2:
             found = "a block has a token and its landmark"
             raise BadOption(f"landmark.block_tokens={block_tokens}", found, "Give at least 2.")
-        if read_blocks and not slot.causal:
-            found = "tokens see later ones in this net, and all blocks"
+        if read_blocks and (slot.grid or not slot.causal):
+            found = "only texts in which no token sees a later one are read in part"
             raise BadOption(f"landmark.read_blocks={read_blocks}", found, "Leave it away.")
         self.qkv = torch.nn.Linear(slot.channels, 3 * slot.channels, bias=False)
         self.out = torch.nn.Linear(slot.channels, slot.channels, bias=False)
@@ -161,8 +161,7 @@ class Landmark(Mixer):
                 break
             asking, inside, last = q[:, :, first:], slice(b * size, b * size + size - 1), b * size + size - 1
             said, _ = computed(asking, k[:, :, inside], v[:, :, inside], dense(new - first, size - 1, causal=False))
-            gate = (asking * k[:, :, last : last + 1]).sum(-1) / math.sqrt(self.head_size)
-            gate = gate.masked_fill(at[first:] == b, -torch.inf)
+            gate = self._gate(asking, k[:, :, last : last + 1]).masked_fill(at[first:] == b, -torch.inf)
             some = ops.merge_lse([out[:, :, first:], said], [lse[:, :, first:], gate])
             out, lse = (torch.cat([old[:, :, :first], fresh], 2) for old, fresh in zip((out, lse), some))
         return out
@@ -200,9 +199,13 @@ class Landmark(Mixer):
             index = torch.where(there, inside[..., :-1], -1).int()
             outs.append(computed(asking, keys, v, Gather(index=index, queries=new, keys=n))[0])
             mark = keys.gather(2, inside[..., -1:].clamp(min=0).expand_as(q))
-            gate = (asking * mark).sum(-1) / math.sqrt(self.head_size)
-            gates.append(gate.masked_fill(~there[..., 0], -torch.inf))
+            gates.append(self._gate(asking, mark).masked_fill(~there[..., 0], -torch.inf))
         return ops.merge_lse(outs, gates)[0]
+
+    def _gate(self, q: Float[Tensor, "b h q d"], mark: Float[Tensor, "b h q d"]) -> Float[Tensor, "b h q"]:
+        """Logit of each query with its landmark, as precise as a log-sum-exp."""
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return (q.to(wide) * mark.to(wide)).sum(-1) / math.sqrt(self.head_size)
 
 
 def with_landmarks(tokens: Int[Tensor, "b n"], landmark: int, block_tokens: int) -> Int[Tensor, "b m"]:
