@@ -28,6 +28,7 @@ def test_11_forward_is_the_reference_and_its_gradients(layer, causal):
     seen = []
     for y in (mixer(x)[0], mixer.reference(x)):
         wanted = [x, *mixer.parameters()]
+        # what only chooses has no gradient, in both
         grads = torch.autograd.grad((y * weights).sum(), wanted, allow_unused=True, materialize_grads=True)
         seen.append([y, *grads])
     for ours, theirs in zip(*seen):
