@@ -51,9 +51,8 @@ class Planted:
         plain = (ids != QUESTION).all(0) & (ids != MARK).all(0)
         return cls(ids, needle, plain & plain.roll(1) & (torch.arange(len(plain)) > 0))
 
-    def losses(self, net: LanguageModel) -> tuple[Tensor, Tensor]:
+    def losses(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Nats per byte of each text, and of the needle in each place where it is asked for."""
-        logits = net(self.ids)[0]
         said = torch.nn.functional.cross_entropy(logits[:, :-1].mT, self.ids[:, 1:], reduction="none")
         asked = logits[:, (self.ids == QUESTION).all(0)].mT
         wanted = self.needle[:, None].expand(-1, asked.shape[2])
@@ -65,8 +64,9 @@ class Planted:
         hits, nats = 0.0, 0.0
         for i in range(0, len(self.ids), AT_ONCE):
             some = replace(self, ids=self.ids[i : i + AT_ONCE], needle=self.needle[i : i + AT_ONCE])
-            hits += float((net(some.ids)[0][:, -1].argmax(-1) == some.needle).sum())
-            nats += float(some.losses(net)[0].sum())
+            logits = net(some.ids)[0]
+            hits += float((logits[:, -1].argmax(-1) == some.needle).sum())
+            nats += float(some.losses(logits)[0].sum())
         return hits / len(self.ids), nats / len(self.ids)
 
 
@@ -102,7 +102,8 @@ class Study:
         for step in range(self.steps):
             for group in optimiser.param_groups:
                 group["lr"] = RATE * min(1, (step + 1) / WARM) * (1 - step / self.steps)
-            text, asked = Planted.draw(_parts()[0], self.tokens, self.rows, draw, self.layout).losses(net)
+            texts = Planted.draw(_parts()[0], self.tokens, self.rows, draw, self.layout)
+            text, asked = texts.losses(net(texts.ids)[0])
             optimiser.zero_grad()
             (text.mean() + asked.mean()).backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -156,6 +157,12 @@ def window(pairs: float, tokens: int) -> str:
 def less(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
     """Ours minus theirs, seed by seed."""
     return paired(ours, theirs, hits=False)
+
+
+def by_seed(found: Mapping[str, Scores]) -> str:
+    """Needles found from every seed, in words: one that has not learnt yet is seen."""
+    said = [f"{who} " + ", ".join(f"{share:.2f}" for share in scores.hits) for who, scores in found.items()]
+    return f"Needles found, seed by seed: {'; '.join(said)}."
 
 
 def rows(found: Mapping[str, Scores]) -> list[dict[str, Any]]:

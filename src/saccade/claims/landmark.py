@@ -7,7 +7,7 @@ import math
 
 from saccade.claims._bench import at_least, at_most
 from saccade.claims._contract import Claim, Evidence, Progress
-from saccade.claims._planted import MARK, WINDOW, Scores, Study, less, machinery, rows, window
+from saccade.claims._planted import MARK, WINDOW, Scores, Study, by_seed, less, machinery, rows, window
 from saccade.methods.mixers.landmark import with_landmarks
 
 CLAIM = Claim(
@@ -54,4 +54,4 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
                 less(found["landmarks, all blocks"].nats, found["full"].nats), math.log(1.05)),
     ]  # fmt: skip
     setting = f"2 layers of 32 channels, float32; {study.steps} steps of {study.rows} texts of 60 tokens, 3 seeds"
-    return Evidence(checks, setting, table=rows(found))
+    return Evidence(checks, setting, by_seed(found), table=rows(found))

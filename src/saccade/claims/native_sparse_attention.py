@@ -6,7 +6,7 @@ import math
 
 from saccade.claims._bench import at_least, at_most
 from saccade.claims._contract import Claim, Evidence, Progress
-from saccade.claims._planted import WINDOW, Scores, Study, less, machinery, rows, window
+from saccade.claims._planted import WINDOW, Scores, Study, by_seed, less, machinery, rows, window
 
 CLAIM = Claim(
     says="A model pretrained with compressed, selected and windowed attention under gates matches or surpasses one with"
@@ -42,4 +42,4 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
         at_most("nats per byte, minus full (2 %)", less(nats["native"], nats["full"]), math.log(1.02)),
     ]
     setting = f"2 layers of 32 channels, float32; {study.steps} steps of {study.rows} texts of 192 bytes, 3 seeds"
-    return Evidence(checks, setting, table=rows(found))
+    return Evidence(checks, setting, by_seed(found), table=rows(found))

@@ -72,7 +72,7 @@ def _meetings(net: LanguageModel, texts: Planted) -> tuple[float, float]:
 def _reason(alike: Sequence[float], newest: Sequence[float]) -> str:
     where, seen = (mean_interval(x).mean for x in (alike, newest))
     return (
-        f"Strictly causal, the last token has the nearest cluster of the needle in {where:.0%} of the texts, and the"
-        f" needle among the newest {TOKENS // CLUSTERS} tokens of it, which it sees, in {seen:.0%}. The paper's choice"
-        " of the best tokens of a whole text does not age them, but knows later tokens."
+        f"Strictly causal, at the end of training, the last token has the nearest cluster of the needle in {where:.0%}"
+        f" of the texts, and sees the needle, among the newest {TOKENS // CLUSTERS} tokens of it, in {seen:.0%}: what"
+        " is seen and not named was routed rightly and is not read yet."
     )
