@@ -23,7 +23,7 @@ from saccade.core.errors import BadOption, BugInSaccade, UnknownName
 if TYPE_CHECKING:
     from saccade.core.method import Method
 
-METHODS = Path(__file__).parent.parent / "methods"
+METHODS, OWN = Path(__file__).parent.parent / "methods", "saccade.methods."
 
 
 @functools.lru_cache(maxsize=1)
@@ -32,7 +32,7 @@ def _places() -> dict[str, str]:
     found = {e.name.replace("_", "-"): e.value for e in entry_points(group="saccade.methods")}
     for file in METHODS.glob("*/*.py"):
         if not file.stem.startswith("_"):
-            found[file.stem.replace("_", "-")] = f"saccade.methods.{file.parent.name}.{file.stem}"
+            found[file.stem.replace("_", "-")] = f"{OWN}{file.parent.name}.{file.stem}"
     return dict(sorted(found.items()))
 
 
@@ -97,6 +97,8 @@ def source(name: str) -> tuple[Path, ast.ClassDef]:
 
 def _origin(name: str) -> Path:
     module = _place(name).partition(":")[0]
+    if module.startswith(OWN):  # a search would import the package around it
+        return METHODS.joinpath(*module.removeprefix(OWN).split(".")).with_suffix(".py")
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise BugInSaccade(f"the card of {name!r}", f"module {module} has no source")
