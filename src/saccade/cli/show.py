@@ -81,7 +81,9 @@ def _picture(args: argparse.Namespace) -> int:
     ids = _ids(text, tokenizer)
     with Bar(args.quiet) as bar:
         found = attended(model, ids, who, budget, progress=bar)
-    facts = [("Model", Path(model_name(args)).name), ("Text", "Moby-Dick" if text is None else "a prompt of your own")]
+    name = model_name(args)
+    model_said = Path(name).name if Path(name).exists() else name  # of a folder, the last part
+    facts = [("Model", model_said), ("Text", "Moby-Dick" if text is None else "a prompt of your own")]
     args.picture.parent.mkdir(parents=True, exist_ok=True)
     args.picture.write_text(render_attended(found, [*facts, ("Tokens", f"{ids.shape[1]:,}")]), encoding="utf-8")
     if args.json:

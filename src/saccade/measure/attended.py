@@ -113,7 +113,8 @@ def attended(
     methods = list(who.methods) or [made("full")]
     ids = ids.to(model.get_input_embeddings().weight.device)
     with attach(model, methods, budget=budget, seed=seed) as run, torch.no_grad():
-        heard = _Heads({"prefill": (0, prompt), "decode": (prompt, later)})
+        spans: dict[Stage, tuple[int, int]] = {"prefill": (0, prompt), "decode": (prompt, later)}
+        heard = _Heads({stage: spans[stage] for stage in stages})
         with overhearing(run, heard.hear):
             said(0, later + 1, f"{who.label} reads {prompt} tokens")
             cache = model(ids[:, :prompt], use_cache=True, logits_to_keep=1)[CACHE]
@@ -146,7 +147,7 @@ def _check_length(model: Any, ids: Tensor) -> None:
     if limit and tokens > limit:
         raise BadInput(asked, f"the model was trained for {limit:,}", "Give less text.")
     if tokens > MOST_TOKENS:
-        raise BadInput(asked, f"every pair of them is looked at, of {MOST_TOKENS:,} at most", "Give less text.")
+        raise BadInput(asked, f"every pair is looked at, of {MOST_TOKENS:,} tokens at most", "Give less text.")
 
 
 class _Heads:
@@ -163,7 +164,7 @@ class _Heads:
         before = self.keys.get(layer, k[:, :0])
         end = heard.first + k.shape[1]
         self.keys[layer] = torch.cat([before[:, : heard.first], k, before[:, end:]], 1)
-        if before.shape[1] > heard.first:
+        if before.shape[1] > heard.first or heard.stage not in self.spans:
             return
         first, queries = self.spans[heard.stage]
         sums = self.sums[heard.stage].setdefault(layer, _Sums(heard.place.heads, first, queries, k.device))
