@@ -1,6 +1,7 @@
-"""all that is known of a method: paper, equation, options, departures, verdict
+"""all that is known of a method: paper, equation, options, departures, verdict; or a picture of where it looks
 
-Reads the method's source without importing it.
+Reads the method's source without importing it. With --picture the method reads a text in a model, and a page shows, for
+every layer and head, what it chose and where the exact attention lies.
 """
 
 from __future__ import annotations
@@ -9,26 +10,40 @@ import argparse
 import ast
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 from saccade.claims._found import latest
-from saccade.cli.console import say_json
-from saccade.cli.options import add_json
+from saccade.cli.console import Bar, say_json
+from saccade.cli.options import BUDGET, METHOD, add_json, add_model, load, model_name, read_text
 from saccade.core import registry
 from saccade.core.card import Card
+from saccade.core.errors import BadInput, BadOption
 
 EXAMPLE = "saccade show snapkv"
+PICTURE_TOKENS = 512  # of the shipped text
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What `show` takes."""
     parser.add_argument("name", metavar="NAME", help="a method, as `saccade list` names it")
-    parser.add_argument("--bibtex", action="store_true", help="only the entry to cite it by")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--bibtex", action="store_true", help="only the entry to cite it by")
+    about = f"write a page of what it attends to; NAME may then be {METHOD.removeprefix('NAME, ')}"
+    only.add_argument("--picture", type=Path, metavar="FILE.html", help=about)
+    parser.add_argument("--budget", metavar="BUDGET", help=f"of a picture, {BUDGET} (0.25; 1 where none is taken)")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--prompt", metavar="TEXT", help="of a picture, what is read (512 tokens of Moby-Dick)")
+    text.add_argument("--prompt-file", type=Path, metavar="FILE", help="the same from a file")
+    add_model(parser)
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Always 0: what is unknown is an error."""
+    if args.picture is not None:
+        return _picture(args)
+    _check_unpictured(args)
     card = registry.card(args.name)
     if args.bibtex:
         print(bibtex(card))
@@ -40,6 +55,56 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("\n".join(_lines(card, found)))
     return 0
+
+
+def _check_unpictured(args: argparse.Namespace) -> None:
+    device = None if args.device == "cpu" else args.device  # the default
+    given = {name: getattr(args, name) for name in ("budget", "prompt", "prompt_file", "model", "dtype")}
+    for name, value in {**given, "device": device}.items():
+        if value is not None:
+            asked = f"show --{name.replace('_', '-')} {value}"
+            raise BadOption(asked, "it is of a picture", "Add --picture FILE.html, or leave it away.")
+
+
+def _picture(args: argparse.Namespace) -> int:
+    """Writes the page, and prints where it lies."""
+    from saccade.measure.attended import attended
+    from saccade.measure.contestants import parse
+    from saccade.report.html import render_attended
+
+    who = parse(args.name)
+    budget = args.budget or ("0.25" if who.takes_budget else "1")
+    text = args.prompt if args.prompt_file is None else read_text(args.prompt_file)
+    if text is not None and not text.strip():
+        raise BadInput("a picture of a prompt", "there is no text", "Give one, or leave it away.")
+    model, tokenizer = load(args)
+    ids = _ids(text, tokenizer)
+    with Bar(args.quiet) as bar:
+        found = attended(model, ids, who, budget, progress=bar)
+    name = model_name(args)
+    model_said = Path(name).name if Path(name).exists() else name  # of a folder, the last part
+    facts = [("Model", model_said), ("Text", "Moby-Dick" if text is None else "a prompt of your own")]
+    args.picture.parent.mkdir(parents=True, exist_ok=True)
+    args.picture.write_text(render_attended(found, [*facts, ("Tokens", f"{ids.shape[1]:,}")]), encoding="utf-8")
+    if args.json:
+        shares = [{"queries": s.stage, "density": s.density, "covered": s.covered} for s in found.stretches]
+        said = {"method": who.label, "budget": found.budget, "tokens": ids.shape[1], "picture": str(args.picture)}
+        say_json(said | {"shares": shares})
+    else:
+        print(args.picture)
+    return 0
+
+
+def _ids(text: str | None, tokenizer: Any) -> Any:
+    """[1 n]: of the text, or of a passage of the shipped one."""
+    import torch
+
+    from saccade import tasks
+
+    if text is not None:
+        return tokenizer(text, return_tensors="pt", verbose=False).input_ids
+    sample = tasks.get("loss").samples(tokenizer, PICTURE_TOKENS, 1, 0)[0]
+    return torch.cat([sample.context, sample.continuation], 1)
 
 
 def options(name: str) -> list[dict[str, str]]:

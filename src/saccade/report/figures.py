@@ -12,12 +12,15 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saccade.report import tables
 from saccade.report.heads import Heads
 from saccade.report.run import Run
 from saccade.report.words import interval, say
+
+if TYPE_CHECKING:
+    from saccade.measure.attended import Attended, Maps, Stretch
 
 # Okabe and Ito's palette without black and grey, which are `full` and `random`; yellow last: it is faint on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
@@ -339,7 +342,70 @@ def _by_head(values: list[list[float]], name: str) -> dict[str, Any]:
     return {"data": [trace], "layout": _layout("head", "layer", x, y | {"autorange": "reversed"})}
 
 
+# --- what a method attends to --------------------------------------------------------------------------------------
+
+SHOWN = {"prefill": "of the prompt", "decode": "after the prompt"}
+# a map is one byte a cell, which page.js unfolds: 255 is a cell without pairs; of a mass, steps of a logarithm
+NO_PAIRS, WHOLE_MASS, STEPS_PER_DECADE = 255, 250, 50
+
+
+def attended_maps(found: Attended) -> Plots:
+    """What was chosen beside where the exact mass lies, for every layer and head."""
+    chosen, mass = {}, {}
+    for stretch in found.stretches:
+        for layer, maps in enumerate(stretch.layers):
+            for head in range(len(maps.covered)):
+                key = f"{stretch.stage}|{layer}|{head}"
+                chosen[key], mass[key] = _chosen(stretch, maps, head), _mass(stretch, maps, head)
+    layers = found.stretches[0].layers
+    choosers = [
+        Chooser("Queries", [(s.stage, SHOWN[s.stage]) for s in found.stretches]),
+        Chooser("Layer", [(str(i), str(i)) for i in range(len(layers))]),
+        Chooser("Head", [(str(i), str(i)) for i in range(len(layers[0].covered))]),
+    ]
+    figures = [Figure("chosen-map", "What was chosen", chosen), Figure("mass-map", "Where the exact mass lies", mass)]
+    return Plots("attended", choosers, figures, [tables.attended(found)])
+
+
+def _chosen(stretch: Stretch, maps: Maps, head: int) -> dict[str, Any]:
+    codes = [[NO_PAIRS if math.isnan(x) else round(100 * x) for x in row] for row in maps.chosen[head].tolist()]
+    trace = {"zmin": 0, "zmax": 100, "colorbar": {"ticksuffix": " %"}, "meta": "share"}
+    trace |= {"hovertemplate": "query %{y:.0f}, key %{x:.0f}: %{z} % of the pairs<extra></extra>"}
+    said = f"{say(float(maps.density[head]), 'share')} of the pairs"
+    return _map(stretch, codes, trace, said)
+
+
+def _mass(stretch: Stretch, maps: Maps, head: int) -> dict[str, Any]:
+    pairs = zip(maps.mass[head].tolist(), maps.chosen[head].tolist())
+    codes = [[NO_PAIRS if math.isnan(c) else _code(x) for x, c in zip(*rows)] for rows in pairs]
+    ticks = {"tickvals": [-4, -3, -2, -1, 0], "ticktext": ["0.01 %", "0.1 %", "1 %", "10 %", "100 %"]}
+    trace = {"zmin": -4, "zmax": 0, "colorbar": ticks, "meta": "mass"}
+    trace |= {"hovertemplate": "query %{y:.0f}, key %{x:.0f}: %{customdata:.3~f} % of the mass<extra></extra>"}
+    said = f"{say(float(maps.covered[head]), 'share')} of this mass lies on what was chosen"
+    return _map(stretch, codes, trace, said)
+
+
+def _code(mass: float) -> int:
+    return max(0, WHOLE_MASS + round(STEPS_PER_DECADE * math.log10(mass))) if mass > 0 else 0
+
+
+def _map(stretch: Stretch, codes: list[list[int]], trace: dict[str, Any], said: str) -> dict[str, Any]:
+    """A map over positions: the middles of the stretches."""
+    high, wide = stretch.queries / len(codes), stretch.keys / len(codes[0])
+    places = {"x0": wide / 2, "dx": wide, "y0": stretch.first + high / 2, "dy": high}
+    bar = {"thickness": 12, "outlinewidth": 0} | trace["colorbar"]
+    whole = {"type": "heatmap", "z": _bytes(codes), "colorscale": "Cividis", **places, **trace, "colorbar": bar}
+    layout = _layout("key, by position", "query, by position", {"showgrid": False}, {"showgrid": False})
+    layout["yaxis"] |= {"autorange": "reversed"}
+    layout["margin"] |= {"t": 40}
+    return {"data": [whole], "layout": layout | {"title": {"text": said, "font": {"size": FONT_PX}, "x": 0.5}}}
+
+
 def _packed(rows: list[list[float]]) -> dict[str, str]:
     """Shares as whole per cents, one byte each: a tenth of the same in JSON."""
-    percents = bytes(round(100 * share) for row in rows for share in row)
-    return {"dtype": "u1", "bdata": base64.b64encode(percents).decode(), "shape": f"{len(rows)}, {len(rows[0])}"}
+    return _bytes([[round(100 * share) for share in row] for row in rows])
+
+
+def _bytes(rows: list[list[int]]) -> dict[str, str]:
+    flat = bytes(itertools.chain.from_iterable(rows))
+    return {"dtype": "u1", "bdata": base64.b64encode(flat).decode(), "shape": f"{len(rows)}, {len(rows[0])}"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from plotly.offline import get_plotlyjs
@@ -14,6 +14,9 @@ from saccade.report.heads import Heads
 from saccade.report.run import Run
 from saccade.report.verdicts import verdicts
 from saccade.report.words import say
+
+if TYPE_CHECKING:
+    from saccade.measure.attended import Attended
 
 
 @functools.cache
@@ -58,6 +61,21 @@ def render_heads(heads: Heads) -> str:
         looks={},
         facts=heads.facts(),
         map=figures.heads_map(heads),
+        style=_source("style.css"),
+        script=_source("page.js"),
+        plotly=get_plotlyjs(),
+    )
+
+
+def render_attended(found: Attended, facts: list[tuple[str, str]]) -> str:
+    """The page of what a method attends to as text; `facts` say of what text, in which model."""
+    return _templates().get_template("attended.html.jinja").render(
+        found=found,
+        looks={},
+        facts=facts,
+        shown=figures.SHOWN,
+        maps=figures.attended_maps(found),
+        say=say,
         style=_source("style.css"),
         script=_source("page.js"),
         plotly=get_plotlyjs(),

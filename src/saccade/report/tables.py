@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from saccade.report.run import Run
 from saccade.report.words import MISSING, interval, say
+
+if TYPE_CHECKING:
+    from saccade.measure.attended import Attended
 
 FULL = "full"
 # marks of a cell: grey, red, or none of them
@@ -250,3 +254,14 @@ def noise(run: Run) -> Table:
 def claims(verdicts: Sequence[dict]) -> Table:
     """The verdict strip as a table."""
     return _fields(verdicts, CLAIM_FIELDS, "Do the papers' claims hold?")
+
+
+def attended(found: Attended) -> Table:
+    """Every head: pairs chosen, and exact mass on them. The head with the least of it on top."""
+    heads = [(i, j) for i, maps in enumerate(found.stretches[0].layers) for j in range(len(maps.covered))]
+    rows = []
+    for i, j in sorted(heads, key=lambda at: float(found.stretches[0].layers[at[0]].covered[at[1]])):
+        shares = [float(x[j]) for s in found.stretches for x in (s.layers[i].density, s.layers[i].covered)]
+        rows.append([Cell(f"{i}.{j}", i + j / 1000), *(cell(share, "share") for share in shares)])
+    titles = [f"{what}, {stage}" for stage in (s.stage for s in found.stretches) for what in ("pairs", "mass on them")]
+    return Table("Every head, layer.head", ("head", *titles), rows)

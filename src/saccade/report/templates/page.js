@@ -12,6 +12,7 @@ probe.hidden = true;
 const ink = name => { probe.style.color = `var(--${name})`; return getComputedStyle(probe).color; };
 const inked = text => text.replace(/\$(bg|fg|muted|grid|band)\b/g, (_, name) => ink(name));
 
+const UNFOLD = { share: code => code, mass: code => (code - 250) / 50 };
 const hidden = new Set();
 const groups = [...document.querySelectorAll(".plots")].map(box => ({
   box,
@@ -27,11 +28,21 @@ function draw(group) {
   for (const { node, variants } of group.plots) {
     const figure = JSON.parse(inked(JSON.stringify(variants[key])));
     for (const trace of figure.data) trace.visible = !hidden.has(trace.meta);
+    for (const trace of figure.data) if (trace.meta in UNFOLD) unfold(trace, UNFOLD[trace.meta]);
     fit(figure.layout, node);
     Plotly.react(node, figure.data, figure.layout, { responsive: true, displaylogo: false, displayModeBar: false });
   }
   const table = group.box.querySelector(".drawn");
   if (table) write(table, group.plots[0].variants[key].data[0]);
+}
+
+// A map comes as one byte a cell, 255 where there are no pairs; what is drawn of a mass is its logarithm.
+function unfold(trace, meaning) {
+  const codes = Uint8Array.from(atob(trace.z.bdata), c => c.charCodeAt(0));
+  const wide = Number(trace.z.shape.split(",")[1]);
+  const rows = Array.from({ length: codes.length / wide }, (_, i) => [...codes.subarray(i * wide, (i + 1) * wide)]);
+  trace.z = rows.map(row => row.map(c => (c === 255 ? null : meaning(c))));
+  trace.customdata = trace.z.map(row => row.map(z => (z > -5 ? 100 * 10 ** z : 0)));
 }
 
 // On a logarithmic axis plotly wants the exponent of an annotation's place.
