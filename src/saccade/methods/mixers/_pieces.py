@@ -9,12 +9,36 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saccade import ops
+from saccade.core.errors import BadInput, CannotRun
+from saccade.core.method import Slot
 from saccade.core.selection import Selection
 from saccade.core.site import State
 
 SHORT_TOKENS = 512  # up to here a processor is faster with all pairs under a mask than with many small pieces
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # the last queries, all keys and values so far -> output
+
+
+def refuse_causal_pictures(name: str, slot: Slot) -> None:
+    """Of a layer that looks around in a picture.
+
+    Raises:
+        CannotRun: a picture in which no token may see a later one.
+    """
+    if slot.grid and slot.causal:
+        found = "a picture has no order in which cells come"
+        raise CannotRun(f"{name} in a causal net of pictures", found, "Give a slot without the grid.")
+
+
+def check_cells(name: str, slot: Slot, tokens: int) -> None:
+    """That a picture comes whole.
+
+    Raises:
+        BadInput: tokens that are not the cells of the grid.
+    """
+    if slot.grid and tokens != slot.grid[0] * slot.grid[1]:
+        found = f"the grid is {slot.grid}"
+        raise BadInput(f"{name} of {tokens} tokens", found, "Give a token for each of its cells.")
 
 
 def fresh(x: Float[Tensor, "b n c"], heads: int) -> State:

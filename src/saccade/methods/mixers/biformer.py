@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saccade.core.card import Card
-from saccade.core.errors import BadInput, BadOption, CannotRun
+from saccade.core.errors import BadOption
 from saccade.core.method import Mixer, Slot
 from saccade.core.selection import Gather
 from saccade.methods.mixers._halo import Halo
-from saccade.methods.mixers._pieces import computed, fresh, in_pieces
+from saccade.methods.mixers._pieces import check_cells, computed, fresh, in_pieces, refuse_causal_pictures
 
 
 class BiFormer(Mixer):
@@ -71,9 +71,7 @@ class BiFormer(Mixer):
         lepe: int = 5,
     ):
         super().__init__(slot)
-        if slot.grid and slot.causal:
-            found = "a picture has no order in which cells come"
-            raise CannotRun("biformer in a causal net of pictures", found, "Give a slot without the grid.")
+        refuse_causal_pictures("biformer", slot)
         if min(side, topk) < 1:
             raise BadOption(f"biformer of side={side}, topk={topk}", "both must be 1 or more", "Give such numbers.")
         if lepe < 0 or lepe % 2 == 0 < lepe:
@@ -85,9 +83,7 @@ class BiFormer(Mixer):
         self.lepe = torch.nn.Conv2d(c, c, wide, groups=c) if lepe else None
 
     def forward(self, x, state=None, lengths=None):
-        if self.slot.grid and x.shape[1] != self.slot.grid[0] * self.slot.grid[1]:
-            asked, found = f"biformer of {x.shape[1]} tokens", f"the grid is {self.slot.grid}"
-            raise BadInput(asked, found, "Give a token for each of its cells.")
+        check_cells("biformer", self.slot, x.shape[1])
         state = state or fresh(x, self.slot.heads)
         out, state = in_pieces(*self._heads(x), state, lengths, self._attend)
         return self.out(rearrange(out, "b h n d -> b n (h d)")), state

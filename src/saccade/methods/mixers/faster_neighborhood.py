@@ -13,7 +13,7 @@ from saccade.core.card import Card
 from saccade.core.errors import BadInput, CannotRun
 from saccade.core.method import Mixer, Slot
 from saccade.core.selection import Gather
-from saccade.methods.mixers._pieces import computed, fresh, in_pieces
+from saccade.methods.mixers._pieces import computed, fresh, in_pieces, refuse_causal_pictures
 from saccade.methods.mixers._windows import Axis, Windows
 from saccade.methods.nets._attention import turned
 
@@ -68,9 +68,7 @@ class FasterNeighborhood(Mixer):
 
     def __init__(self, slot: Slot, *, kernel: int = 7, dilation: int = 1, stride: int = 1, form: Form = "fused"):
         super().__init__(slot)
-        if slot.grid and slot.causal:
-            found = "a picture has no order in which cells come"
-            raise CannotRun("faster-neighborhood in a causal net of pictures", found, "Give a slot without the grid.")
+        refuse_causal_pictures("faster-neighborhood", slot)
         several, size = 4 if slot.grid else 2, slot.channels // slot.heads
         if size % several:
             found = f"heads of {size} channels cannot be turned in pairs; give a multiple of {several}"

@@ -7,10 +7,9 @@ from einops import rearrange
 from torch import Tensor
 
 from saccade.core.card import Card
-from saccade.core.errors import BadInput, CannotRun
 from saccade.core.method import Mixer, Slot
 from saccade.methods.mixers._halo import Halo, halo_attention
-from saccade.methods.mixers._pieces import fresh, in_pieces
+from saccade.methods.mixers._pieces import check_cells, fresh, in_pieces, refuse_causal_pictures
 
 
 class HaloNet(Mixer):
@@ -58,9 +57,7 @@ class HaloNet(Mixer):
         self, slot: Slot, *, block: int = 8, halo: int = 3, mask_pad: bool = True, scale_positions: bool = False
     ):
         super().__init__(slot)
-        if slot.grid and slot.causal:
-            found = "a picture has no order in which cells come"
-            raise CannotRun("halonet in a causal net of pictures", found, "Give a slot without the grid.")
+        refuse_causal_pictures("halonet", slot)
         self.block, self.halo, self.mask_pad, self.scale_positions = block, halo, mask_pad, scale_positions
         size, reach = slot.channels // slot.heads, 2 * self._halo(1).window - 1
         self.qkv = torch.nn.Linear(slot.channels, 3 * slot.channels, bias=False)
@@ -70,9 +67,7 @@ class HaloNet(Mixer):
         )
 
     def forward(self, x, state=None, lengths=None):
-        if self.slot.grid and x.shape[1] != self.slot.grid[0] * self.slot.grid[1]:
-            asked, found = f"halonet of {x.shape[1]} tokens", f"the grid is {self.slot.grid}"
-            raise BadInput(asked, found, "Give a token for each of its cells.")
+        check_cells("halonet", self.slot, x.shape[1])
         state = state or fresh(x, self.slot.heads)
         out, state = in_pieces(*self._heads(x), state, lengths, self._attend)
         return self.out(rearrange(out, "b h n d -> b n (h d)")), state

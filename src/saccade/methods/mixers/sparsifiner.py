@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saccade.core.card import Card
-from saccade.core.errors import BadInput, BadOption, CannotRun
+from saccade.core.errors import BadInput, BadOption
 from saccade.core.method import Mixer, Slot
 from saccade.core.selection import Gather, causal_mask, dense
-from saccade.methods.mixers._pieces import computed, fresh, in_pieces
+from saccade.methods.mixers._pieces import computed, fresh, in_pieces, refuse_causal_pictures
 
 LONGEST = 64  # tokens of a text, unless something else is asked for
 SPREAD = 0.02  # standard deviation of both bases at the start, cut at two of them
@@ -91,9 +91,7 @@ class Sparsifiner(Mixer):
             nn.init.trunc_normal_(basis, std=SPREAD, a=-2 * SPREAD, b=2 * SPREAD)
 
     def _check(self, cells: int | None, longest: int | None, reduce: int, coefficients: int) -> None:
-        if cells and self.slot.causal:
-            found = "a picture has no order in which cells come"
-            raise CannotRun("sparsifiner in a causal net of pictures", found, "Give a slot without the grid.")
+        refuse_causal_pictures("sparsifiner", self.slot)
         if cells and longest not in (None, cells):
             asked = f"sparsifiner.longest_tokens={longest}"
             raise BadOption(asked, f"the picture has {cells} cells", "Leave it away.")
