@@ -326,7 +326,7 @@ def model_lines(entry: Entry) -> Iterator[Line]:
     row = entry.row
     if row["method"] in PLAIN:
         return
-    step = tuple(name for name in ("eager", "graph") if row["part"] == "decode")
+    step = tuple(name for name in ("eager", "replayed", "graph") if name in row["figures"])
     goals = {name: told.partition(":")[0] for name, told in row["goals"].items()}
     goals |= dict.fromkeys(step, goals.get("step", ""))
     place = f" x {row['batch']}" if row["part"] == "decode" else ""

@@ -14,12 +14,12 @@ the output (choosing included, projections and storing not), by CUDA events. The
 q, k, v: FlashAttention-3 if its wheel is there, cuDNN by SDPA, and what `full` did.
 
 decode: one sequence is prefilled by the method, then repeated over the batch with the cache's own
-`batch_repeat_interleave`. `eager` is the step as shipped. `graph` is a CUDA graph of a step that overwrites the last
-token in place: what the step costs with a cache that neither copies itself to grow nor asks the host; `frozen` is that
-step without the graph. Fewer layers than the model's 32 where memory or time ask for it: each row says how many, and
-`of32` is the step with the part per layer scaled (embedding and output head measured apart). `peak` is of the eager
-steps, weights included; `cache` what is held after them; `waits` are the places where an eager step waits for the
-device.
+`batch_repeat_interleave`. `eager` is the step as shipped, `replayed` that of `attach(graph_tokens=...)`, captures and
+the ordinary steps between them included. `graph` is a CUDA graph of a step that overwrites the last token in place:
+what the step costs with a cache that neither copies itself to grow nor asks the host; `frozen` is that step without the
+graph. Fewer layers than the model's 32 where memory or time ask for it: each row says how many, and `of32` is the step
+with the part per layer scaled (embedding and output head measured apart). `peak` is of the eager steps, weights
+included; `cache` what is held after them; `waits` are the places where an eager step waits for the device.
 
 Gates of duo-attention, channels of double-sparsity and scores of razor-attention are drawn at random. The captured step
 of recycled-attention is a cheap one; a round of eager steps holds one that reads everything.
@@ -53,6 +53,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 import saccade
+from saccade.attach import replay
 from saccade.attach.compat import CACHE
 from saccade.attach.fingerprint import fingerprint
 from saccade.attach.layer import SaccadeLayer
@@ -343,7 +344,7 @@ def working(model: LlamaForCausalLM, who: Contestant, meter: Meter) -> Iterator[
         return
     with saccade.attach(model, equipped(model, who.method), budget=who.budget) as run:
         for engine in run._engines.values():
-            engine._attend = meter.wrap(engine._attend)
+            engine.attend = meter.wrap(engine.attend)
         yield run
 
 
@@ -471,6 +472,8 @@ def decode_with(model: LlamaForCausalLM, who: Contestant, args: argparse.Namespa
                 tidy(args.device)
                 eager(model, cache, args, row, meter)
                 frozen(model, run, cache, args, row)
+                if run is not None and args.device != "cpu":
+                    replayed(model, run, cache, args, row)
             if "error" in row.notes:
                 return
 
@@ -542,6 +545,24 @@ def frozen(model: LlamaForCausalLM, run: Any, cache: Any, args: argparse.Namespa
             outside = statistics.median(rest)
             for name in ("eager", "graph"):
                 row.figures[f"{name} of32"] = [outside + share * (t - outside) for t in row.figures[name]]
+
+
+def replayed(model: LlamaForCausalLM, run: Any, cache: Any, args: argparse.Namespace, row: Row) -> None:
+    """Steps as anybody takes them who attaches with graph_tokens."""
+    token = tokens_of(model, row.batch, 1)
+
+    def steps(many: int) -> None:
+        for _ in range(many):
+            model(token, **{CACHE: cache}, use_cache=True)
+
+    with noting(row, "replayed"):
+        model.forward = replay.Replayer(run, type(model).forward.__get__(model), args.graph_tokens)
+        steps(args.graph_tokens + 1)
+        for _ in range(args.rounds):
+            start = clock(args.device)
+            steps(args.graph_tokens + 1)
+            row.figures.setdefault("replayed", []).append((clock(args.device) - start) / (args.graph_tokens + 1))
+    model.__dict__.pop("forward", None)
 
 
 def replays(step: Callable[[], object], args: argparse.Namespace) -> list[float]:
@@ -635,8 +656,8 @@ def tidy(device: str) -> None:
 
 FASTEST = {
     "prefill": {"seconds": ("seconds",), "attention": ("attention", "cudnn", "fa3", "sdpa")},
-    "decode": {"eager": ("eager",), "frozen": ("frozen",), "graph": ("graph",), "eager of32": ("eager of32",),
-               "graph of32": ("graph of32",)},
+    "decode": {"eager": ("eager",), "frozen": ("frozen",), "graph": ("graph",), "replayed": ("replayed", "eager"),
+               "eager of32": ("eager of32",), "graph of32": ("graph of32",)},
 }  # fmt: skip
 
 
@@ -654,7 +675,7 @@ def judge(rows: list[Row]) -> None:
                 row.against[name] = row.bytes[name] / min(whole)
         for goal in GOALS:
             if (goal.part, goal.method, goal.tokens, goal.batch) == (row.part, row.method, row.tokens, row.batch):
-                names = [n for n in ("eager", "frozen", "graph") if n in row.against]
+                names = [n for n in ("eager", "frozen", "graph", "replayed") if n in row.against]
                 names = names if goal.figure == "step" else [goal.figure] if goal.figure in row.against else []
                 reached = ", ".join(f"{n} {row.against[n]:.2f}" for n in names) or "nothing measured"
                 sign = "<=" if goal.figure == "cache" else ">="
@@ -722,6 +743,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="for all lengths; else each has its own number")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="tokens decoded in a round")
+    parser.add_argument("--graph-tokens", type=int, default=128, help="of `replayed`: tokens between captures")
     parser.add_argument("--most-seconds", type=float, default=40, help="no further round of a prefill after these")
     parser.add_argument("--profile-seconds", type=float, default=3, help="prefills that take longer are not profiled")
     parser.add_argument("--no-profile", action="store_true")

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from saccade.attach import compat
+from saccade.attach import compat, replay
 from saccade.attach.fingerprint import fingerprint
 from saccade.attach.probe import Found, probe
 from saccade.attach.run import Run
@@ -25,12 +25,16 @@ Methods = str | Method | Sequence[str | Method]
 SERVED = ("prefill", "evict", "pack", "decode", "observe")
 
 
-def attach(model: Any, methods: Methods, *, budget: float | str | Budget = FULL, seed: int = 0) -> Run:
+def attach(
+    model: Any, methods: Methods, *, budget: float | str | Budget = FULL, seed: int = 0, graph_tokens: int = 0
+) -> Run:
     """Let methods work in a loaded model: `with saccade.attach(model, "snapkv", budget=0.25): model.generate(...)`.
 
     methods: a name, a Method with its options, or a list of those that own different parts.
     budget: what may be kept: 0.25, "4096tok", "2GiB".
     seed: root of the random streams of methods that draw.
+    graph_tokens: on a CUDA device, a step is captured as a graph that serves so many tokens, 128 say. What
+        was decoded since the capture is read as a whole, beside what the methods choose. 0: no graph.
 
     Raises:
         UnknownName: no method of that name.
@@ -41,11 +45,13 @@ def attach(model: Any, methods: Methods, *, budget: float | str | Budget = FULL,
     budget, found = Budget.of(budget), probe(model)
     chosen = [_equipped(model, m, found) for m in _as_list(methods)]
     reasons = _reasons(model, chosen, budget, found)
+    if graph_tokens:
+        reasons += [f"graph_tokens={graph_tokens}: {why}" for why in replay.why_not(model, compose(chosen))]
     if reasons:
         title = " + ".join(m.card.name for m in chosen)
         raise CannotRun(f"attach {title!r} to {type(model).__name__}", reasons, "See also: saccade explain")
     run = Watch if "observe" in compose(chosen) else Run
-    return run(model, chosen, budget, seed, found)._enter()
+    return run(model, chosen, budget, seed, found, graph_tokens)._enter()
 
 
 def explain(model: Any, methods: Methods, *, budget: float | str | Budget = FULL) -> list[str]:

@@ -28,9 +28,12 @@ class Counts:
 
     def later(self, q: Tensor, selection: Selection) -> None:
         """A selection of later tokens; the device sums the pairs, and is not asked before somebody asks."""
-        pairs = selection.count().expand(*q.shape[:2]).sum()
-        self.decoded = pairs if self.decoded is None else self.decoded + pairs
+        self.add(selection.count().expand(*q.shape[:2]).sum())
         self._note("decode", 0.0, selection.dense_pairs * q[..., 0, 0].numel())
+
+    def add(self, pairs: Tensor) -> None:
+        """Pairs of later tokens that the device has summed."""
+        self.decoded = pairs if self.decoded is None else self.decoded + pairs
 
     def searched(self, visited: int, there: int) -> None:
         """What `Site.searched` does."""

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saccade import ops
-from saccade.attach import eviction, far, marking, packing, reading
+from saccade.attach import eviction, far, marking, packing, reading, tail
 from saccade.attach.counts import Counts
 from saccade.attach.layer import SaccadeLayer
 from saccade.attach.states import Remembered, owned
@@ -60,6 +60,8 @@ class Engine:
         real: Bool[Tensor, "b q"] | None,
     ) -> Float[Tensor, "b h q d"]:
         """Attention of the new tokens over what is stored and themselves. Outputs at padding are zero."""
+        if layer is not None and layer.tail is not None and layer.tail.live:
+            return tail.forward(self, layer, q, k, v)
         if layer is None or not layer.prompt_done or not self._weighing:
             return self._forward(layer, q, k, v, real)
         each = (t.split(1, 2) for t in (q, k, v))
@@ -89,8 +91,8 @@ class Engine:
             self.run.handed.clear()  # of a forward that broke off
         stage: Stage = "decode" if layer.prompt_done else "prefill"
         layer.store.move(k.device)
-        layer.store.append(self._columns(k, v, layer, stage), real)
-        out = self._attend(layer, q, real, stage)
+        layer.store.append(self.columns(k, v, layer, stage), real)
+        out = self.attend(layer, q, real, stage)
         self._remember(layer, q, real)
         self._put_by(layer)
         if stage == "prefill" and not self.run.more_prompt:
@@ -109,7 +111,8 @@ class Engine:
         if self.run.more_prompt and not layer.prompt_done and isinstance(reader, Decode) and reader.shelves:
             layer.store.move(torch.device("cpu"))
 
-    def _columns(self, k: Tensor, v: Tensor, layer: SaccadeLayer, stage: Stage) -> dict[str, Tensor]:
+    def columns(self, k: Tensor, v: Tensor, layer: SaccadeLayer, stage: Stage) -> dict[str, Tensor]:
+        """All that is stored of new tokens."""
         columns = {"keys": k, "values": v}
         reader, evictor = self.parts.get("decode"), self.parts.get("evict")
         if isinstance(evictor, Cache) and evictor.tallies:
@@ -119,7 +122,8 @@ class Engine:
             columns |= reader.index(k, self.site(layer, stage, k.shape[2], k.shape[2], 0))
         return columns
 
-    def _attend(self, layer: SaccadeLayer, q: Tensor, real: Tensor | None, stage: Stage) -> Tensor:
+    def attend(self, layer: SaccadeLayer, q: Tensor, real: Tensor | None, stage: Stage) -> Tensor:
+        """Attention over what is stored, the new tokens among it, and over what lies in a tail beside it."""
         assert layer.store is not None
         store, n = layer.store, q.shape[2]
         counts = [n] * q.shape[0] if real is None else real.sum(-1).tolist()
@@ -132,7 +136,7 @@ class Engine:
             mine = by_row if whole else by_row.index_select(0, rows.rows)
             mine = mine if tokens is None else mine.gather(2, _wide(tokens, mine))
             rows = marking.marked(self, layer, rows, mine, stage)
-            done = self._piece(layer, rows, mine, stage)
+            done = tail.joined(self, layer, rows, mine, *self._piece(layer, rows, mine, stage))
             self._tally(layer, rows, mine, stage)
             if whole and tokens is None:
                 out = done
@@ -191,8 +195,10 @@ class Engine:
             )
         return ids
 
-    def _piece(self, layer: SaccadeLayer, rows: Bucket, q: Float[Tensor, "r s q d"], stage: Stage) -> Tensor:
-        """Rows of one length, with as many new tokens each."""
+    def _piece(
+        self, layer: SaccadeLayer, rows: Bucket, q: Float[Tensor, "r s q d"], stage: Stage
+    ) -> tuple[Float[Tensor, "r s q d"], Float[Tensor, "r s q"] | None]:
+        """Rows of one length, with as many new tokens each; the log-sum-exp where it can be told."""
         owner = self.parts.get(stage)
         if owner is None or (stage == "prefill" and layer.store.dropped):
             return self._dense(layer, rows, q, stage)
@@ -208,6 +214,7 @@ class Engine:
             position = torch.arange(keys)[None, None] if shelved else stored["positions"]
             note = functools.partial(reading.note, self.run.layer_record(self), ids, position, q.shape[1])
             site = reading.noting(site, note)
+        lse = None
         if isinstance(owner, Decode):
             selection = owner.select(q, stored, site)
             if shelved:
@@ -217,7 +224,7 @@ class Engine:
                 options = {"scale": self.place.scale, "softcap": self.place.softcap}
                 out = far.attend(q, stored, shelved, selection, **options)
             else:
-                out = site.attend(q, stored["keys"], stored["values"], selection)
+                out, lse = site.partial(q, stored["keys"], stored["values"], selection)
         elif isinstance(owner, Cache):
             selection = owner.select(q, stored["keys"], site)
             if selection is None:
@@ -226,9 +233,11 @@ class Engine:
         else:
             out = owner.attend(q, stored["keys"], stored["values"], site)
         self.keep_state(layer, owner, site, ids)
-        return _by_row(out, g)
+        return _by_row(out, g), lse if lse is None else _by_row(lse, g)
 
-    def _dense(self, layer: SaccadeLayer, rows: Bucket, q: Float[Tensor, "r s q d"], stage: Stage) -> Tensor:
+    def _dense(
+        self, layer: SaccadeLayer, rows: Bucket, q: Float[Tensor, "r s q d"], stage: Stage
+    ) -> tuple[Float[Tensor, "r s q d"], Float[Tensor, "r s q"]]:
         """Everything that is stored and that the eviction rule lets each query see."""
         queries = q.shape[2]
         visible = self._visible(layer, rows, queries, stage)
@@ -244,15 +253,15 @@ class Engine:
         ids = None if visible is not None else layer.store.whole_sequences(rows)
         if ids is None:
             mask = None if visible is None else visible[:, None]
-            return ops.decode(q, keys[:, None], values[:, None], visible=mask, **options)[0]
+            return ops.decode(q, keys[:, None], values[:, None], visible=mask, **options)
         g = layer.store.kv_heads
         keys, values = (x.unflatten(0, (-1, g)) for x in (keys, values))
-        out, _ = ops.decode(_by_sequence(q, g), keys, values, **options)
-        return _by_row(out, g)
+        out, lse = ops.decode(_by_sequence(q, g), keys, values, **options)
+        return _by_row(out, g), _by_row(lse, g)
 
     def _merged(
         self, method: Cache, rows: Bucket, q: Float[Tensor, "r s q d"], visible: Bool[Tensor, "r q k"] | None
-    ) -> Tensor:
+    ) -> tuple[Float[Tensor, "r s q d"], Float[Tensor, "r s q"]]:
         """Dense, where some keys stand for several tokens. Queries that see the same go together; what they no longer
         see is merged for them as the eviction after the token before them would have."""
         new, out = q.shape[2], []
@@ -267,14 +276,16 @@ class Engine:
             several = method.stands_for(position, stays)
             merged = several and tuple(x[:, None] for x in several)
             options = {"scale": self.place.scale, "softcap": self.place.softcap, "visible": seen, "merged": merged}
-            out.append(ops.decode(q[:, :, first:last], keys[:, None], values[:, None], **options)[0])
-        return torch.cat(out, 2)
+            out.append(ops.decode(q[:, :, first:last], keys[:, None], values[:, None], **options))
+        outs, lses = zip(*out)
+        return torch.cat(outs, 2), torch.cat(lses, 2)
 
     def _visible(self, layer: SaccadeLayer, rows: Bucket, queries: int, stage: Stage) -> Tensor | None:
         evictor = self.parts.get("evict")
         if not isinstance(evictor, Cache) or (stage == "prefill" and "prefill" not in evictor.parts):
             return None
-        if type(evictor).visible is Cache.visible or (stage == "decode" and not self._evicting):
+        decoding = stage == "decode" and (layer.tail is not None or not self._evicting)
+        if decoding or type(evictor).visible is Cache.visible:
             return None  # all that is stored: without asking the device which rows these are
         gone = eviction.out_of_reach(self, evictor, layer, rows, -1) if queries == 1 else None
         if gone is not None and not any(count for _, count in gone):
@@ -367,8 +378,9 @@ class Engine:
         return ops.attend(q, k, v, selection, **options)
 
     def keep_state(self, layer: SaccadeLayer, method: Method, site: Site, ids: list[int]) -> None:
-        """What a method left in `site.state` is remembered for each of these sequences."""
-        if not site.state:
+        """What a method left in `site.state` is remembered for each of these sequences; not while a tail is there: the
+        stored keys stay as they are, and a graph's memory is its own."""
+        if not site.state or layer.tail is not None:
             return
         state = owned(site.state)
         for kind in [layer.states] + [layer.prompt_states] * (site.stage == "prefill" and not method.dated):
@@ -407,7 +419,7 @@ def _wide(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[3])
 
 
-def _by_row(x: Float[Tensor, "b h q d"], kv_heads: int) -> Float[Tensor, "r s q d"]:
+def _by_row(x: Float[Tensor, "b h q *d"], kv_heads: int) -> Float[Tensor, "r s q *d"]:
     """Rows are (sequence, key/value head) pairs with their query heads."""
     return x.unflatten(1, (kv_heads, -1)).flatten(0, 1)
 

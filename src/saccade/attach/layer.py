@@ -14,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from saccade.attach import far
 from saccade.attach.states import Remembered
 from saccade.attach.store import Store
+from saccade.attach.tail import Tail, put_away
 from saccade.core.errors import CannotRun
 from saccade.core.site import Far
 
@@ -36,7 +37,8 @@ class SaccadeLayer(CacheLayerMixin):
 
     def _clear(self) -> None:
         self.seen = 0
-        self.store: Store | None = None
+        self._store: Store | None = None
+        self.tail: Tail | None = None  # the newest tokens, beside the store, while a graph reads them
         self.prompt_done = False
         self.recording = False  # tokens may be taken back: eviction and packing wait for crop()
         self.far: list[Far | None] = []  # per sequence what lies in host memory
@@ -44,6 +46,17 @@ class SaccadeLayer(CacheLayerMixin):
         self.states: States = {}
         self.prompt_states: States = {}  # as the prompt left them: what is there again when later tokens are taken back
         self.since: dict[str, Tensor] = {}  # ids and positions [b n] read after the prompt, where they are read again
+
+    @property
+    def store(self) -> Store | None:
+        """What is stored. Whoever asks finds the newest tokens there, too: a tail is put away, but while it is read."""
+        if self.tail is not None and not self.tail.live:
+            put_away(self)
+        return self._store
+
+    @store.setter
+    def store(self, store: Store | None) -> None:
+        self._store = store
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember type and device."""

@@ -11,13 +11,13 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from saccade.attach.layer import SaccadeLayer
-from saccade.attach.store import Bucket
 from saccade.core.method import Cache
 from saccade.core.site import Site, Stage
 
 if TYPE_CHECKING:
     from saccade.attach.engine import Engine
+    from saccade.attach.layer import SaccadeLayer
+    from saccade.attach.store import Bucket
 
 
 def _marker(engine: Engine) -> Cache | None:
@@ -40,7 +40,7 @@ def told(site: Site, stored: Mapping[str, Tensor]) -> Site:
 def marked(engine: Engine, layer: SaccadeLayer, rows: Bucket, q: Float[Tensor, "r s q d"], stage: Stage) -> Bucket:
     """The rows with the marks that new tokens give: to all keys of a prompt, later to the units that they end."""
     method = _marker(engine)
-    if method is None or "marks" not in rows.columns:
+    if method is None or "marks" not in rows.columns or layer.tail is not None:
         return rows
     new, there, g = q.shape[2], rows.columns["keys"].shape[1], layer.store.kv_heads
     unit = method.unit_tokens if stage == "decode" else there
@@ -60,6 +60,19 @@ def marked(engine: Engine, layer: SaccadeLayer, rows: Bucket, q: Float[Tensor, "
         marks[:, end - unit : end] = found.repeat_interleave(g, 0)
     layer.store.put("marks", rows.rows, marks)
     return replace(rows, columns={**rows.columns, "marks": marks})
+
+
+def by_queries(engine: Engine) -> bool:
+    """Whether tokens after the prompt are marked, by their queries."""
+    method = _marker(engine)
+    return method is not None and "pack" in method.parts
+
+
+def put_away(engine: Engine, layer: SaccadeLayer, q: Float[Tensor, "b h n d"]) -> None:
+    """Mark the last tokens of the store, which have been beside it so far, as `marked` would have one by one."""
+    by_row = rearrange(q, "b (g s) n d -> (b g) s n d", g=layer.store.kv_heads)
+    for rows in list(layer.store.buckets):
+        marked(engine, layer, rows, by_row.index_select(0, rows.rows), "decode")
 
 
 def forget(engine: Engine, layer: SaccadeLayer) -> None:

@@ -70,8 +70,8 @@ def _behind(rows: Bucket, new: Columns, more: int) -> Bucket:
 
 def attend(
     method: Cache, rows: Bucket, q: Float[Tensor, "r s q d"], *, scale: float, softcap: float | None
-) -> Float[Tensor, "r s q d"]:
-    """Each of the last `q` tokens of every row reads itself and all before it."""
+) -> tuple[Float[Tensor, "r s q d"], Float[Tensor, "r s q"]]:
+    """Each of the last `q` tokens of every row reads itself and all before it: output and log-sum-exp."""
     new = q.shape[2]
     front = [_until(method, rows, n) for n in range(rows.length - new, rows.length)]
     out = []
@@ -84,8 +84,9 @@ def attend(
         parts = [ops.decode(mine, keys, values, scale=scale, softcap=softcap)]
         read = _read_apart if method.marks else _read_spelt_out
         parts += read(method, rows, mine, until, scale=scale, softcap=softcap)
-        out.append(ops.merge_lse(*zip(*parts))[0])
-    return torch.cat(out, 2)
+        out.append(ops.merge_lse(*zip(*parts)))
+    outs, lses = zip(*out)
+    return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
 def _until(method: Cache, rows: Bucket, tokens: int) -> int:

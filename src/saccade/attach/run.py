@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from saccade.attach import compat, reread
+from saccade.attach import compat, replay, reread
 from saccade.attach.engine import Engine, Place
 from saccade.attach.layer import SaccadeLayer, WatchedLayer
 from saccade.attach.probe import Found
@@ -31,11 +31,14 @@ class Run:
 
     slot = "_saccade"
 
-    def __init__(self, model: nn.Module, methods: Sequence[Method], budget: Budget, seed: int, found: Found):
+    def __init__(
+        self, model: nn.Module, methods: Sequence[Method], budget: Budget, seed: int, found: Found, graph_tokens: int
+    ):
         self.model, self.methods, self.budget, self.seed = model, list(methods), budget, seed
         self.parts = compose(methods)
         self.title = " + ".join(m.card.name for m in self.methods)
         self.bytes_per_token = found.bytes_per_token
+        self.graph_tokens = graph_tokens
         self.attached = False
         self.note_reads = False
         self.more_prompt = False  # the prompt goes on after this forward (chunked prefill)
@@ -66,6 +69,8 @@ class Run:
         if hasattr(self.model, "generate"):
             self._wrap("_prepare_cache_for_generation", self._prepare_cache)
             self._wrap("_prefill", self._prefill)
+        if self.graph_tokens:
+            self._replace_forward()
         self.model._saccade_run = self
         self._undo.append(functools.partial(delattr, self.model, "_saccade_run"))
         return self
@@ -74,6 +79,11 @@ class Run:
         original = getattr(self.model, name)
         setattr(self.model, name, functools.partial(wrapper, original))
         self._undo.append(lambda: self.model.__dict__.pop(name))
+
+    def _replace_forward(self) -> None:
+        own = self.model.__dict__.get("forward")  # who has put one there will want it back
+        self.model.forward = replay.Replayer(self, self.model.forward, self.graph_tokens)
+        self._undo.append(lambda: setattr(self.model, "forward", own) if own else delattr(self.model, "forward"))
 
     def detach(self) -> None:
         """Put the model back exactly as it was. Doing it twice changes nothing."""
@@ -199,12 +209,13 @@ class Run:
     def record(self) -> Record:
         """What the last sequence left: tokens kept, bytes held, pairs computed, per layer and head."""
         for engine in self._engines.values():
-            engine.counts.settle()
             layer = self._layers.get(engine.place.layer)
-            if layer is not None and layer.store is not None:
+            store = layer.store if layer is not None else None  # first: asking for it counts what was beside it
+            engine.counts.settle()
+            if store is not None:
                 entry = self.layer_record(engine)
-                entry.seen, entry.kept = list(layer.store.seen), layer.kept()
+                entry.seen, entry.kept = list(store.seen), layer.kept()
                 entry.bytes_held, entry.bytes_host = layer.bytes_held(), layer.bytes_host()
                 if "pack" in self.parts:
-                    entry.bits, entry.bits_whole = layer.store.bits(), 8 * layer.dtype.itemsize
+                    entry.bits, entry.bits_whole = store.bits(), 8 * layer.dtype.itemsize
         return self._record

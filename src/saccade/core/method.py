@@ -39,6 +39,8 @@ class Method:
 
     `artefact` is what calibration left; `attach` finds the one of the model at hand, a user may give another.
     `dated`: its state says from which token on it holds. When tokens are taken back the state is left to it.
+    `replays`: of one that chooses what is read after the prompt: over the same stored keys it does the same for each
+    query, and asks nothing of the host; so that a graph can do it again.
 
     Raises:
         BadOption: a value outside what the option allows.
@@ -46,6 +48,7 @@ class Method:
 
     card: ClassVar[Card]
     dated: ClassVar[bool] = False
+    replays: ClassVar[bool] = False
     artefact: Artefact | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self):

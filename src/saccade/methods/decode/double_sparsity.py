@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -41,6 +41,7 @@ class DoubleSparsity(Decode):
     Source: arXiv 2408.07092, section 3; andy-yang-1/DoubleSparse, modify_llama.py and offline_calibration.py.
     """
 
+    replays: ClassVar[bool] = True
     card = Card(
         name="double-sparsity",
         title="Post-Training Sparse Attention with Double Sparsity",

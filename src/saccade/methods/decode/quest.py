@@ -41,6 +41,7 @@ class Quest(Decode):
     """
 
     dated: ClassVar[bool] = True
+    replays: ClassVar[bool] = True
     card = Card(
         name="quest",
         title="Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference",

@@ -50,6 +50,7 @@ class TidalDecode(Decode):
     """
 
     persistent: ClassVar[bool] = True
+    replays: ClassVar[bool] = True
     card = Card(
         name="tidaldecode",
         title="TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse Attention",
