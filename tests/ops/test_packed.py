@@ -121,7 +121,7 @@ def test_rows_whose_units_differ_and_what_it_cannot_read():
     packed = ops.Packed(**{name: torch.cat([vars(joined(*x))[name] for x in (one, other)]) for name in vars(one[0])})
     q = tensors(2, 2, 1, 1, 1, 16, torch.float16)[0]
     assert_no_worse_than_spelt_out(ops.attend_packed(q, packed, impl="triton"), q, packed, None)
-    with pytest.raises(CannotRun, match=r"(?s)multiplies in float16 or b.*130 queries of a row; it takes up to 64"):
+    with pytest.raises(CannotRun, match=r"(?s)takes float16 or b.*130 queries of a row; it takes up to 64"):
         ops.attend_packed(q.double().repeat(1, 1, 65, 1), packed, impl="triton")
 
 

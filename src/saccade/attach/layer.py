@@ -56,6 +56,7 @@ class SaccadeLayer(CacheLayerMixin):
 
     @store.setter
     def store(self, store: Store | None) -> None:
+        """Begin with nothing, or with another's."""
         self._store = store
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

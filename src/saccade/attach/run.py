@@ -32,7 +32,13 @@ class Run:
     slot = "_saccade"
 
     def __init__(
-        self, model: nn.Module, methods: Sequence[Method], budget: Budget, seed: int, found: Found, graph_tokens: int
+        self,
+        model: nn.Module,
+        methods: Sequence[Method],
+        budget: Budget,
+        seed: int,
+        found: Found,
+        graph_tokens: int = 0,
     ):
         self.model, self.methods, self.budget, self.seed = model, list(methods), budget, seed
         self.parts = compose(methods)

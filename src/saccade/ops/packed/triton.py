@@ -1,9 +1,10 @@
 """Attention over packed tokens by Triton: codes are read from memory, and become numbers in registers.
 
 As the kernel of `decode`, by which the parts are put together: each program reads some tokens of a row for all of its
-queries. A tile lies in one unit. Codes are multiplied as they are, exact in any precision: a channel's step goes to the
-queries and a token's to its weight, both rounded to the queries' precision; lows and scales are added and multiplied
-outside. A byte holds neighbouring channels: each of its places is a piece of the channels, as in `decode`.
+queries. A tile lies in one unit. Codes are multiplied as they are, exact in float16: a channel's step goes to the
+queries and a token's to its weight, both scaled by powers of two so that float16 holds them; lows and scales are added
+and multiplied outside. A byte holds neighbouring channels: each of its places is a piece of the channels, as in
+`decode`.
 """
 
 from __future__ import annotations
@@ -22,63 +23,50 @@ from saccade.ops.packed.api import Packed
 from saccade.ops.tanh import tanh
 
 
-def _two_codes(shift: int, mask: str, magic: str, less: str) -> tl.constexpr:
-    """Machine code for two 16-bit numbers in a register: a code or-ed into the mantissa of a power of two is that power
-    plus the code, exactly; then the power goes."""
-    return tl.constexpr(f"{{ .reg .b32 t, c; shr.u32 t, $1, {shift}; lop3.b32 t, t, {mask}, {magic}, 0xea; {less} }}")
+def _two_codes(shift: int, mask: str) -> tl.constexpr:
+    """Machine code for two numbers in a register: a code or-ed into the mantissa of 1024 is 1024 plus the code; then
+    1024 goes."""
+    codes = f"shr.u32 t, $1, {shift}; lop3.b32 t, t, {mask}, 0x64006400, 0xea;"
+    return tl.constexpr(f"{{ .reg .b32 t, c; {codes} mov.b32 c, 0x64006400; sub.f16x2 $0, t, c; }}")
 
 
-def _tables(magic: str, less: str) -> tuple[tl.constexpr, ...]:
-    """Of the pieces of 4 bits, then of those of 2."""
-    four = [_two_codes(shift, "0x000f000f", magic, less) for shift in (0, 4)]
-    return (*four, *[_two_codes(shift, "0x00030003", magic, less) for shift in (0, 2, 4, 6)])
-
-
-# 1024 in float16, 128 in bfloat16, whose difference older devices only have as a product and a sum
-H4_0, H4_1, H2_0, H2_1, H2_2, H2_3 = _tables("0x64006400", "mov.b32 c, 0x64006400; sub.f16x2 $0, t, c;")
-B4_0, B4_1, B2_0, B2_1, B2_2, B2_3 = _tables(
-    "0x43004300",
-    "{ .reg .b32 o; mov.b32 o, 0x3f803f80; mov.b32 c, 0xc300c300; fma.rn.bf16x2 $0, t, o, c; }",
-)
+H4_0, H4_1 = (_two_codes(shift, "0x000f000f") for shift in (0, 4))
+H2_0, H2_1, H2_2, H2_3 = (_two_codes(shift, "0x00030003") for shift in (0, 2, 4, 6))
 
 
 @triton.jit
-def _half(x, CODE: tl.constexpr):
+def _fast(x, CODE: tl.constexpr):
     return tl.inline_asm_elementwise(CODE, "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
 
 
 @triton.jit
-def _brain(x, CODE: tl.constexpr):
-    return tl.inline_asm_elementwise(CODE, "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
-
-
-@triton.jit
-def _piece(x, J: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr):
-    """The J-th codes of bytes that lie in 16 bits."""
+def _piece(x, J: tl.constexpr, BITS: tl.constexpr, FAST: tl.constexpr):
+    """The J-th codes of bytes that lie in 16 bits, in float16."""
     if not FAST:
-        return ((x >> (J * BITS)) & ((1 << BITS) - 1)).to(tl.float32).to(KIND)
-    elif tl.float16 == KIND:
-        if BITS == 4:
-            return _half(x, H4_0 if J == 0 else H4_1)
-        else:
-            return _half(x, H2_0 if J == 0 else (H2_1 if J == 1 else (H2_2 if J == 2 else H2_3)))
+        return ((x >> (J * BITS)) & ((1 << BITS) - 1)).to(tl.float16)
+    elif BITS == 4:
+        return _fast(x, H4_0 if J == 0 else H4_1)
     else:
-        if BITS == 4:
-            return _brain(x, B4_0 if J == 0 else B4_1)
-        else:
-            return _brain(x, B2_0 if J == 0 else (B2_1 if J == 1 else (B2_2 if J == 2 else B2_3)))
+        return _fast(x, H2_0 if J == 0 else (H2_1 if J == 1 else (H2_2 if J == 2 else H2_3)))
 
 
 @triton.jit
 def _asked(Q, SPAN, i, live, q_d, J: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
-    """Queries of the J-th channel of each byte, times what a code is worth; and what they find in the lows alone."""
+    """Queries of the J-th channel of each byte, times what a code is worth; the largest of each row, and what it finds
+    in the lows alone."""
     channel = i * (8 // BITS) + J
     in_d = channel < D
-    q = tl.load(Q + channel[None, :] * q_d, mask=live[:, None] & in_d[None, :], other=0.0)
+    q = tl.load(Q + channel[None, :] * q_d, mask=live[:, None] & in_d[None, :], other=0.0).to(tl.float32)
     low = tl.load(SPAN + channel * 2, mask=in_d, other=0.0).to(tl.float32)
     step = tl.load(SPAN + channel * 2 + 1, mask=in_d, other=0.0).to(tl.float32)
-    wide = q.to(tl.float32)
-    return (wide * step[None, :]).to(q.dtype), tl.sum(wide * low[None, :], 1)
+    steps = q * step[None, :]
+    return steps, tl.max(tl.abs(steps), 1), tl.sum(q * low[None, :], 1)
+
+
+@triton.jit
+def _power(x):
+    """A power of two that is not below x, nor near nought."""
+    return tl.math.exp2(tl.math.ceil(tl.math.log2(tl.maximum(x, 1e-30))))
 
 
 @triton.jit
@@ -107,7 +95,6 @@ def _split(Q, K, V, KEY_SPAN, VALUE_SPAN, VALUE_SCALE, TOKENS, ACC, STAT, OUT, L
     if PDL:
         gdc_launch_dependents()
     each: tl.constexpr = 8 // BITS
-    kind: tl.constexpr = Q.dtype.element_ty
     job, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     b, head, query, live = job_of(job, heads, queries, HR, QR, RP)
     i, wide = tl.arange(0, WP), b.to(tl.int64)
@@ -131,18 +118,23 @@ def _split(Q, K, V, KEY_SPAN, VALUE_SPAN, VALUE_SCALE, TOKENS, ACC, STAT, OUT, L
         first = behind
         if a < z:
             channels = (wide * units + unit) * D
-            q0, low = _asked(Q, KEY_SPAN + channels * 2, i, live, q_d, 0, BITS, D)
-            q1, more = _asked(Q, KEY_SPAN + channels * 2, i, live, q_d, 1, BITS, D)
-            low += more
+            spans = KEY_SPAN + channels * 2
+            q0, top, low = _asked(Q, spans, i, live, q_d, 0, BITS, D)
+            q1, other, more = _asked(Q, spans, i, live, q_d, 1, BITS, D)
+            top, low = tl.maximum(top, other), low + more
             e0 = _level(VALUE_SCALE + channels, i, 0, BITS, D)
             e1 = _level(VALUE_SCALE + channels, i, 1, BITS, D)
             if BITS == 2:
-                q2, more = _asked(Q, KEY_SPAN + channels * 2, i, live, q_d, 2, BITS, D)
-                low += more
-                q3, more = _asked(Q, KEY_SPAN + channels * 2, i, live, q_d, 3, BITS, D)
-                low += more
+                q2, other, more = _asked(Q, spans, i, live, q_d, 2, BITS, D)
+                top, low = tl.maximum(top, other), low + more
+                q3, other, more = _asked(Q, spans, i, live, q_d, 3, BITS, D)
+                top, low = tl.maximum(top, other), low + more
                 e2 = _level(VALUE_SCALE + channels, i, 2, BITS, D)
                 e3 = _level(VALUE_SCALE + channels, i, 3, BITS, D)
+            unit_q = _power(top)[:, None]
+            q0, q1 = (q0 / unit_q).to(tl.float16), (q1 / unit_q).to(tl.float16)
+            if BITS == 2:
+                q2, q3 = (q2 / unit_q).to(tl.float16), (q3 / unit_q).to(tl.float16)
             for t in range(a, z, BN):
                 at = t + tl.arange(0, BN)
                 there = at < z
@@ -152,25 +144,24 @@ def _split(Q, K, V, KEY_SPAN, VALUE_SPAN, VALUE_SCALE, TOKENS, ACC, STAT, OUT, L
                 y = tl.load(V + byte, mask=there[:, None] & in_row, other=0).to(tl.int16)
                 v_low = tl.load(VALUE_SPAN + place * 2, mask=there, other=0.0).to(tl.float32)
                 v_step = tl.load(VALUE_SPAN + place * 2 + 1, mask=there, other=0.0).to(tl.float32)
-                s = tl.dot(q0, tl.trans(_piece(x, 0, BITS, kind, FAST)))
-                s = tl.dot(q1, tl.trans(_piece(x, 1, BITS, kind, FAST)), s)
+                s = tl.dot(q0, tl.trans(_piece(x, 0, BITS, FAST)))
+                s = tl.dot(q1, tl.trans(_piece(x, 1, BITS, FAST)), s)
                 if BITS == 2:
-                    s = tl.dot(q2, tl.trans(_piece(x, 2, BITS, kind, FAST)), s)
-                    s = tl.dot(q3, tl.trans(_piece(x, 3, BITS, kind, FAST)), s)
-                s = (s + low[:, None]) * scale
+                    s = tl.dot(q2, tl.trans(_piece(x, 2, BITS, FAST)), s)
+                    s = tl.dot(q3, tl.trans(_piece(x, 3, BITS, FAST)), s)
+                s = (s * unit_q + low[:, None]) * scale
                 if CAPPED:
                     s = cap * tanh(s / cap, True)
                 p, alpha, m, l = grow(tl.where(there[None, :], s, -float("inf")), m, l)
-                above = tl.math.ceil(tl.math.log2(tl.maximum(tl.max(v_step, 0), 1e-30)))
-                new = tl.maximum(largest, tl.math.exp2(above))
-                w = (p * (v_step * (4096.0 / new))[None, :]).to(kind)
+                new = tl.maximum(largest, _power(tl.max(v_step, 0)))
+                w = (p * (v_step * (4096.0 / new))[None, :]).to(tl.float16)
                 alpha, back, largest = alpha[:, None], new / 4096.0, new
                 base = tl.sum(p * v_low[None, :], 1)[:, None]
-                a0 = a0 * alpha + (tl.dot(w, _piece(y, 0, BITS, kind, FAST)) * back + base) * e0
-                a1 = a1 * alpha + (tl.dot(w, _piece(y, 1, BITS, kind, FAST)) * back + base) * e1
+                a0 = a0 * alpha + (tl.dot(w, _piece(y, 0, BITS, FAST)) * back + base) * e0
+                a1 = a1 * alpha + (tl.dot(w, _piece(y, 1, BITS, FAST)) * back + base) * e1
                 if BITS == 2:
-                    z2 = tl.dot(w, _piece(y, 2, BITS, kind, FAST))
-                    z3 = tl.dot(w, _piece(y, 3, BITS, kind, FAST))
+                    z2 = tl.dot(w, _piece(y, 2, BITS, FAST))
+                    z3 = tl.dot(w, _piece(y, 3, BITS, FAST))
                     a2 = a2 * alpha + (z2 * back + base) * e2
                     a3 = a3 * alpha + (z3 * back + base) * e3
     some = l != 0
@@ -199,7 +190,7 @@ def reasons(q: Tensor, x: Packed) -> list[str]:
     why = device.triton_reasons(q)
     if q.dtype not in device.HALVES or q.dtype != x.value_scale.dtype:
         found = f"queries in {q.dtype} and packed tokens from {x.value_scale.dtype}"
-        why.append(f"it multiplies in float16 or bfloat16, one for all, and finds {found}")
+        why.append(f"it takes float16 or bfloat16, one for all, and finds {found}")
     if x.size > 256:
         why.append(f"heads of {x.size}; it takes up to 256")
     if (n := q.shape[1] * q.shape[2]) > MOST_ROWS:
