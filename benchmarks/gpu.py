@@ -73,6 +73,10 @@ HOST = (
     "An eager step waits for the host, whose Python takes longer than the kernels (graph): what that is a layer, beside"
     " transformers' own, is the difference of the two `eager` times over the layers."
 )
+REPLAYED = (
+    "What bounds the step in a graph bounds it (the row below); captures, and attention over the newest tokens apart,"
+    " come on top of both it and the dense step."
+)
 BACKWARD = (
     "The kernel for dK and dV holds two sums and two tiles of scores at once and spills 120 bytes a thread; its"
     " products and dQ's are seven, where a kernel for all three has five."
@@ -490,6 +494,7 @@ def misses_part(files: Sequence[File]) -> str:
 def reason(line: Line) -> str:
     """What is known."""
     why = next((why for key, why in REASONS.items() if line.case.startswith(key)), HOST * (", eager" in line.case))
+    why = why or REPLAYED * (", replayed" in line.case)
     return " ".join(filter(None, (why, line.note))) or "Not established."
 
 

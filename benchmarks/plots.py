@@ -174,7 +174,7 @@ def step(files: Sequence[File]) -> str | None:
     rows = [e.row for e in known if e.row["part"] == "decode"]
     panels = []
     for batch, (name, title) in itertools.product(
-        sorted({r["batch"] for r in rows}), (("eager", "as shipped"), ("graph", "as a CUDA graph"))
+        sorted({r["batch"] for r in rows}), (("eager", "as shipped"), ("replayed", "with graph_tokens"), ("graph", "as a CUDA graph"))
     ):
         found = []
         for row in (r for r in rows if r["batch"] == batch):

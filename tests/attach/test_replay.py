@@ -47,9 +47,8 @@ def one_by_one(model, ids):
 
 
 def frozen_at(position: int, graph_tokens: int) -> int:
-    """How many tokens are stored, and not beside, when that token reads: itself among them in an ordinary step."""
-    since = (position - PROMPT) % (graph_tokens + 1)
-    return position - since + 1 if position >= PROMPT else position + 1
+    """How many tokens are stored, and not beside, when that token reads: itself among them in the first step."""
+    return PROMPT + 1 + max(0, position - PROMPT - 1) // graph_tokens * graph_tokens
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -300,6 +300,17 @@ class Engine:
         """Drop what the methods give up now, and let begin what begins when the prompt has ended."""
         eviction.evict(self, layer, prompt_end)
 
+    def refresh(self, layer: SaccadeLayer, tokens: int) -> None:
+        """Let a reader look at the last tokens of every sequence, which were stored without its being asked."""
+        reader = self.parts.get("decode")
+        if not isinstance(reader, Decode) or reader.card.name not in layer.states:
+            return
+        for _, rows in self._alike(layer, "decode", layer.store.pieces([tokens] * layer.store.sequences)):
+            ids = self.sequences(layer, rows, reader)
+            site = self.site(layer, "decode", tokens, rows.length, layer.store.seen[ids[0]], ids)
+            reader.refresh(by_head({**rows.columns, "positions": rows.positions}, layer.store.kv_heads), site)
+            self.keep_state(layer, reader, site, ids)
+
     # --- what cannot be taken back ----------------------------------------------------------------------------------
 
     def refuse_taking_back(self) -> None:

@@ -1,8 +1,8 @@
 """Decoding steps as CUDA graphs: the host launches one graph where it would launch some dozens of kernels a layer.
 
 A step of one token over the same cache is captured once and replayed for the next tokens, which go into a tail beside
-what is stored (`attach/tail.py`). When the tail is full, its tokens are stored, and after one ordinary step, in which
-methods bring up to date what they remember, the next is captured anew.
+what is stored (`attach/tail.py`). When the tail is full, its tokens are stored, methods bring up to date what they
+remember, and the next step is captured anew.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Replayer:
     def _drop(self) -> None:
         self._graph: Any = None
         self._tails: list[Tail] = []
-        self._last: tuple[weakref.ref, tuple] | None = None  # cache and kind of the last ordinary step
+        self._last: tuple[weakref.ref, tuple] | None = None  # cache and kind of the last step
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward; a step like the one before it is captured, and replayed from then on."""
@@ -118,10 +118,9 @@ class Replayer:
         if step is None:
             self._drop()
             return self.original(*args, **kwargs)
-        if self._fits(step):
-            return self._replay(step)
-        if self._last is not None and (self._last[0](), self._last[1]) == (step.cache, step.kind):
-            self._capture(step)
+        if self._follows(step):
+            if not self._fits(step):
+                self._capture(step)
             return self._replay(step)
         self._drop()
         out = self.original(*args, **kwargs)
@@ -171,26 +170,24 @@ class Replayer:
         config = self.run.model.config
         return config.get_text_config(decoder=True) is config and (mask is None or bool(mask.all()))
 
-    def _fits(self, step: Step) -> bool:
-        """Whether the graph at hand is of this step, and its tails have room."""
-        if self._graph is None or self._cache() is not step.cache or self._kind != step.kind:
-            return False
-        same = [layer.tail for layer in step.layers]
-        return len(same) == len(self._tails) and all(map(operator.is_, same, self._tails)) and self._room > 0
+    def _follows(self, step: Step) -> bool:
+        """Whether the last step was one like this."""
+        return self._last is not None and self._last[0]() is step.cache and self._last[1] == step.kind
 
-    @property
-    def _room(self) -> int:
-        return self.tokens - self._tails[0].count
+    def _fits(self, step: Step) -> bool:
+        """Whether nobody has touched the tails of the graph at hand, and they have room."""
+        there = [layer.tail for layer in step.layers]
+        same = len(there) == len(self._tails) and all(map(operator.is_, there, self._tails))
+        return same and self._tails[0].count < self.tokens
 
     # --- a graph ------------------------------------------------------------------------------------------------------
 
     def _capture(self, step: Step) -> None:
-        self._graph = self._last = None  # the memory is free before the next graph takes some
+        self._graph = None  # the memory is free before the next graph takes some
         device = step.layers[0].store.buckets[0].rows.device
         self._clock = Clock.of(self.tokens, device)
         self._tails = [Tail.beside(layer.engine, layer, self.tokens, self._clock) for layer in step.layers]
         self._inputs = {name: x.clone() for name, x in step.inputs.items()}
-        self._kind, self._cache = step.kind, weakref.ref(step.cache)
         self._clock.set(0)
         self._graph = self._made(functools.partial(self._work, step), step.kind not in self._kinds)
         self._kinds.add(step.kind)

@@ -137,6 +137,7 @@ def put_away(layer: SaccadeLayer) -> None:
         if tail.queries is not None:
             marking.put_away(engine, layer, tail.queries[:, :, :n])
         engine.evict(layer)
+        engine.refresh(layer, n)
         _count(engine, tail, layer.store.sequences)
 
 

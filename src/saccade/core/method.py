@@ -349,6 +349,10 @@ class Decode(Method):
         """Columns [b g n ...] that are stored beside these new keys and follow them everywhere."""
         return {}
 
+    def refresh(self, stored: Mapping[str, Tensor], site: Site) -> None:
+        """Bring `site.state` up to date: the last `site.queries` of what is stored are new, and `select` was not asked.
+        """
+
     def select(self, q: Float[Tensor, "b h q d"], stored: Mapping[str, Tensor], site: Site) -> Selection:
         """Keys that each of these queries reads; `stored` holds [b g k ...]: "keys", "values", their true "positions",
         ascending, and the columns of `index`. What lies in `site.far` is not among them, though `site.keys` counts it;

@@ -104,6 +104,9 @@ class Quest(Decode):
         shared = site.group if self.group == "max" else 1
         return Gather(index=index.int(), queries=site.queries, keys=site.keys, shared=shared)
 
+    def refresh(self, stored: Mapping[str, Tensor], site: Site) -> None:
+        self._bounds(stored, site)
+
     def _pages(
         self, q: Float[Tensor, "b h q d"], bounds: Bounds, newest: list[int], room: list[int]
     ) -> Int[Tensor, "b h|g q m"]:
