@@ -75,6 +75,7 @@ TINY = {
 }  # fmt: skip
 SDPA = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 PLAIN = ("full", "full:attached")
+STEPS = ("eager", "replayed", "graph")
 
 
 @dataclass(frozen=True)
@@ -474,6 +475,7 @@ def decode_with(model: LlamaForCausalLM, who: Contestant, args: argparse.Namespa
                 frozen(model, run, cache, args, row)
                 if run is not None and args.device != "cpu":
                     replayed(model, run, cache, args, row)
+                scale(row)
             if "error" in row.notes:
                 return
 
@@ -541,10 +543,14 @@ def frozen(model: LlamaForCausalLM, run: Any, cache: Any, args: argparse.Namespa
         if "graph" in row.figures:
             rest = replays(lambda: model.lm_head(model.model.norm(model.model.embed_tokens(token))), args)
             row.figures["rest"] = rest
-            share = LLAMA["num_hidden_layers"] / row.layers
-            outside = statistics.median(rest)
-            for name in ("eager", "graph"):
-                row.figures[f"{name} of32"] = [outside + share * (t - outside) for t in row.figures[name]]
+
+
+def scale(row: Row) -> None:
+    """What 32 layers would take, where fewer were run."""
+    for name in STEPS if "rest" in row.figures else ():
+        outside, share = row.median("rest"), LLAMA["num_hidden_layers"] / row.layers
+        if name in row.figures:
+            row.figures[f"{name} of32"] = [outside + share * (t - outside) for t in row.figures[name]]
 
 
 def replayed(model: LlamaForCausalLM, run: Any, cache: Any, args: argparse.Namespace, row: Row) -> None:
@@ -657,7 +663,7 @@ def tidy(device: str) -> None:
 FASTEST = {
     "prefill": {"seconds": ("seconds",), "attention": ("attention", "cudnn", "fa3", "sdpa")},
     "decode": {"eager": ("eager",), "frozen": ("frozen",), "graph": ("graph",), "replayed": ("replayed", "eager"),
-               "eager of32": ("eager of32",), "graph of32": ("graph of32",)},
+               **{f"{name} of32": (f"{name} of32",) for name in STEPS}},
 }  # fmt: skip
 
 
@@ -713,7 +719,7 @@ def line(row: Row) -> str:
     for name, times in row.figures.items():
         if times and name not in ("rest",):
             text += f" | {name} {1000 * row.median(name):.2f} ms ({1000 * min(times):.2f}-{1000 * max(times):.2f})"
-            text += f" {row.batch / row.median(name):.0f} tok/s" if name in ("eager", "graph", "graph of32") else ""
+            text += f" {row.batch / row.median(name):.0f} tok/s" if name in (*STEPS, "graph of32") else ""
             text += f" x{row.against[name]:.2f}" if name in row.against else ""
     for name, size in row.bytes.items():
         text += f" | {name} {size / 2**30:.2f} GiB" + (f" ({row.against[name]:.3f})" if name in row.against else "")
