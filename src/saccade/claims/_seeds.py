@@ -1,0 +1,54 @@
+"""What claims on nets trained here share: from how many seeds, where, and checks that the whole interval decides.
+
+Of a handful of seeds the mean alone tells little. So a bound holds only if the interval does, and a check whose interval
+lies on both sides of the bar is unclear: it neither holds nor speaks against the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from saccade.claims._bench import TIERS, at_least, at_most
+from saccade.claims._contract import Check
+from saccade.measure.stats import Estimate, paired
+
+SEEDS = 5  # of every training, at every tier but the smoke tier
+
+
+def surely_at_least(name: str, found: Estimate, bar: float) -> Check:
+    """Holds if the whole interval reaches the bar."""
+    return _decided(at_least(name, found, bar), found.low >= bar, found.high >= bar)
+
+
+def surely_above(name: str, found: Estimate, bar: float = 0.0) -> Check:
+    """Holds if the whole interval lies above the bar."""
+    return _decided(at_least(name, found, bar), found.low > bar, found.high > bar)
+
+
+def surely_at_most(name: str, found: Estimate, bar: float) -> Check:
+    """Holds if the whole interval stays within the bar."""
+    return _decided(at_most(name, found, bar), found.high <= bar, found.low <= bar)
+
+
+def _decided(check: Check, holds: bool, could: bool) -> Check:
+    return replace(check, holds=holds, unclear=could and not holds)
+
+
+def less(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
+    """Ours minus theirs, seed by seed."""
+    return paired(ours, theirs, hits=False)
+
+
+def device(tier: str) -> str:
+    """Where a tier trains."""
+    return TIERS[tier].device
+
+
+def scores(summary: Mapping) -> dict[str, list[float]]:
+    """Of what `train` returned: score of each mixer, seed by seed."""
+    return {line["mixer"]: line["scores"] for line in summary["mixers"]}
+
+
+def silent(done: int, total: int, text: str) -> None:
+    """Progress that nobody asked for."""
