@@ -1,7 +1,7 @@
 """What claims on nets trained here share: from how many seeds, where, and checks that the whole interval decides.
 
-Of a handful of seeds the mean alone tells little. So a bound holds only if the interval does, and a check whose interval
-lies on both sides of the bar is unclear: it neither holds nor speaks against the paper.
+Of a handful of seeds the mean alone tells little. So a check holds only if the whole interval does, and one whose
+interval lies on both sides of the bar is unclear: it neither holds nor speaks against the paper.
 """
 
 from __future__ import annotations
