@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from saccade.claims._bench import TIERS, at_least, at_most
 from saccade.claims._contract import Check
 from saccade.measure.stats import Estimate, paired
 
 SEEDS = 5  # of every training, at every tier but the smoke tier
+GPU_ROWS, GPU_STEPS = 8, 2  # times as many in a step, and steps: small nets leave a GPU idle
 
 
 def surely_at_least(name: str, found: Estimate, bar: float) -> Check:
@@ -40,9 +42,17 @@ def less(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
     return paired(ours, theirs, hits=False)
 
 
-def device(tier: str) -> str:
-    """Where a tier trains."""
-    return TIERS[tier].device
+def training(tier: str, rows: int, steps: int) -> dict[str, Any]:
+    """How long a tier trains, from how many seeds, and where; rows, steps: at tier "cpu"."""
+    if tier == "gpu":
+        rows, steps = rows * GPU_ROWS, steps * GPU_STEPS
+    return {"rows": rows, "steps": steps, "seeds": SEEDS, "device": TIERS[tier].device}
+
+
+def trained(made: Mapping[str, Any], of: str) -> str:
+    """`training`, for the setting of a claim; of: what a row is."""
+    there = " on a GPU" if made["device"] == "cuda" else ""
+    return f"float32{there}; {made['steps']} steps of {made['rows']} {of}, {made['seeds']} seeds"
 
 
 def scores(summary: Mapping) -> dict[str, list[float]]:

@@ -8,7 +8,7 @@ import torch
 
 from saccade.claims._bench import Bench, at_least, machinery
 from saccade.claims._contract import Claim, Evidence, Progress
-from saccade.claims._seeds import SEEDS, device, less, scores, silent, surely_above, surely_at_most
+from saccade.claims._seeds import less, scores, silent, surely_above, surely_at_most, trained, training
 from saccade.core.artefact import Artefact
 from saccade.core.budget import Budget
 from saccade.core.method import Method
@@ -31,17 +31,15 @@ CLAIM = Claim(
     tiers=("smoke", "cpu", "gpu"),
 )
 BUDGET, LAYERS, HEADS, BITS = 0.25, 2, 4, 0.05
-ROWS = {"cpu": 4, "gpu": 32}  # of a step
 
 
 def measure(tier: str, progress: Progress | None = None) -> Evidence:
     """Evidence of a tier: "smoke", "cpu" or "gpu"."""
     if tier == "smoke":
         return machinery(Moba())
-    sizes = {"tokens": 256, "rows": ROWS[tier], "layers": LAYERS, "heads": HEADS, "steps": 100, "budget": BUDGET}
-    where = {"seeds": SEEDS, "device": device(tier), "progress": progress or silent}
+    sizes, how = {"tokens": 256, "layers": LAYERS, "heads": HEADS, "budget": BUDGET}, training(tier, 4, 100)
     with tempfile.TemporaryDirectory() as folder:
-        found = train("mobydick", _arms(), folder, **sizes, **where)
+        found = train("mobydick", _arms(), folder, **sizes, **how, progress=progress or silent)
     bits = scores(found)
     text = Bench("loss", (2048,), 2, progress, tier=tier)
     ours, chance = text.scores("moba", BUDGET), text.scores("random:part=prefill", BUDGET)
@@ -57,8 +55,8 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     table = [{"who": x["mixer"], "bits": x["score"]["mean"], "density": x["density"]} for x in found["mixers"]]
     lost, theirs = (text.difference(x, text.scores("full")).mean for x in (ours, near))
     reason = f"Attached without training it loses {lost:+.3f} nats over full, streaming {theirs:+.3f}."
-    trained = f"byte-level, {LAYERS} layers, rows of 256, 100 steps of {ROWS[tier]} rows, {SEEDS} seeds"
-    setting = f"{trained}; {text.where()}, {text.what()}; {BUDGET} of the pairs"
+    setting = f"byte-level, {LAYERS} layers, {trained(how, 'rows of 256')}; {text.where()}, {text.what()}"
+    setting += f"; {BUDGET} of the pairs"
     return Evidence(checks, setting, reason, table=table + text.rows())
 
 
