@@ -86,9 +86,9 @@ class Study:
     layout: Layout = torch.clone
     progress: Progress | None = None
 
-    def setting(self) -> str:
-        """For the setting of a claim."""
-        said = trained({name: getattr(self, name) for name in ("rows", "steps", "seeds", "device")}, "texts")
+    def setting(self, texts: str) -> str:
+        """For the setting of a claim; what texts they are."""
+        said = trained({name: getattr(self, name) for name in ("rows", "steps", "seeds", "device")}, texts)
         return f"2 layers of 32 channels, {said}"
 
     def net(self, mixer: Spec, budget: float | str = 1.0, seed: int = 0) -> LanguageModel:

@@ -42,4 +42,4 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
         surely_at_least("needles, minus random blocks", less(hits["native"], hits["random"]), 0.0),
         surely_at_most("nats per byte, minus full (2 %)", less(nats["native"], nats["full"]), math.log(1.02)),
     ]
-    return Evidence(checks, f"{study.setting()} of 192 bytes", by_seed(found), table=rows(found))
+    return Evidence(checks, study.setting("texts of 192 bytes"), by_seed(found), table=rows(found))

@@ -49,7 +49,7 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
         surely_at_most("nats per byte, routing minus full (3 %)", less(nats["routing"], nats["full"]), math.log(1.03)),
         surely_at_least("needles, routing minus random", less(hits["routing"], hits["random"]), 0.0),
     ]
-    return Evidence(checks, f"{study.setting()} of {TOKENS} bytes", reason, table=rows(found))
+    return Evidence(checks, study.setting(f"texts of {TOKENS} bytes"), reason, table=rows(found))
 
 
 @torch.no_grad()
