@@ -147,7 +147,7 @@ def _claim(name: str, card: Card) -> str:
         compare = f"See it: `saccade calibrate {name}` prints a path, and `saccade report PATH` draws its heads."
     if found is None:
         return f"## Claim\n\nNot attempted yet. {again}\n\n{compare}"
-    rows = [[c["name"], _range(c), *map(_short, (c["bar"], c["n"], c["smallest_effect"])), ("no", "yes")[c["holds"]]]
+    rows = [[c["name"], _range(c), *map(_short, (c["bar"], c["n"], c["smallest_effect"])), _word(c)]
             for c in found["checks"]]  # fmt: skip
     versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
     parts = [
@@ -160,6 +160,10 @@ def _claim(name: str, card: Card) -> str:
         compare,
     ]
     return "## Claim\n\n" + "\n\n".join(parts)
+
+
+def _word(check: dict[str, Any]) -> str:
+    return "yes" if check["holds"] else "unclear" if check.get("unclear") else "no"
 
 
 def _range(check: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 import saccade
 from saccade.claims import _bench, _found, run
 from saccade.claims._contract import Check, Claim, Evidence, plain
+from saccade.claims._seeds import surely_above, surely_at_least, surely_at_most
 from saccade.core.errors import BadInput, BadOption, CannotRun, UnknownName
-from saccade.measure.stats import paired
+from saccade.measure.stats import mean_interval, paired
 
 SAID = Claim(says="s", where="w", setting="t", how="h", counts="c")
 numbers = st.floats(-10, 10)
@@ -51,13 +53,15 @@ def measuring(monkeypatch):
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.booleans()))
-def test_the_verdict_counts_what_holds(holds):
-    verdict = Evidence([check(h) for h in holds], "").verdict
-    if not holds:
+@given(st.lists(st.sampled_from(["yes", "unclear", "no"])))
+def test_the_verdict_counts_what_holds(words):
+    verdict = Evidence([dataclasses.replace(check(w == "yes"), unclear=w == "unclear") for w in words], "").verdict
+    if not words:
         assert verdict == "not attempted"
+    elif "yes" in words:
+        assert verdict == ("reproduced" if set(words) == {"yes"} else "in part")
     else:
-        assert verdict == ("reproduced" if all(holds) else "in part" if any(holds) else "not reproduced")
+        assert verdict == ("unclear" if "unclear" in words else "not reproduced")
 
 
 @given(st.lists(st.tuples(numbers, numbers), min_size=2, max_size=20), numbers)
@@ -66,6 +70,17 @@ def test_a_check_holds_on_its_mean_and_shows_its_interval(pairs, bar):
     above, below = _bench.at_least("x", found, bar), _bench.at_most("x", found, bar)
     assert above.holds == (found.mean >= bar) and below.holds == (found.mean <= bar)
     assert (above.value, above.low, above.high, above.bar) == (found.mean, found.low, found.high, bar)
+
+
+@given(st.lists(numbers, min_size=1, max_size=6), numbers)
+def test_over_seeds_the_whole_interval_decides(values, bar):
+    found = mean_interval(values)
+    above, over, below = (f("x", found, bar) for f in (surely_at_least, surely_above, surely_at_most))
+    assert above.holds == (found.low >= bar) and over.holds == (found.low > bar) and below.holds == (found.high <= bar)
+    assert above.unclear == (found.low < bar <= found.high) and below.unclear == (found.low <= bar < found.high)
+    assert over.unclear == (found.low <= bar < found.high)
+    nothing = mean_interval([])
+    assert not any(f("x", nothing, bar).unclear for f in (surely_at_least, surely_above, surely_at_most))
 
 
 def test_what_is_not_a_number_holds_nothing():

@@ -41,6 +41,19 @@ def test_a_method_in_the_whole_model_beside_full(capsys, tmp_path):
     assert out.splitlines()[1].split()[:3] == ["full", "1", "64"] and "snapkv, decode: " in out
 
 
+def test_layers_by_name_and_methods_with_layer(capsys):
+    given = ["--lengths", "32", "48", "64", "--layer-heads", "2", "8", "--rounds", "1", "--budget", "8tok", "-q"]
+    assert main(["bench", "landmark:read_blocks=2", *given]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[:2] for line in out.splitlines()[1:3]] == [["full", "32"], ["full", "48"]]
+    assert "landmark:read_blocks=2: seconds grow as n^" in out and "(3 lengths)" in out
+    assert main(["bench", "streaming", "--layer", *given, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {r["layer"] for r in found["layers"]} == {"full", "streaming"} and found["methods"] == []
+    assert main(["bench", "landmark", "--base", "HEAD", *given]) == 2
+    assert "landmark: layers are not compared" in capsys.readouterr().err
+
+
 def test_a_dry_run_lists_every_back_end_with_its_reasons(capsys):
     assert main(["bench", "--dry-run", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)

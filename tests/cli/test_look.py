@@ -13,6 +13,7 @@ from saccade.cli import main
 from saccade.core import method as methods
 from saccade.core import registry
 from saccade.measure import stats
+from saccade.tasks.training import list_training_tasks
 
 
 def said(capsys, *given: str):
@@ -24,6 +25,7 @@ def test_list_holds_all_methods_tasks_and_models(capsys):
     found = said(capsys, "list")
     assert [m["method"] for m in found["methods"]] == registry.list_methods()
     assert [t["task"] for t in found["tasks"]] == tasks.list_tasks()
+    assert [t["to train on"] for t in found["training"]] == list_training_tasks()
     assert [m["model"] for m in found["models"]] == list(models.KNOWN)
 
 

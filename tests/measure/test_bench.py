@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 
 from saccade import ops
 from saccade.core import rng
+from saccade.core.budget import Budget
 from saccade.core.errors import BadOption, UnknownName
+from saccade.measure import layers
 from saccade.measure.bench import back_ends, bench, crossovers, difference, find, shapes
+from saccade.measure.layers import Work, bench_layers, is_layer, slopes
+from saccade.measure.stats import slope
 from saccade.measure.workloads import BLOCK, PAGE, WORKLOADS, random_blocks
 
 SMALL = {"device": "cpu", "dtype": "float32", "lengths": [256, 130], "heads": (4, 2, 16)}
@@ -113,3 +117,37 @@ def test_an_op_that_is_not_there():
     with pytest.raises(UnknownName, match="Did you mean 'attend'"):
         find("atend")
     assert find("column_scores") is find("column-scores") and PAGE > 1
+
+
+@given(st.floats(-2, 3), st.floats(0.01, 10), st.lists(st.integers(1, 10**6), min_size=2, max_size=6, unique=True))
+def test_the_slope_of_a_power_law_is_its_power(power, factor, lengths):
+    found = slope([(n, factor * n**power) for n in lengths])
+    assert found == pytest.approx(power, abs=1e-6)
+
+
+def test_layers_are_timed_beside_full_attention_and_grow():
+    specs = ["routing-transformer:clusters=sqrt", "scatterbrain"]
+    work = Work("cpu", "float32", Budget.of("8tok"), [64, 36, 100], heads=2, head_size=8)
+    rows, failed = bench_layers(specs, work, rounds=1)
+    assert [(r["layer"], r["tokens"]) for r in rows] == [(s, n) for s in ["full", *specs] for n in (36, 64, 100)]
+    assert failed == [] and all(r["speedup"] > 0 and 0 < r["density"] <= 1 for r in rows)
+    assert [row["speedup"] for row in rows[:3]] == [1.0] * 3
+    found = list(slopes(rows, ("layer",)))
+    assert [(x["who"], x["points"]) for x in found] == [(s, 3) for s in ["full", *specs]]
+    assert not list(slopes(rows[:2], ("layer",)))
+    assert work.forward(specs[0], 100)[1].clusters == 10
+    assert is_layer("landmark:read_blocks=2") and not is_layer("scatterbrain")
+
+
+def test_what_runs_out_of_memory_is_said_and_the_rest_goes_on(monkeypatch):
+    def full(spec, tokens, *_):
+        if tokens == 64 and spec == "full":
+            raise torch.OutOfMemoryError("too much\nof it")
+        return {"layer": spec, "tokens": tokens, "seconds": 1.0}
+
+    monkeypatch.setattr(layers, "_row", full)
+    rows, failed = bench_layers(["landmark"], Work("cpu", "float32", Budget(1.0), [32, 64]), rounds=1)
+    assert failed == [{"label": "full", "tokens": 64, "text": "too much"}]
+    assert [(r["layer"], r["tokens"], r["speedup"]) for r in rows] == [
+        ("full", 32, 1.0), ("landmark", 32, 1.0), ("landmark", 64, None)
+    ]  # fmt: skip

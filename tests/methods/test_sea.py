@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saccade.attach import attach
+from saccade.attach import attach, estimating
 from saccade.attach.calibration import Subject
 from saccade.attach.estimating import first_weights, layer_loss, spread
 from saccade.core.artefact import Artefact
@@ -183,6 +183,25 @@ def test_estimators_come_closer_to_the_maps():
         SHORT.calibrate(Subject(tiny()), [tokens(8), tokens(9)])
 
 
+def test_training_that_was_interrupted_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    monkeypatch.setattr(estimating, "SAVED_EVERY", 2)
+    recipe, rows = Sea(train_steps=5, train_texts=2), [tokens(12 + i)[:, i:] for i in range(3)]
+    alone, steps = recipe.calibrate(Subject(tiny()), rows), []
+
+    def cut(done, total, what):
+        steps.append(what)
+        if done == 3 + 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recipe.calibrate(Subject(tiny(), tmp_path), rows, cut)
+    steps.clear()
+    again = recipe.calibrate(Subject(tiny(), tmp_path), rows, lambda *said: steps.append(said[2]))
+    assert len(steps) == 3 + 3  # texts are read anew, two of the five steps are not
+    assert all(torch.equal(x, again.tensors[name]) for name, x in alone.tensors.items())
+    assert again.figures == alone.figures and not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_a_full_budget_is_dense_and_less_is_not():
     model, ids = tiny(), tokens(60)
     with torch.no_grad():
@@ -198,6 +217,7 @@ def test_what_cannot_be():
     for options, text in (
         ({"pixels": 6}, r"sea\.pixels=6: it takes a multiple of 4"),
         ({"train_steps": 0}, r"sea\.train_steps=0: it takes at least 1"),
+        ({"train_texts": 0}, r"sea\.train_texts=0: it takes at least 1"),
         ({"train_share": 0.0}, r"sea\.train_share=0\.0: it takes a share of the pairs"),
         ({"learning_rate": 0.0}, r"sea\.learning_rate=0\.0: it takes a number above 0"),
     ):

@@ -166,9 +166,10 @@ class Subject:
         self, recipe: Sea, samples: Sequence[Tensor], progress: Progress | None = None
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Estimators of all layers that draw the model's own attention maps, and figures of the training;
-        `attach.estimating` says how.
+        `attach.estimating` says how. Interrupted, it goes on where it was.
         """
-        return Estimating(self, recipe).train(checked(samples), progress)
+        rows = checked(samples)
+        return Estimating(self, recipe, self.draft(recipe, rows)).train(rows, progress)
 
     def draft(self, method: Method, samples: Sequence[Tensor]) -> Draft:
         """Where this calibration keeps what it has done: other options, samples or models are others."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saccade import ops
 from saccade.attach.gates import Progress
+from saccade.attach.resuming import SAVED_EVERY, resume, state
 from saccade.core import rng
 from saccade.core.artefact import Draft
 from saccade.core.errors import BadInput, CannotRun
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 INIT = 0.02  # deviation of the first weights
 WARM_UP = 20  # steps
-SAVED_EVERY = 50  # steps
 Example = Mapping[str, Tensor]
 
 
@@ -77,7 +77,7 @@ class Distilling:
         recipe, device = self.recipe, self.subject.model.device
         gates = {name: x.to(device).requires_grad_() for name, x in first_gates(recipe, examples[0]).items()}
         optimiser = torch.optim.AdamW(gates.values(), lr=recipe.learning_rate, weight_decay=0.0)
-        losses = _resume(self.draft.load("training"), gates, optimiser)
+        losses = resume(self.draft.load("training"), gates, optimiser)
         for step in range(len(losses), recipe.train_steps):
             optimiser.param_groups[0]["lr"] = recipe.learning_rate * _rate(step, recipe.train_steps)
             draw = rng.python("distil/texts", 0, step)
@@ -89,7 +89,7 @@ class Distilling:
                 said = f"training gates, distance {losses[-1] / len(self.places):.4f}"
                 progress(len(examples) + step + 1, len(examples) + recipe.train_steps, said)
             if (step + 1) % SAVED_EVERY == 0:
-                self.draft.save("training", _state(losses, gates, optimiser))
+                self.draft.save("training", state(losses, gates, optimiser))
         return {name: x.detach() for name, x in gates.items()}, losses
 
     def _backward(self, examples: Sequence[Example], gates: Mapping[str, Tensor]) -> float:
@@ -139,22 +139,3 @@ def _rate(step: int, steps: int) -> float:
     if step < up:
         return (step + 1) / up
     return 0.5 * (1 + math.cos(math.pi * (step - up) / max(1, steps - up)))
-
-
-def _state(losses: Sequence[float], gates: Mapping[str, Tensor], optimiser: torch.optim.AdamW) -> dict[str, Tensor]:
-    """All that training goes on from."""
-    moments = {f"{name}.{what}": x for name, p in gates.items() for what, x in optimiser.state[p].items()}
-    return {"losses": torch.tensor(losses, dtype=torch.float64)} | {n: x.detach() for n, x in gates.items()} | moments
-
-
-def _resume(
-    state: Mapping[str, Tensor] | None, gates: Mapping[str, Tensor], optimiser: torch.optim.AdamW
-) -> list[float]:
-    """Put it back; returns the losses so far."""
-    if state is None:
-        return []
-    for name, p in gates.items():
-        p.data.copy_(state[name])
-        moments = {key.removeprefix(f"{name}."): x for key, x in state.items() if key.startswith(f"{name}.")}
-        optimiser.state[p] = {what: x.to("cpu" if what == "step" else p.device) for what, x in moments.items()}
-    return state["losses"].tolist()

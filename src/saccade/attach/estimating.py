@@ -13,7 +13,9 @@ from torch import Tensor
 
 from saccade import ops
 from saccade.attach.gates import Progress
+from saccade.attach.resuming import SAVED_EVERY, resume, state
 from saccade.core import rng
+from saccade.core.artefact import Draft
 from saccade.core.budget import Budget
 from saccade.core.errors import BadInput
 from saccade.core.selection import Pairs, causal_mask
@@ -30,10 +32,11 @@ WARM_UP = 10  # steps
 
 class Estimating:
     """Trains the estimators of a frozen model, each by the loss of its own layer. The model reads every text once; its
-    queries, keys and values are held in 16 bits, and maps are made anew when they are wanted."""
+    queries, keys and values are held in 16 bits, and maps are made anew when they are wanted. `draft`: where weights
+    are kept meanwhile."""
 
-    def __init__(self, subject: Subject, recipe: Sea):
-        self.subject, self.recipe = subject, recipe
+    def __init__(self, subject: Subject, recipe: Sea, draft: Draft):
+        self.subject, self.recipe, self.draft = subject, recipe, draft
         self.places = [spot.place for spot in sorted(subject.found.sites, key=lambda spot: spot.place.layer)]
 
     def train(
@@ -52,24 +55,28 @@ class Estimating:
         first = first_weights(len(self.places), self.subject.heads, self.subject.head_size, recipe.pixels)
         weights = {name: x.to(self.subject.model.device).requires_grad_() for name, x in first.items()}
         optimiser = torch.optim.AdamW(weights.values(), lr=recipe.learning_rate, weight_decay=0.0)
-        losses = []
-        for step in range(recipe.train_steps):
+        losses = resume(self.draft.load("training"), weights, optimiser)
+        for step in range(len(losses), recipe.train_steps):
             optimiser.param_groups[0]["lr"] = recipe.learning_rate * _rate(step, recipe.train_steps)
-            losses.append(self._backward(texts[step % len(texts)], weights))
+            some = rng.python("sea/texts", 0, step).sample(texts, min(recipe.train_texts, len(texts)))
+            losses.append(self._backward(some, weights))
             optimiser.step()
             optimiser.zero_grad()
+            if (step + 1) % SAVED_EVERY == 0:
+                self.draft.save("training", state(losses, weights, optimiser))
             if progress is not None:
                 done = len(rows) + step + 1
                 progress(done, len(rows) + recipe.train_steps, f"training estimators, loss {losses[-1]:.4f}")
+        self.draft.clear()
         tenth = max(1, len(losses) // 10)
         figures = {"loss_at_first": sum(losses[:tenth]) / tenth, "loss": sum(losses[-tenth:]) / tenth}
         return {name: x.detach() for name, x in weights.items()}, {n: round(x, 4) for n, x in figures.items()}
 
-    def _backward(self, text: Sequence[Sequence[Tensor]], weights: Weights) -> float:
-        """Gradients of all layers on a text, one after the other so that little is held; their mean loss."""
+    def _backward(self, texts: Sequence[Sequence[Sequence[Tensor]]], weights: Weights) -> float:
+        """Gradients of all layers on some texts, one after the other so that little is held; their mean loss."""
         total = 0.0
-        for place, some in zip(self.places, text):
-            q, k, v = (x.float() for x in some)
+        for place, *some in zip(self.places, *texts):
+            q, k, v = (torch.cat(x).float() for x in zip(*some))
             n = q.shape[2]
             shape = {"queries": n, "keys": n, "seen": n, "budget": Budget(self.recipe.train_share)}
             site = Site(**asdict(place), stage="prefill", **shape)

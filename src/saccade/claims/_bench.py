@@ -100,6 +100,21 @@ class Bench:
         return out
 
 
+def prefill(
+    ours: Spec, budget: float, tier: str, progress: Progress | None
+) -> tuple[Bench, Bench, dict[str, list[float]], dict[str, list[float]]]:
+    """What methods of a sparse prefill are asked: loss on prose, and pass keys; their benches, and the scores of ours,
+    full, random blocks, and sinks with a window ("near"), all of as many pairs."""
+    text = Bench("loss", (2048,), 3, progress, tier=tier)
+    keys = Bench("passkey", (1024,), 10, progress, (text.model, text.tokenizer), tier)
+    found = []
+    for bench in (text, keys):
+        near = f"{Budget(budget).row_tokens(*bench.lengths)}tok"
+        asked = {"ours": (ours, budget), "random": ("random:part=prefill", budget), "near": ("streaming", near)}
+        found.append({"full": bench.scores("full")} | {who: bench.scores(*what) for who, what in asked.items()})
+    return text, keys, *found
+
+
 def at_least(name: str, found: Estimate, bar: float) -> Check:
     """Holds if the mean reaches the bar."""
     return _check(name, found, bar, found.mean >= bar)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Verdict = Literal["reproduced", "in part", "not reproduced", "not attempted"]
+Verdict = Literal["reproduced", "in part", "unclear", "not reproduced", "not attempted"]
 Progress = Callable[[int, int, str], None]
 TIERS = ("smoke", "cpu", "gpu")
 SEED = 0  # of samples, random baselines and everything else that a claim draws
@@ -37,6 +37,7 @@ class Check:
     """One figure with its interval, held against a bar that was set before.
 
     n: samples; smallest_effect: the smallest distance from the bar that so many show four times in five
+    unclear: it does not hold, and the samples are too few to say that it fails
     """
 
     name: str
@@ -47,11 +48,13 @@ class Check:
     holds: bool
     n: int = 1
     smallest_effect: float = 0.0
+    unclear: bool = False
 
     def __post_init__(self):
         assert self.name, "a check has a name"
         if math.isnan(self.value):
             assert not self.holds, f"{self.name}: what is not a number holds nothing"
+        assert not (self.holds and self.unclear), f"{self.name}: what holds is clear"
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,16 @@ class Evidence:
 
     @property
     def verdict(self) -> Verdict:
-        """All checks hold: reproduced. Some: in part. None: not reproduced. No checks: not attempted."""
+        """All checks hold: reproduced. Some: in part. None: not reproduced, or unclear if any check is. No checks: not
+        attempted."""
         held = sum(check.holds for check in self.checks)
         if not self.checks:
             return "not attempted"
         if held == len(self.checks):
             return "reproduced"
-        return "in part" if held else "not reproduced"
+        if held:
+            return "in part"
+        return "unclear" if any(check.unclear for check in self.checks) else "not reproduced"
 
 
 def plain(row: Mapping[str, Any]) -> dict[str, Any]:

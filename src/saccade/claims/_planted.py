@@ -13,10 +13,11 @@ from torch import Tensor
 
 from saccade import tasks
 from saccade.claims._contract import SEED, Check, Evidence, Progress
+from saccade.claims._seeds import trained
 from saccade.core import rng
 from saccade.core.budget import Budget
 from saccade.core.method import Slot
-from saccade.measure.stats import Estimate, mean_interval, paired
+from saccade.measure.stats import mean_interval
 from saccade.methods.nets import LanguageModel, Spec, make_mixer
 
 VOCABULARY = 128  # bytes up to here; those above are counted as the last
@@ -81,12 +82,19 @@ class Study:
     rows: int
     steps: int
     seeds: int
+    device: str = "cpu"
     layout: Layout = torch.clone
     progress: Progress | None = None
 
+    def setting(self, texts: str) -> str:
+        """For the setting of a claim; what texts they are."""
+        said = trained({name: getattr(self, name) for name in ("rows", "steps", "seeds", "device")}, texts)
+        return f"2 layers of 32 channels, {said}"
+
     def net(self, mixer: Spec, budget: float | str = 1.0, seed: int = 0) -> LanguageModel:
         """Untrained."""
-        return LanguageModel(VOCABULARY, mixer=mixer, channels=32, layers=2, budget=budget, seed=seed)
+        net = LanguageModel(VOCABULARY, mixer=mixer, channels=32, layers=2, budget=budget, seed=seed)
+        return net.to(self.device)
 
     def trained(self, mixer: Spec, budget: float | str = 1.0) -> list[LanguageModel]:
         """From every seed; on the same texts whatever the mixer."""
@@ -102,7 +110,7 @@ class Study:
         for step in range(self.steps):
             for group in optimiser.param_groups:
                 group["lr"] = RATE * min(1, (step + 1) / WARM) * (1 - step / self.steps)
-            texts = Planted.draw(_parts()[0], self.tokens, self.rows, draw, self.layout)
+            texts = self._texts(_parts()[0], self.tokens, self.rows, draw)
             text, asked = texts.losses(net(texts.ids)[0])
             optimiser.zero_grad()
             (text.mean() + asked.mean()).backward()
@@ -120,7 +128,11 @@ class Study:
     def tests(self, tokens: int) -> Planted:
         """Of the part of the text that was not trained on."""
         draw = rng.generator("claims/planted/tests", SEED, tokens)
-        return Planted.draw(_parts()[1], tokens, TESTS, draw, self.layout)
+        return self._texts(_parts()[1], tokens, TESTS, draw)
+
+    def _texts(self, source: Tensor, tokens: int, rows: int, draw: torch.Generator) -> Planted:
+        made = Planted.draw(source, tokens, rows, draw, self.layout)
+        return Planted(*(x.to(self.device) for x in (made.ids, made.needle, made.prose)))
 
 
 @dataclass(frozen=True)
@@ -152,11 +164,6 @@ def density(net: LanguageModel) -> float:
 def window(pairs: float, tokens: int) -> str:
     """The budget of a window of no more than this share of the pairs of a text."""
     return f"{max(1, Budget(pairs).row_tokens(tokens) - 1)}tok"  # of keys held; the token itself comes to them
-
-
-def less(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
-    """Ours minus theirs, seed by seed."""
-    return paired(ours, theirs, hits=False)
 
 
 def by_seed(found: Mapping[str, Scores]) -> str:

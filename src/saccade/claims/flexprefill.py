@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 
 from saccade.attach.calibration import Subject
-from saccade.claims._bench import Bench, Progress, at_least, at_most, captured, ceiling, machinery, mass
+from saccade.claims._bench import Bench, Progress, at_least, at_most, captured, ceiling, machinery, mass, prefill
 from saccade.claims._contract import Claim, Evidence
-from saccade.core.budget import Budget
 from saccade.measure.stats import paired
 from saccade.methods.sparse.flexprefill import Flexprefill
 from saccade.methods.sparse.minference import MInference
@@ -33,9 +32,7 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     """Evidence of a tier: "smoke", "cpu" or "gpu"."""
     if tier == "smoke":
         return machinery(Flexprefill())
-    text = Bench("loss", (2048,), 3, progress, tier=tier)
-    keys = Bench("passkey", (1024,), 10, progress, (text.model, text.tokenizer), tier)
-    losses, hits = ({who: _scores(bench, who) for who in ("full", "ours", "random", "near")} for bench in (text, keys))
+    text, keys, losses, hits = prefill("flexprefill", BUDGET, tier, progress)
     masses = _masses(text)
     checks = [
         at_most("nats, minus full (3 %)", text.difference(losses["ours"], losses["full"]), math.log(1.03)),
@@ -50,15 +47,6 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     done = f"{text.what()}, {keys.what()}; mass on a text of 1,024 tokens"
     setting = f"{text.where()}; {done}; {BUDGET} of the causal pairs"
     return Evidence(checks, setting, ceiling(text, BUDGET, math.log(1.03)), table=text.rows() + keys.rows() + table)
-
-
-def _scores(bench: Bench, who: str) -> list[float]:
-    """Of one contestant, at the claim's density."""
-    if who == "full":
-        return bench.scores("full")
-    if who == "near":
-        return bench.scores("streaming", f"{Budget(BUDGET).row_tokens(*bench.lengths)}tok")
-    return bench.scores("flexprefill" if who == "ours" else "random:part=prefill", BUDGET)
 
 
 def _masses(text: Bench) -> dict[str, list[float]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saccade.attach.calibration import Subject
 from saccade.attach.estimating import first_weights, spread
-from saccade.claims._bench import Bench, Progress, at_least, at_most, captured, ceiling, machinery, mass
+from saccade.claims._bench import TIERS, Bench, Progress, at_least, at_most, captured, ceiling, machinery, mass
 from saccade.claims._contract import SEED, Claim, Evidence
 from saccade.core.artefact import Artefact
 from saccade.core.budget import Budget
@@ -35,30 +35,39 @@ CLAIM = Claim(
     " Less is trained, and for far fewer steps: scaled down.",
     counts="Perplexity within 5 % of full; features lose more than 1.5 times what it loses; better than hashing, sinks"
     " and window, and random blocks by 0.02 nats; correlation above 0.5, four fifths of the mass.",
+    tiers=("smoke", "cpu", "gpu"),
 )
 BUDGET, TOKENS, COUNT = 0.25, 512, 3
 
 
 def measured_places(tokenizer: Any) -> list[tuple[int, int]]:
-    """Which tokens of the shipped text are measured: estimators are not to be trained on them."""
-    starts = [passage(tokenizer, TOKENS, i, SEED)[1] for i in range(COUNT)]
-    return [(start, start + TOKENS) for start in starts]
+    """Which tokens of the shipped text are measured at some tier: estimators are not to be trained on them."""
+    sizes = [(TOKENS * tier.longer, COUNT * tier.more) for tier in TIERS.values()]
+    taken = {at for n, many in sizes for i in range(many) for at in _passage(tokenizer, n, i)}
+    first = sorted(at for at in taken if at - 1 not in taken)
+    return list(zip(first, sorted(at + 1 for at in taken if at + 1 not in taken)))
+
+
+def _passage(tokenizer: Any, tokens: int, index: int) -> range:
+    start = passage(tokenizer, tokens, index, SEED)[1]
+    return range(start, start + tokens)
 
 
 def measure(tier: str, progress: Progress | None = None) -> Evidence:
-    """Evidence of a tier: "smoke" or "cpu"."""
+    """Evidence of a tier: "smoke", "cpu" or "gpu"."""
     if tier == "smoke":
         return machinery(Sea(artefact=Artefact("sea", first_weights(2, 4, 16, Sea().pixels), "tiny", "")))
-    text = Bench("loss", (TOKENS,), COUNT, progress)
+    text = Bench("loss", (TOKENS,), COUNT, progress, tier=tier)
     made = Artefact.find("sea", text.mark)
     if made is None:
-        raise CannotRun("claim sea", "no estimators were trained for SmolLM2", "saccade calibrate sea")
+        do = "Train them on a GPU in minutes: benchmarks/train_sea.py says how."
+        raise CannotRun("claim sea", "no estimators were trained for SmolLM2", do)
     sea = Sea(artefact=made, pixels=made.options["pixels"])
     full, ours = text.scores("full"), text.scores(sea, BUDGET, "sea")
     others = {
         "features": text.scores(Scatterbrain(exact_share=0.0), BUDGET, "random features"),
         "hashing": text.scores(Scatterbrain(exact_share=1.0), BUDGET, "keys by hashing"),
-        "sinks and window": text.scores("streaming", f"{Budget(BUDGET).row_tokens(TOKENS)}tok"),
+        "sinks and window": text.scores("streaming", f"{Budget(BUDGET).row_tokens(*text.lengths)}tok"),
         "random blocks": text.scores("random:part=prefill", BUDGET),
     }
     features = others.pop("features")
@@ -91,13 +100,13 @@ def _maps(text: Bench, sea: Sea) -> tuple[Estimate, Estimate]:
 def _of_layers(text: Bench, sea: Sea) -> Iterator[tuple[float, float]]:
     for site, q, k, v in captured(Subject(text.model), [text.samples[-1].context], BUDGET):
         image, _ = estimate(q, k, v, sea._weights(site.layer, q.device), site)
-        seen = causal_mask(site.queries, site.keys)
-        logits = q @ k.repeat_interleave(site.group, 1).mT * site.scale
+        seen = causal_mask(site.queries, site.keys, q.device)
+        logits = q.float() @ k.float().repeat_interleave(site.group, 1).mT * site.scale
         maps = [x.masked_fill(~seen, -torch.inf).softmax(-1) for x in (logits, spread(image))]
         kept = sea.select(q, k, dataclasses.replace(site, handed={"image": image}))
         yield _correlation(*maps), mass(q, k, v, kept, site)
 
 
 def _correlation(one: Tensor, other: Tensor) -> float:
-    seen = causal_mask(*one.shape[-2:]).expand_as(one)
+    seen = causal_mask(*one.shape[-2:], one.device).expand_as(one)
     return float(torch.corrcoef(torch.stack([one[seen], other[seen]]))[0, 1])

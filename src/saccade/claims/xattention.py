@@ -9,9 +9,8 @@ from torch import Tensor
 
 from saccade import ops
 from saccade.attach.calibration import Subject
-from saccade.claims._bench import Bench, Progress, at_least, at_most, captured, machinery, mass
+from saccade.claims._bench import Bench, Progress, at_least, at_most, captured, machinery, mass, prefill
 from saccade.claims._contract import Claim, Evidence
-from saccade.core.budget import Budget
 from saccade.core.selection import Blocks, Selection
 from saccade.core.site import Site
 from saccade.measure.stats import mean_interval, paired
@@ -39,9 +38,7 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     """Evidence of a tier: "smoke", "cpu" or "gpu"."""
     if tier == "smoke":
         return machinery(Xattention())
-    text = Bench("loss", (2048,), 3, progress, tier=tier)
-    keys = Bench("passkey", (1024,), 10, progress, (text.model, text.tokenizer), tier)
-    losses, hits = ({who: _scores(bench, who) for who in ("full", "ours", "random", "near")} for bench in (text, keys))
+    text, keys, losses, hits = prefill("xattention", BUDGET, tier, progress)
     masses, best = _masses(text)
     checks = [
         at_most("nats, minus full (3 %)", text.difference(losses["ours"], losses["full"]), math.log(1.03)),
@@ -57,15 +54,6 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     setting = f"{text.where()}; {done}; {BUDGET} of the causal pairs"
     reason = f"Blocks of that size hold {best:.2f} of the attention mass where the whole map chooses them."
     return Evidence(checks, setting, reason, table=text.rows() + keys.rows() + table)
-
-
-def _scores(bench: Bench, who: str) -> list[float]:
-    """Of one contestant, at the claim's density."""
-    if who == "full":
-        return bench.scores("full")
-    if who == "near":
-        return bench.scores("streaming", f"{Budget(BUDGET).row_tokens(*bench.lengths)}tok")
-    return bench.scores("xattention" if who == "ours" else "random:part=prefill", BUDGET)
 
 
 def _masses(text: Bench) -> tuple[dict[str, list[float]], float]:

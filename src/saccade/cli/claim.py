@@ -71,4 +71,4 @@ def _number(value: float | None) -> str:
 
 
 def _word(check: dict[str, Any]) -> str:
-    return "yes" if check["holds"] else "no"
+    return "yes" if check["holds"] else "unclear" if check.get("unclear") else "no"

@@ -45,6 +45,7 @@ def say_table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequen
 STYLES = {
     "reproduced": "green",
     "in part": "yellow",
+    "unclear": "yellow",
     "not reproduced": "red",
     "ok": "green",
     "todo": "yellow",

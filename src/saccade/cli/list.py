@@ -1,4 +1,4 @@
-"""methods, tasks and models, with what was found of each claim"""
+"""methods, tasks, those to train on, and models, with what was found of each claim"""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from saccade.cli.console import note, say_json, say_table
 from saccade.cli.options import add_json
 from saccade.core import registry
 from saccade.core.card import FAMILIES
+from saccade.tasks import training
 
 EXAMPLE = "saccade list '*kv*' --family cache"
 
@@ -28,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
     found = {"methods": [_method(n) for n in registry.list_methods(args.pattern, args.family)]}
     if args.family is None:
         found["tasks"] = [_task(n) for n in _matching(tasks.list_tasks(), args.pattern)]
+        names = _matching(training.list_training_tasks(), args.pattern)
+        found["training"] = [{"to train on": n, **_about(training.describe(n))} for n in names]
         found["models"] = [_model(n) for n in _matching(list(models.KNOWN), args.pattern)]
     if args.json:
         say_json(found)
@@ -51,8 +54,11 @@ def _method(name: str) -> dict[str, Any]:
 
 
 def _task(name: str) -> dict[str, Any]:
-    said = tasks.describe(name)
-    return {"task": name, "metric": said["metric"], "about": said["title"]}
+    return {"task": name, **_about(tasks.describe(name))}
+
+
+def _about(said: dict[str, Any]) -> dict[str, Any]:
+    return {"metric": said["metric"], "about": said["title"]}
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -84,12 +84,12 @@ def _rows(load: Workload, shape: Shape, rounds: int) -> Iterator[Row]:
     work = load.work(shape)
     able = [name for name, why in ops.explain(work.call).items() if not why and name != "reference"]
     calls = {name: _bound(work, name) for name in able}
-    firsts = {name: _first_call(call, shape.device) for name, call in calls.items()}
+    firsts = {name: first_call(call, shape.device) for name, call in calls.items()}
     work.dense()
-    turns = {name: _calls(call, shape.device) for name, call in (calls | {"": work.dense}).items()}
+    turns = {name: how_often(call, shape.device) for name, call in (calls | {"": work.dense}).items()}
     times: list[dict[str, float]] = []
     for _ in range(rounds):
-        times.append({n: _seconds(call, turns[n], shape.device) for n, call in (calls | {"": work.dense}).items()})
+        times.append({n: timed(call, turns[n], shape.device) for n, call in (calls | {"": work.dense}).items()})
     for name in able:
         mine, dense = [t[name] for t in times], [t[""] for t in times]
         spread = stats.median_spread(mine)
@@ -114,7 +114,7 @@ def _bound(work: Work, impl: str) -> Callable[[], Any]:
     return lambda: work.call(impl=impl)
 
 
-def _seconds(call: Callable[[], Any], times: int, device: torch.device) -> float:
+def timed(call: Callable[[], Any], times: int, device: torch.device) -> float:
     """Of one of so many calls in a row."""
     start = clock(device)
     for _ in range(times):
@@ -122,19 +122,19 @@ def _seconds(call: Callable[[], Any], times: int, device: torch.device) -> float
     return (clock(device) - start) / times
 
 
-def _calls(call: Callable[[], Any], device: torch.device) -> int:
+def how_often(call: Callable[[], Any], device: torch.device) -> int:
     """So many that a measurement is long enough for the clock."""
-    return max(1, min(MOST_CALLS, round(LEAST_SECONDS / max(_seconds(call, 1, device), 1e-9))))
+    return max(1, min(MOST_CALLS, round(LEAST_SECONDS / max(timed(call, 1, device), 1e-9))))
 
 
-def _first_call(call: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+def first_call(call: Callable[[], Any], device: torch.device) -> dict[str, Any]:
     """Seconds of the call that loads and compiles what has to be, and what it needs at once beside its inputs (None
     where the device does not count)."""
     if device.type != "cuda":
-        return {"first_seconds": _seconds(call, 1, device), "peak_bytes": None}
+        return {"first_seconds": timed(call, 1, device), "peak_bytes": None}
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    seconds = _seconds(call, 1, device)
+    seconds = timed(call, 1, device)
     return {"first_seconds": seconds, "peak_bytes": torch.cuda.max_memory_allocated(device) - before}
 
 

@@ -178,6 +178,13 @@ def median_spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": float(np.median(values)), "low": float(min(values)), "high": float(max(values))}
 
 
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """p of the power law y = a x^p that lies nearest in the logarithms, all points weighed alike."""
+    x, y = np.log(np.asarray(points, dtype=np.float64)).T
+    x = x - x.mean()
+    return float((x * y).sum() / (x * x).sum())
+
+
 def crossover(lengths: Sequence[int], ratios: Sequence[float]) -> float | None:
     """The length from which a method is faster: where its time over that of full falls below 1 and stays there.
 

@@ -18,6 +18,8 @@ from saccade.core.selection import Buckets, Gather, dense
 from saccade.methods.mixers._pieces import computed, fresh, in_pieces
 from saccade.methods.mixers._places import placed, placed_apart
 
+CHOSEN_AT_ONCE = 2048  # queries
+
 
 class Landmark(Mixer):
     """Grouped softmax: the own block competes with the landmarks of earlier ones, each of which hands on to its block.
@@ -54,7 +56,8 @@ class Landmark(Mixer):
             "Every token loads its own blocks; the authors may let the heads or a chunk of tokens agree on them.",
             "With fewer than k blocks before a token all of them are loaded, where they are.",
             "Where tokens see later ones, all other closed blocks are gated as earlier ones are; the paper is causal.",
-            "A layer of our nets, trained from the beginning; no pretrained model is tuned to landmarks here.",
+            "A layer of our nets, trained from the beginning. A pretrained model learns landmarks by changes of low"
+            " rank (benchmarks/finetune_landmark.py); the authors tune all weights.",
         ),
     )
 
@@ -170,17 +173,19 @@ class Landmark(Mixer):
     def _best(self, turned_q: Tensor, turned_k: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "b h q k"]:
         """Blocks that each query loads, in the order of the text, then -1 where there are fewer."""
         new, n, size = q.shape[2], k.shape[2], self.block
-        blocks = n // size
-        at = torch.arange(n - new, n, device=q.device)
-        behind = at[:, None] // size - torch.arange(blocks, device=q.device)
+        at, blocks = torch.arange(n - new, n, device=q.device), n // size
         marks = slice(size - 1, blocks * size, size)
-        near = turned_q @ turned_k[:, :, marks].mT
-        last = at.new_full((blocks,), size - 1)
-        far = placed_apart(q, (self.read + 1) * size + at % size) @ placed_apart(k[:, :, marks], last).mT
-        scores = torch.where(behind <= self.read + 1, near, far).masked_fill(behind < 1, -torch.inf)
-        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.read]
-        best = torch.where(scores.gather(-1, best) > -torch.inf, best, blocks).sort(-1).values
-        return torch.where(best < blocks, best, -1)
+        near, far = turned_k[:, :, marks].mT, placed_apart(k[:, :, marks], at.new_full((blocks,), size - 1)).mT
+        moved = placed_apart(q, (self.read + 1) * size + at % size)
+        out = []
+        for rows in torch.arange(new, device=q.device).split(CHOSEN_AT_ONCE):  # not all scores of a long text at once
+            behind = at[rows, None] // size - torch.arange(blocks, device=q.device)
+            scores = torch.where(behind <= self.read + 1, turned_q[:, :, rows] @ near, moved[:, :, rows] @ far)
+            scores = scores.masked_fill(behind < 1, -torch.inf)
+            best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.read]
+            best = torch.where(scores.gather(-1, best) > -torch.inf, best, blocks).sort(-1).values
+            out.append(torch.where(best < blocks, best, -1))
+        return torch.cat(out, 2)
 
     def _with_best(
         self, out: Tensor, lse: Tensor, best: Int[Tensor, "b h q k"], q: Tensor, k: Tensor, v: Tensor

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saccade import ops
+from saccade.core import bounds
 from saccade.core.artefact import Artefact
 from saccade.core.card import Card
 from saccade.core.errors import BadOption
@@ -92,16 +93,13 @@ class MoA(Cache):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("block_tokens", "rule_steps", "answer_keys", "answer_key_words"):
-            if getattr(self, name) < 1:
-                raise BadOption(f"moa.{name}=0", "it takes at least 1", "Leave it away for our value.")
+        bounds.at_least_one(self, "block_tokens", "rule_steps", "answer_keys", "answer_key_words")
+        bounds.share(self, "search_density", "the pairs")
         for name, most in (("rules_per_layer", 2), ("answer_keys", 10)):
             if getattr(self, name) > most:
                 raise BadOption(f"moa.{name}={getattr(self, name)}", f"it takes at most {most}", "Give fewer.")
         if not self.prose_weight >= 0:
             raise BadOption(f"moa.prose_weight={self.prose_weight}", "it takes a number from 0", "Leave it away.")
-        if not 0 < self.search_density <= 1:
-            raise BadOption(f"moa.search_density={self.search_density}", "it takes a share of (0, 1]", "Leave it away.")
 
     @property
     def parts(self) -> tuple[str, ...]:

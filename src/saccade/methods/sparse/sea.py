@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, gelu, layer_norm, pad
 
 from saccade import ops
-from saccade.core import rng
+from saccade.core import bounds, rng
 from saccade.core.artefact import Artefact
 from saccade.core.card import Card
 from saccade.core.errors import BadOption
@@ -41,11 +41,11 @@ class Sea(Sparse):
     KL(A || est) / 10 + |A - est|^2 + |o - A v|^2, est spread over the tokens of its pixels.
 
     pixels: P, a multiple of 4
-    train_steps, learning_rate: of the training (AdamW, cosine), a text a step
+    train_steps, train_texts, learning_rate: of the training (AdamW, cosine), so many texts a step
     train_share: of the pairs, what o has in the training
 
     Raises:
-        BadOption: P that is no multiple of 4 above 0, no step, a share outside (0, 1], a rate that is not above 0.
+        BadOption: P that is no multiple of 4 above 0, no step or text, a share outside (0, 1], a rate not above 0.
         BadInput: samples of different lengths.
     Source: arXiv 2310.01777, section 3; gmlwns2000/sea-attention, perlin_attention/attention.py.
     """
@@ -81,6 +81,7 @@ class Sea(Sparse):
 
     pixels: int = 64
     train_steps: int = 100
+    train_texts: int = 1
     train_share: float = 0.25
     learning_rate: float = 3e-3
 
@@ -89,14 +90,9 @@ class Sea(Sparse):
         if self.pixels < 4 or self.pixels % 4:
             asked = f"sea.pixels={self.pixels}"
             raise BadOption(asked, "it takes a multiple of 4, from 4", "The authors have 128 and 256.")
-        if self.train_steps < 1:
-            raise BadOption("sea.train_steps=0", "it takes at least 1", "Leave it away for our value.")
-        if not 0 < self.train_share <= 1:
-            asked = f"sea.train_share={self.train_share}"
-            raise BadOption(asked, "it takes a share of the pairs, above 0 to 1", "Leave it away.")
-        if not 0 < self.learning_rate < math.inf:
-            asked = f"sea.learning_rate={self.learning_rate}"
-            raise BadOption(asked, "it takes a number above 0", "Leave it away.")
+        bounds.at_least_one(self, "train_steps", "train_texts")
+        bounds.share(self, "train_share", "the pairs")
+        bounds.above_zero(self, "learning_rate")
 
     def check(self, site: Site) -> list[str]:
         if self.artefact is None:
@@ -146,7 +142,7 @@ class Sea(Sparse):
     # --- offline ----------------------------------------------------------------------------------------------------
 
     def calibrate(self, model: Any, samples: Sequence[Tensor], progress: Any = None) -> Artefact:
-        """Estimators of all layers, from one dense forward over each sample."""
+        """Estimators of all layers, from one dense forward over each sample. Interrupted, it goes on where it was."""
         weights, figures = model.distil_estimators(self, samples, progress)
         return model.artefact(self, {n: x.half() for n, x in weights.items()}, samples, figures)
 

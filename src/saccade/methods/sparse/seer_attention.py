@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saccade import ops
+from saccade.core import bounds
 from saccade.core.artefact import Artefact
 from saccade.core.budget import Budget
 from saccade.core.card import Card
@@ -86,15 +86,11 @@ class SeerAttention(Sparse):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("block_tokens", "train_steps", "train_texts"):
-            if getattr(self, name) < 1:
-                raise BadOption(f"seer-attention.{name}=0", "it takes at least 1", "Leave it away for our value.")
+        bounds.at_least_one(self, "block_tokens", "train_steps", "train_texts")
+        bounds.above_zero(self, "learning_rate")
         if self.threshold is not None and not 0 <= self.threshold < 1:
             asked = f"seer-attention.threshold={self.threshold}"
             raise BadOption(asked, "it takes a share of a row's attention, from 0", "The authors' are 5e-4 to 5e-3.")
-        if not 0 < self.learning_rate < math.inf:
-            asked = f"seer-attention.learning_rate={self.learning_rate}"
-            raise BadOption(asked, "it takes a number above 0", "Leave it away.")
 
     def check(self, site: Site) -> list[str]:
         if self.artefact is None:
