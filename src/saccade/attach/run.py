@@ -161,8 +161,9 @@ class Run:
             return original(input_ids, generation_config, model_kwargs, *rest, **kw)
 
     @contextlib.contextmanager
-    def prompt(self) -> Iterator[None]:
-        """Forwards in here are parts of one prompt; what happens at the end of the prompt happens on leaving.
+    def prompt(self, *, ends: bool = True) -> Iterator[None]:
+        """Forwards in here are parts of one prompt; what happens at the end of the prompt happens on leaving, or, if it
+        does not end there, in a later forward or block.
 
         with run.prompt():
             for chunk in ids.split(512, dim=1):
@@ -173,7 +174,7 @@ class Run:
             yield
         finally:
             self.more_prompt = False
-        for engine in self._engines.values():
+        for engine in self._engines.values() if ends else ():
             layer = self._layers.get(engine.place.layer)
             if layer is not None and not layer.prompt_done:
                 layer.prompt_done = True
