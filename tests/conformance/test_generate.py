@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from saccade import models
-from saccade.attach import attach, caches, fingerprint
+from saccade.attach import attach, caches
 from saccade.attach.compat import CACHE
 from saccade.core.errors import CannotRun
-from saccade.core.registry import list_methods
 from tests.conformance.cases import Case, equipped
 from tests.methods.handmade import in_pieces, tokens
 
@@ -27,7 +26,7 @@ PLAIN = {"max_new_tokens": SAYS, "min_new_tokens": SAYS, "do_sample": False, "pa
 
 @functools.cache
 def some(family):
-    """A tiny model of a family in float64; gemma2's own layers mask in float32, where float64's least number is none."""
+    """A tiny model in float64, but for gemma2, whose own layers mask in float32 what is float64's least number."""
     there = {"window": WINDOW, "layers": 4} if family in WINDOWED else {}
     return models.tiny(family, **there).to(torch.float32 if family == "gemma2" else torch.float64)
 
