@@ -101,7 +101,7 @@ def stored(layer, rows):
 @pytest.mark.parametrize(("method", "windows"), [(Streaming(), {0, 1}), (DUO, {1}), (ROLL, {1})], ids=named)
 def test_a_window_is_as_long_after_a_hundred_thousand_tokens(method, windows, monkeypatch):
     """Attention is left out behind the prompt: what it gives is stored nowhere."""
-    with attach(MODEL, method, budget="25tok") as run, torch.no_grad():
+    with attach(MODEL, method, budget="25tok"), torch.no_grad():
         layer = MODEL(tokens(40), use_cache=True)[CACHE].layers[0]
         monkeypatch.setattr(Engine, "_attend", lambda self, layer, q, *rest: q)
 
