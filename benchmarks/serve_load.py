@@ -3,18 +3,21 @@
     PYTHONPATH=src python benchmarks/serve_load.py --json benchmarks/results/serve_load-MACHINE-DATE.json
     python benchmarks/serve_load.py --show benchmarks/results/serve_load-MACHINE-DATE.json
 
-Every method is served in four ways: requests one after the other; together, with whole prompts read between two steps;
-together, with prompts in pieces; and so, with the beginnings of prompts kept. The requests are the same: some whose
-prompts begin alike, and a long one that comes while they are answered. Printed are, for each way, written tokens a
-second, the time to the first token and between two tokens (median and 95th of a hundred; in brackets of the others
-while the long prompt was there), that of the long request, prompt tokens that were not read again, and how many answers
-are those of one at a time. Times are the client's, which runs on the same machine.
+Every method is asked in four ways: one request after the other; together, with whole prompts read between two steps;
+together, with prompts in pieces; and so, with the beginnings of prompts kept. Every round has other texts and takes all
+ways one after the other, so that a slow minute hits them all; servers that wait take no time. The requests of a round
+are the same in all ways: some whose prompts begin alike, and a long one that comes once all others are being answered.
+Printed are, for each way, written tokens a second; seconds to the first token and between two tokens, median and 95th
+of a hundred, of the short requests; the same while the long prompt was read; the long one's first token; prompt tokens
+that were not read again; and how many answers are those of one at a time. Times are the client's, on the same machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import itertools
 import json
 import signal
 import statistics
@@ -27,21 +30,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-WAYS = {
-    "one at a time": ("--prefixes", "0"),
-    "together, whole prompts": ("--prefixes", "0", "--prefill-chunk", "0"),
-    "together, in pieces": ("--prefixes", "0"),
-    "together, in pieces, beginnings kept": (),
+SERVERS = {  # the options of each
+    "whole": ("--prefixes", "0", "--prefill-chunk", "0"),
+    "pieces": ("--prefixes", "0"),
+    "kept": (),
 }
-HEAD = "| method | requests | tokens/s | first token, s | between tokens, s | while the long prompt is read, s |" \
-       " long: first token, s | prompt tokens kept | same answers |"  # fmt: skip
+WAYS = {  # which server, and whether all ask at once
+    "one at a time": ("pieces", False),
+    "together, whole prompts": ("whole", True),
+    "together, in pieces": ("pieces", True),
+    "together, in pieces, beginnings kept": ("kept", True),
+}
+HEAD = (
+    "| method | requests | tokens/s | first token, s | between tokens, s | between, while the long prompt is read, s"
+    " | long: first token, s | prompt tokens kept | same answers |"
+)
 
 
 @dataclass
 class Told:
     """What one client saw. Times are seconds on the client's clock, one for each piece of text."""
 
-    long: bool
     asked: float = 0.0
     came: list[float] = field(default_factory=list)
     tokens: int = 0
@@ -90,21 +99,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--own", type=int, default=64, help="prompt tokens after them")
     parser.add_argument("--long", type=int, default=1536, help="prompt tokens of the long request")
     parser.add_argument("--new", type=int, default=32, help="tokens that each request asks for")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--chunk", type=int, default=128, help="--prefill-chunk of the server")
     parser.add_argument("--json", type=Path, metavar="FILE", help="store what was measured")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print what was stored, measure nothing")
     return parser.parse_args()
 
 
-def prompts(args: argparse.Namespace) -> list[list[int]]:
-    """Token ids: one for each client, and the long one last."""
+def prompts(args: argparse.Namespace, number: int) -> list[list[int]]:
+    """Token ids of a round: one for each client, and the long one last."""
     from saccade import models
     from saccade.tasks._text import whole
 
-    text = list(whole(models.load(args.model)[1]))
-    begin, rest = text[: args.alike], text[args.alike :]
-    own = [begin + rest[i * args.own : (i + 1) * args.own] for i in range(args.clients)]
-    return [*own, rest[args.clients * args.own :][: args.long]]
+    sizes = [args.alike, *[args.own] * args.clients, args.long]
+    text = iter(whole(models.load(args.model)[1])[number * sum(sizes) :])
+    begin, *own, long = [list(itertools.islice(text, size)) for size in sizes]
+    return [*(begin + some for some in own), long]
 
 
 async def ask(client: Any, told: Told, prompt: list[int], new: int) -> None:
@@ -125,9 +135,9 @@ async def drive(url: str, asked: Sequence[list[int]], new: int, together: bool) 
     """All requests; together, the long one comes as soon as every other has begun to be answered."""
     import openai
 
-    told = [Told(long=prompt is asked[-1]) for prompt in asked]
+    told = [Told() for _ in asked]
     async with openai.AsyncOpenAI(base_url=url, api_key="any", max_retries=0, timeout=3600) as client:
-        await ask(client, Told(long=False), asked[-1][16:32], 2)  # warms up; nobody's prompt begins so
+        await ask(client, Told(), asked[-1][16:32], 2)  # warms up; nobody's prompt begins so
         if not together:
             for one, prompt in zip(told, asked):
                 await ask(client, one, prompt, new)
@@ -140,55 +150,65 @@ async def drive(url: str, asked: Sequence[list[int]], new: int, together: bool) 
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and 95th of a hundred."""
+    """Median and 95th of a hundred, and of how many."""
     ordered = sorted(values)
-    last = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))] if ordered else float("nan")
-    return {"median": statistics.median(ordered) if ordered else float("nan"), "p95": last}
+    found = {"median": statistics.median(ordered), "p95": ordered[int(0.95 * (len(ordered) - 1))]} if ordered else {}
+    return found | {"count": len(ordered)}
 
 
-def summary(told: Sequence[Told], answers: Sequence[str]) -> dict[str, Any]:
-    """Of all requests of one way, against the answers of one at a time."""
-    short, (long,) = [t for t in told if not t.long], [t for t in told if t.long]
-    gaps = [(a, b - a) for t in short for a, b in zip(t.came, t.came[1:])]
-    meanwhile = [gap for at, gap in gaps if long.asked < at + gap and at < long.came[0]]
-    wall = max(t.came[-1] for t in told) - min(t.asked for t in told)
+def summary(rounds: Sequence[Sequence[Told]], answers: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Of one way: what all requests of each round were told, against the answers of one at a time."""
+    first, between, meanwhile = [], [], []
+    for *short, long in rounds:
+        first += [t.came[0] - t.asked for t in short]
+        gaps = [(a, b) for t in short for a, b in zip(t.came, t.came[1:])]
+        between += [b - a for a, b in gaps]
+        meanwhile += [b - a for a, b in gaps if long.asked < b and a < long.came[0]]
+    every = [t for told in rounds for t in told]
+    wall = sum(max(t.came[-1] for t in told) - min(t.asked for t in told) for told in rounds)
     return {
-        "tokens_per_second": sum(t.tokens for t in told) / wall,
-        "seconds": wall,
-        "first": spread([t.came[0] - t.asked for t in short]),
-        "between": spread([gap for _, gap in gaps]),
-        "meanwhile": spread(meanwhile) | {"most": max(meanwhile, default=float("nan")), "count": len(meanwhile)},
-        "long_first": long.came[0] - long.asked,
-        "kept": sum(t.kept for t in told),
-        "same": sum(t.text == answer for t, answer in zip(told, answers)),
-        "requests": len(told),
-        "told": [asdict(t) for t in told],
+        "tokens_per_second": sum(t.tokens for t in every) / wall,
+        "first": spread(first),
+        "between": spread(between),
+        "meanwhile": spread(meanwhile),
+        "long_first": statistics.median(told[-1].came[0] - told[-1].asked for told in rounds),
+        "kept": sum(t.kept for t in every),
+        "same": sum(t.text == answer for t, answer in zip(every, itertools.chain(*answers))),
+        "requests": len(every),
+        "told": [[asdict(t) for t in told] for told in rounds],
     }
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each method and way."""
-    rows, asked = [], prompts(args)
-    common = ("--model", args.model, "--device", args.device, "--dtype", args.dtype, "--budget", args.budget)
+    rows, asked = [], [prompts(args, number) for number in range(args.rounds)]
+    common = ["--model", args.model, "--device", args.device, "--dtype", args.dtype, "--budget", args.budget]
     for method in args.methods:
-        answers: list[str] = []
-        for way, options in WAYS.items():
-            chunk = () if "--prefill-chunk" in options else ("--prefill-chunk", str(args.chunk))
-            with Server(*common, "--method", method, *chunk, *options) as server:
-                told = asyncio.run(drive(server.url, asked, args.new, together=bool(answers)))
-            answers = answers or [t.text for t in told]
-            rows.append({"method": method, "way": way, **summary(told, answers)})
-            print(line(rows[-1]), flush=True)
+        found: dict[str, list[list[Told]]] = {way: [] for way in WAYS}
+        with contextlib.ExitStack() as stack:
+            given = [*common, "--method", method]
+            servers = {name: stack.enter_context(Server(*given, *_chunked(options, args.chunk)))
+                       for name, options in SERVERS.items()}  # fmt: skip
+            for some in asked:
+                for way, (name, together) in WAYS.items():
+                    found[way].append(asyncio.run(drive(servers[name].url, some, args.new, together)))
+        answers = [[t.text for t in told] for told in found["one at a time"]]
+        rows += [{"method": method, "way": way, **summary(rounds, answers)} for way, rounds in found.items()]
+        print("\n".join(line(row) for row in rows[-len(WAYS) :]), flush=True)
     return rows
+
+
+def _chunked(options: Sequence[str], tokens: int) -> list[str]:
+    """With that size of pieces where none is said."""
+    return [*options, *([] if "--prefill-chunk" in options else ["--prefill-chunk", str(tokens)])]
 
 
 def line(row: dict[str, Any]) -> str:
     """Of the table."""
-    first, between = (f"{row[name]['median']:.2f} / {row[name]['p95']:.2f}" for name in ("first", "between"))
-    while_read = row["meanwhile"]
-    most = f"{while_read['median']:.2f}, at most {while_read['most']:.2f}" if while_read["count"] else "–"
+    some = [row[name] for name in ("first", "between", "meanwhile")]
+    first, between, meanwhile = (f"{x['median']:.2f} / {x['p95']:.2f}" if x["count"] else "–" for x in some)
     return (
-        f"| `{row['method']}` | {row['way']} | {row['tokens_per_second']:.1f} | {first} | {between} | {most}"
+        f"| `{row['method']}` | {row['way']} | {row['tokens_per_second']:.1f} | {first} | {between} | {meanwhile}"
         f" | {row['long_first']:.1f} | {row['kept']} | {row['same']} of {row['requests']} |"
     )
 
@@ -199,8 +219,8 @@ def table(found: dict[str, Any]) -> str:
     said = (
         f"{asked['model']}, {asked['dtype']}, budget {asked['budget']}: {asked['clients']} requests of"
         f" {asked['alike'] + asked['own']} prompt tokens, {asked['alike']} of them alike, and one of {asked['long']};"
-        f" {asked['new']} tokens each; pieces of {asked['chunk']}. {here['device_name']}, {here['threads']} threads,"
-        f" torch {here['torch']}, {found['date']}."
+        f" {asked['new']} tokens each; pieces of {asked['chunk']}; {asked['rounds']} rounds. {here['device_name']},"
+        f" threads: {here['threads']}, torch {here['torch']}, {found['date']}."
     )
     ruler = "| --- " * (HEAD.count("|") - 1) + "|"
     return "\n".join([HEAD, ruler, *map(line, found["rows"]), "", said])

@@ -46,15 +46,16 @@ def why_not_continued(run: Run | None, cache: Any) -> list[str]:
 
 
 def why_not_in_pieces(run: Run | None, cache: Any) -> list[str]:
-    """Why a prompt must be read in one forward; [] means that several leave the same."""
+    """Why a prompt must be read in one forward; [] means that several leave the same, told how many tokens it has."""
     odd = sorted({type(x).__name__ for x in cache.layers if not _growing(x)})
-    return [f"a {name} does not take a prompt in pieces" for name in odd] + _whole(run)
+    return [f"a {name} does not take a prompt in pieces" for name in odd] + _whole(run, foretold=True)
 
 
-def _whole(run: Run | None) -> list[str]:
-    """What reads a prompt as a whole, and why."""
+def _whole(run: Run | None, foretold: bool = False) -> list[str]:
+    """What reads a prompt as a whole, and why; `foretold`: though its length were told."""
     parts = run.parts.items() if run else ()
-    cards = [m.card for part, m in parts if part in ("prefill", "decode") and "chunks" in m.card.lacks]
+    readers = [m for part, m in parts if part in ("prefill", "decode") and not (foretold and m.foretold)]
+    cards = [m.card for m in readers if "chunks" in m.card.lacks]
     return list(dict.fromkeys(f"{card.name} reads a prompt as a whole: {card.lacks['chunks']}" for card in cards))
 
 

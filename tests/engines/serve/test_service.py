@@ -133,7 +133,7 @@ def together(s, lengths, counts):
     return [c.tokens() for c in clients], [ends[c] for c in clients]
 
 
-@pytest.mark.parametrize("method", ["full", "snapkv", "quest:dense_layers=0"])
+@pytest.mark.parametrize("method", ["full", "snapkv", "streaming", "quest:dense_layers=0"])
 def test_who_is_answered_goes_on_while_a_long_prompt_is_read(method):
     with service(method, prefill_chunk=4, prefixes=0) as s:
         tokens, ends = together(s, [10, 300, 20], [30, 2, 5])

@@ -265,7 +265,7 @@ class Service:
         until = min(len(job.ids), known + most)
         reading.known = until
         if until < len(job.ids):
-            with self._prompts.one(ends=False):
+            with self._prompts.one(ends=False, tokens=len(job.ids)):
                 return self._prompts.read(job.ids[:until], reading.cache, known)
         if not self._prefixes.most:
             return self._prompts.read(job.ids, reading.cache, known)
