@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saccade.attach import attach, fingerprint
 from saccade.attach.compat import CACHE
+from saccade.attach.engine import Engine
 from saccade.core.artefact import Artefact
 from saccade.methods.cache.duo_attention import DuoAttention
 from saccade.methods.cache.razor_attention import RazorAttention
@@ -81,3 +82,41 @@ def test_numbers_say_what_masks_say(method, share, data):
     mask = method.visible(torch.full((2, 1), position), keys, head, by_row)[:, 0]
     for row, (sinks, recent) in zip(mask, found):
         assert torch.equal(row, (keys[0] < sinks) | (position - keys[0] <= recent))
+
+
+ROLL = dataclasses.replace(RAZOR, policy="roll", fold_tokens=4)
+
+
+def named(what):
+    return getattr(what, "card", None) and what.card.name
+
+
+def stored(layer, rows):
+    """Tokens and bytes of some heads, which are as long as one another: of whole storages, room behind them too."""
+    (bucket,) = [b for b in layer.store.buckets if set(b.rows.tolist()) & rows]
+    assert set(bucket.rows.tolist()) == rows, "others are as long"
+    return bucket.length, sum(x.untyped_storage().nbytes() for x in bucket.tensors())
+
+
+@pytest.mark.parametrize(("method", "windows"), [(Streaming(), {0, 1}), (DUO, {1}), (ROLL, {1})], ids=named)
+def test_a_window_is_as_long_after_a_hundred_thousand_tokens(method, windows, monkeypatch):
+    """Attention is left out behind the prompt: what it gives is stored nowhere."""
+    with attach(MODEL, method, budget="25tok"), torch.no_grad():
+        layer = MODEL(tokens(40), use_cache=True)[CACHE].layers[0]
+        monkeypatch.setattr(Engine, "_attend", lambda self, layer, q, *rest: q)
+
+        def step(count):
+            q, k = (torch.zeros(1, heads, count, 16, dtype=torch.float64) for heads in (4, 2))
+            layer.engine.forward(layer, q, k, k, None)
+
+        def rounds():
+            return [(step(1), stored(layer, windows))[1] for _ in range(2 * ROLL.fold_tokens)]
+
+        step(3 * ROLL.fold_tokens)
+        early = rounds()
+        for _ in range(40):
+            step(2500)
+        assert rounds() == early and max(length for length, _ in early) < 40
+        assert layer.store.seen[0] > 100_000
+        if windows == {1}:
+            assert stored(layer, {0})[0] == layer.store.seen[0], "the other head keeps all"

@@ -1,7 +1,7 @@
 """Tests of a `case` run for every registered method in all of its forms; those of a `plain` case for each as it comes;
 those of an `owner` for each as it comes and where a choice makes it own other parts: they are about attaching, which no
-other choice reaches; those of a `probe` for each that reads only, those of a `layer` for each that is trained;
-`--method NAME` leaves one method.
+other choice reaches; those of a `keeper` for each as it comes of the families cache and decode; those of a `probe` for
+each that reads only, those of a `layer` for each that is trained; `--method NAME` leaves one method.
 
 A test marked `claims("chunks")` is expected to fail, and must, for a method whose card gives a reason against "chunks":
 a limitation that is none turns the suite red. A card speaks of the method as it comes; other forms of it may be better.
@@ -19,6 +19,7 @@ KINDS = {
     "case": lambda case: True,
     "plain": lambda case: not case.option,
     "owner": lambda case: not case.option or case.parts != Case(case.name).parts,
+    "keeper": lambda case: not case.option and case.card.family in ("cache", "decode"),
     "probe": lambda case: not case.option and "observe" in case.parts,
     "layer": lambda case: True,
 }

@@ -141,6 +141,20 @@ def test_14_bytes_reported_are_bytes_held(case, data):
             assert run.record.bytes_held == reachable(cache)
 
 
+@pytest.mark.claims("bytes")
+@drawn(1)
+def test_14_at_the_peak_of_a_prompt_one_layer_is_whole(owner, data):
+    """A layer holds what it will hold before the next one is computed."""
+    trial, held = data.draw(trials(owner)), []
+    with trial.attach() as run, torch.no_grad(), contextlib.ExitStack() as stack:
+        cache = run.new_cache()
+        for mine, layer in zip(cache.layers, trial.model.model.layers):
+            hook = layer.register_forward_hook(lambda *_, mine=mine: held.append(mine.bytes_held()))
+            stack.callback(hook.remove)
+        trial.model(trial.ids()[:, : trial.prompt], **{CACHE: cache})
+        assert held == [layer.bytes_held() for layer in cache.layers]
+
+
 def reachable(cache) -> int:
     """Bytes of the storages of all tensors under the cache's layers; a run and its engines are not the cache's."""
     found, waiting, seen = {}, [cache.layers], set()

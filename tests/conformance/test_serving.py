@@ -12,7 +12,7 @@ def test_served_together_it_is_generate_alone(plain):
     model = tiny(4, 2, 16)
     method, budget = equipped(plain.method(), model), next(iter(plain.budgets[1:]), 1.0)
     prompts = [ids(length, start) for length, start in zip(LENGTHS, STARTS)]
-    with service(method, model, budget, batch=3) as s:
+    with service(method, model, budget, batch=3, prefill_chunk=16) as s:
         clients = [Client(s, prompt, greedy(count)) for prompt, count in zip(prompts, COUNTS)]
         found, reuse = [c.tokens() for c in clients], s.health()["prefixes"]
     assert found == alone(method, prompts, COUNTS, model, budget)

@@ -26,7 +26,7 @@ def why_not_joined(run: Run | None, cache: Any) -> list[str]:
     reasons = [
         f"layer {i} keeps its tokens in a {type(layer).__name__}"
         for i, layer in enumerate(cache.layers)
-        if not (_ours(layer) or compat.is_plain_layer(layer) or compat.is_sliding_layer(layer))
+        if not _growing(layer)
     ]
     reader = run and run.parts.get("decode")
     if isinstance(reader, Decode) and reader.reread_tokens:
@@ -37,15 +37,30 @@ def why_not_joined(run: Run | None, cache: Any) -> list[str]:
 def why_not_continued(run: Run | None, cache: Any) -> list[str]:
     """Why the beginning of one prompt cannot serve another; [] means that it can."""
     odd = sorted({type(x).__name__ for x in cache.layers if not (_ours(x) or compat.is_plain_layer(x))})
-    reasons = [f"the tokens in a {name} cannot be taken back" for name in odd]
-    for part, method in run.parts.items() if run else ():
-        if part in ("prefill", "decode") and "chunks" in method.card.lacks:
-            reasons.append(f"{method.card.name} reads a prompt as a whole: {method.card.lacks['chunks']}")
+    reasons = [f"the tokens in a {name} cannot be taken back" for name in odd] + _whole(run)
     evictor = run and run.parts.get("evict")
     if isinstance(evictor, Cache) and evictor.tallies:
         name = evictor.card.name
         reasons.append(f"{name} keeps sums beside its keys, to which later tokens of that prompt have added")
-    return list(dict.fromkeys(reasons))
+    return reasons
+
+
+def why_not_in_pieces(run: Run | None, cache: Any) -> list[str]:
+    """Why a prompt must be read in one forward; [] means that several leave the same, told how many tokens it has."""
+    odd = sorted({type(x).__name__ for x in cache.layers if not _growing(x)})
+    return [f"a {name} does not take a prompt in pieces" for name in odd] + _whole(run, foretold=True)
+
+
+def _whole(run: Run | None, foretold: bool = False) -> list[str]:
+    """What reads a prompt as a whole, and why; `foretold`: though its length were told."""
+    parts = run.parts.items() if run else ()
+    readers = [m for part, m in parts if part in ("prefill", "decode") and not (foretold and m.foretold)]
+    cards = [m.card for m in readers if "chunks" in m.card.lacks]
+    return list(dict.fromkeys(f"{card.name} reads a prompt as a whole: {card.lacks['chunks']}" for card in cards))
+
+
+def _growing(layer: Any) -> bool:
+    return _ours(layer) or compat.is_plain_layer(layer) or compat.is_sliding_layer(layer)
 
 
 def _ours(layer: Any) -> bool:

@@ -172,7 +172,7 @@ class Engine:
             return
         states = layer.states.get(owner.card.name) or Remembered(layer.store.sequences)
         lying = [tuple((f.first, f.count) for f in layer.far_of([i])) for i in range(len(seen))]
-        kinds = list(zip(seen, states.kinds(), lying))
+        kinds = list(zip(seen, states.kinds(), lying, [self.coming(layer, [i]) for i in range(len(seen))]))
         if len(set(kinds)) == 1:  # so that the device need not be asked
             yield from pieces
             return
@@ -361,11 +361,18 @@ class Engine:
             head_size=place.head_size, stage=stage, queries=queries, keys=keys, seen=seen, scale=place.scale,
             budget=self.run.budget, softcap=place.softcap, seed=self.run.seed, bytes_per_token=self.run.bytes_per_token,
             settled=stage == "decode" and not self._evicting, state=_gather_state(layer, owner, ids),
-            handed=self._handed(owner, ids), turn=place.turn,
+            coming=self.coming(layer, ids), handed=self._handed(owner, ids), turn=place.turn,
             far=layer.far_of(ids or []) if stage == "decode" else (),
             attend=lambda *inputs: self._compute(stage, *inputs)[0], partial=functools.partial(self._compute, stage),
             searched=self.counts.searched,
         )  # fmt: skip
+
+    def coming(self, layer: SaccadeLayer, ids: list[int] | None = None) -> int:
+        """Tokens of the prompt that these sequences, or any of the layer, have yet to read, where that was said."""
+        seen, told = layer.store.seen if layer.store else [], self.run.prompt_tokens
+        if layer.prompt_done or len(told) != len(seen):
+            return 0
+        return max(told[i] - seen[i] for i in (range(len(seen)) if ids is None else ids))
 
     def _handed(self, owner: Method | None, ids: list[int] | None) -> State:
         """What the same sequences were handed in the layers before: without an eviction they are together in all."""

@@ -111,13 +111,15 @@ def out_of_reach(
 
 
 def _reach(engine: Engine, method: Cache, layer: SaccadeLayer, ahead: int) -> Reach | None:
-    """What such a query reaches, for each sequence and head; None where the method does not say it in numbers."""
+    """What such a query reaches, for each sequence and head; while a prompt is read, one at its end. None where the
+    method does not say it in numbers."""
     store = layer.store
     if method.merges or not store.buckets:
         return None
     most = max(b.length for b in store.buckets)
     site = engine.site(layer, "decode", 1, most, max(store.seen), list(range(store.sequences)), "evict")
-    return method.reach([seen + ahead for seen in store.seen], site)
+    further = [ahead if layer.prompt_done else engine.coming(layer, [i]) for i in range(store.sequences)]
+    return method.reach([n + more for n, more in zip(store.seen, further)], site)
 
 
 def _gone(store: Store, rows: Bucket, reach: Reach | None, ahead: int) -> list[tuple[int, int]] | None:

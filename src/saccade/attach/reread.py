@@ -64,12 +64,12 @@ def _read_again(run: Run, cache: Any, layers: Sequence[SaccadeLayer], mask: Any)
         layer.crop(-count)
         layer.prompt_done = False
     slots = layers[0].seen
-    with run.prompt():
+    with run.prompt(ends=False):  # what has ended at its end is not to end again, nor is another prompt to
         for start in range(0, count, CHUNK_TOKENS):
             part = {name: x[:, start : start + CHUNK_TOKENS] for name, x in said.items()}
             read = slots + start + part["input_ids"].shape[1]
             seen = None if mask is None else mask[:, :read]
             run.model.base_model(**part, attention_mask=seen, **{compat.CACHE: cache}, use_cache=True)
-    for layer in layers:  # `prompt` ends that of the cache that was begun last
+    for layer in layers:
         layer.prompt_done = True
     layers[0].since = {}

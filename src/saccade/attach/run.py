@@ -48,6 +48,7 @@ class Run:
         self.attached = False
         self.note_reads = False
         self.more_prompt = False  # the prompt goes on after this forward (chunked prefill)
+        self.prompt_tokens: list[int] = []  # how many it will have, of each sequence; empty: nobody said
         self.handed: dict[tuple[int, ...], State] = {}  # sequences -> what their layers hand on in this forward
         self._record = Record()
         self._layers: dict[int, SaccadeLayer] = {}  # the last cache layer that each engine worked on
@@ -173,23 +174,26 @@ class Run:
     ):
         if generation_config.prefill_chunk_size is None:
             return original(input_ids, generation_config, model_kwargs, *rest, **kw)
-        with self.prompt():
+        with self.prompt(tokens=_lengths(input_ids, model_kwargs.get("attention_mask"))):
             return original(input_ids, generation_config, model_kwargs, *rest, **kw)
 
     @contextlib.contextmanager
-    def prompt(self) -> Iterator[None]:
-        """Forwards in here are parts of one prompt; what happens at the end of the prompt happens on leaving.
+    def prompt(self, *, ends: bool = True, tokens: Sequence[int] = ()) -> Iterator[None]:
+        """Forwards in here are parts of one prompt; what happens at the end of the prompt happens on leaving, or, if it
+        does not end there, in a later forward or block.
+
+        tokens: how many each sequence will have, for methods that go by the length of a prompt
 
         with run.prompt():
             for chunk in ids.split(512, dim=1):
                 out = model(chunk, past_key_values=cache)  # from transformers 5.24 on: cache=cache
         """
-        self.more_prompt = True
+        self.more_prompt, self.prompt_tokens = True, list(tokens)
         try:
             yield
         finally:
-            self.more_prompt = False
-        for engine in self._engines.values():
+            self.more_prompt, self.prompt_tokens = False, []
+        for engine in self._engines.values() if ends else ():
             layer = self._layers.get(engine.place.layer)
             if layer is not None and not layer.prompt_done:
                 layer.prompt_done = True
@@ -225,3 +229,10 @@ class Run:
                 if "pack" in self.parts:
                     entry.bits, entry.bits_whole = store.bits(), 8 * layer.dtype.itemsize
         return self._record
+
+
+def _lengths(ids: torch.Tensor, mask: Any) -> list[int]:
+    """Tokens of each prompt, without padding; empty where only embeddings were given."""
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape == ids.shape:
+        return mask.sum(-1).tolist()
+    return [ids.shape[1]] * ids.shape[0] if mask is None and ids.shape[1] else []

@@ -35,6 +35,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queue", type=int, default=64, metavar="N", help="let so many wait; more are told 429 (64)")
     parser.add_argument("--cache", default="4GiB", metavar="BYTES", help="for the caches of all requests (4GiB)")
     parser.add_argument("--prefixes", type=int, default=8, metavar="N", help="keep the caches of N prompts (8)")
+    parser.add_argument(
+        "--prefill-chunk", type=int, default=512, metavar="N",
+        help="read N tokens of prompts between two steps of the others; 0: whole prompts (512)",
+    )  # fmt: skip
     parser.add_argument("--new-tokens", type=int, default=256, metavar="N", help="for chats that do not say (256)")
     parser.add_argument("--request-tokens", type=int, metavar="N", help="of one request (what the model can take)")
     parser.add_argument("--seed", type=int, default=0, help="of methods that draw (0)")
@@ -54,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     who, amount, size = parse("+".join(args.method or ["full"])), budget(args), Budget.of(args.cache)
     if size.unit != "bytes":
         raise BadOption(f"--cache {args.cache}", "that is no number of bytes", "Give one: 2GiB.")
-    limits = Limits(args.batch, args.queue, int(size.amount), args.prefixes, args.new_tokens, args.request_tokens)
+    bounds = (args.batch, args.queue, int(size.amount), args.prefixes, args.new_tokens, args.request_tokens)
+    limits = Limits(*bounds, args.prefill_chunk)
     bound, url = address.listen(args.host, args.port)
     with bound:
         model, tokenizer = load(args)

@@ -41,6 +41,7 @@ class Method:
     `dated`: its state says from which token on it holds. When tokens are taken back the state is left to it.
     `replays`: of one that chooses what is read after the prompt: over the same stored keys it does the same for each
     query, and asks nothing of the host; so that a graph can do it again.
+    `foretold`: its card's reason against chunks is the prompt's length: told `Site.coming`, pieces are as one prompt.
 
     Raises:
         BadOption: a value outside what the option allows.
@@ -49,6 +50,7 @@ class Method:
     card: ClassVar[Card]
     dated: ClassVar[bool] = False
     replays: ClassVar[bool] = False
+    foretold: ClassVar[bool] = False
     artefact: Artefact | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self):

@@ -54,6 +54,7 @@ class Site:
     heads, kv_heads, head_size: of the tensors at hand (under tensor parallelism, the local ones)
     queries, keys: tokens asking, tokens there to be looked at (the askers included)
     seen: tokens that went by, dropped ones included; the true position of the last query is `seen - 1`
+    coming: tokens of the prompt that are read in later forwards, where the attachment was told how many
     scale, softcap: of the logits, as the model has them
     state: what this method wants to remember between calls on this layer and cache. Tensors with the batch first; they
         follow beam reordering; when tokens are taken back, what the prompt left is there again (`Method.dated`: it
@@ -85,6 +86,7 @@ class Site:
     seed: int = 0
     bytes_per_token: int = 0  # of the whole cache, for budgets in bytes
     settled: bool = False
+    coming: int = 0
     state: State = field(default_factory=dict, repr=False, compare=False)
     handed: State = field(default_factory=dict, repr=False, compare=False)
     marks: Bool[Tensor, "b k"] | None = field(default=None, repr=False, compare=False)
@@ -100,6 +102,11 @@ class Site:
     def offset(self) -> int:
         """Key index of the first query."""
         return self.keys - self.queries
+
+    @property
+    def whole(self) -> int:
+        """Tokens that went by, and those that are known to come with this prompt."""
+        return self.seen + self.coming
 
     @property
     def group(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from unittest import mock
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ METHODS = ["full", "knorm", "snapkv", "streaming", "hip", "minference+snapkv", "
 @pytest.mark.parametrize("method", METHODS)
 def test_tokens_are_those_of_generate_alone(method):
     model = models.tiny("llama", layers=6) if HANDING_ON in method else small.model()
-    with service(method, model, batch=4) as s:
+    with service(method, model, batch=4, prefill_chunk=32) as s:
         clients = [Client(s, p, greedy(n)) for p, n in zip(PROMPTS, COUNTS)]
         tokens, found = [c.tokens() for c in clients], s.health()
     assert tokens == alone(method, PROMPTS, COUNTS, model)
@@ -45,7 +46,8 @@ def test_tokens_are_those_of_generate_alone(method):
 @given(st.lists(st.tuples(*map(st.integers, (1, 1, 0), (60, 9, 40))), min_size=1, max_size=8), st.data())
 def test_who_comes_when_changes_nothing(requests, data):
     prompts = [ids(length, start) for length, _, start in requests]
-    with service("snapkv", batch=data.draw(st.integers(1, 4)), prefixes=data.draw(st.integers(0, 3))) as s:
+    limits = {"batch": st.integers(1, 4), "prefixes": st.integers(0, 3), "prefill_chunk": st.sampled_from([0, 3, 20])}
+    with service("snapkv", **{name: data.draw(numbers) for name, numbers in limits.items()}) as s:
         clients = []
         for prompt, (_, count, _) in zip(prompts, requests):
             clients.append(Client(s, prompt, greedy(count)))
@@ -109,6 +111,60 @@ def test_kept_prompts_make_room_for_requests():
         assert max(seen) > 0
         Client(s, ids(300), greedy(2)).tokens()
         assert s.health()["prefixes"]["kept"] < 8
+
+
+def together(s, lengths, counts):
+    """Clients that are there before the first turn, and per client how much each had when that one got its last."""
+    go, turn, ends = threading.Event(), s._turn, {}
+    s._turn = lambda: (go.wait(PATIENCE_SECONDS), turn())
+    clients = [Client(s, ids(length, i), greedy(count)) for i, (length, count) in enumerate(zip(lengths, counts))]
+
+    def listen(client, deliver):
+        def told(event):
+            if event.last:
+                ends[client] = [len(c.job.tokens) for c in clients]
+            deliver(event)
+
+        return told
+
+    for client in clients:
+        client.job.deliver = listen(client, client.job.deliver)
+    go.set()
+    return [c.tokens() for c in clients], [ends[c] for c in clients]
+
+
+@pytest.mark.parametrize("method", ["full", "snapkv", "streaming", "quest:dense_layers=0"])
+def test_who_is_answered_goes_on_while_a_long_prompt_is_read(method):
+    with service(method, prefill_chunk=4, prefixes=0) as s:
+        tokens, ends = together(s, [10, 300, 20], [30, 2, 5])
+    assert ends[0][1] == ends[2][1] == 0, "the short ones had to wait"
+    assert tokens == alone(method, [ids(10), ids(300, 1), ids(20, 2)], [30, 2, 5])
+
+
+def test_short_prompts_do_not_hold_up_a_long_one_for_ever():
+    with service(prefill_chunk=4, prefixes=0, batch=16) as s:
+        _, ends = together(s, [40] + [8] * 15, [1] + [2] * 15)
+    assert ends[0].count(0) > 0, "the long one came last"
+
+
+def test_whole_prompts_are_read_in_one_forward_where_they_must_and_it_is_said():
+    for method, chunk, pieces in (("snapkv", 16, 4), ("snapkv", 0, 1), ("minference", 16, 1)):
+        with service(method, prefill_chunk=chunk, prefixes=0) as s:
+            with mock.patch.object(s._prompts, "read", wraps=s._prompts.read) as read:
+                Client(s, ids(50), greedy(1)).tokens()
+            found, said = s.health()["prefill"], " ".join(s.notes())
+        assert read.call_count == pieces and found["chunk_tokens"] == (chunk if pieces > 1 else 0)
+        assert ("waits while a prompt is read: minference reads a prompt as a whole" in said) == bool(found["why_not"])
+
+
+def test_who_leaves_while_its_prompt_is_read_is_dropped():
+    with service(prefill_chunk=1, prefixes=0) as s:
+        leaves = Client(s, ids(370), greedy(3))
+        until(lambda: s.health()["prefill"]["reading"])
+        s.cancel(leaves.job)
+        assert Client(s, ids(5), greedy(2)).tokens()
+        until(lambda: s.health()["running"] == 0)
+        assert s.health()["ended"] == {"finished": 1, "cancelled": 1, "failed": 0} and not leaves.job.tokens
 
 
 # --- bounds -----------------------------------------------------------------------------------------------------------
@@ -284,4 +340,5 @@ def test_what_does_not_work_as_elsewhere_is_said(monkeypatch):
     assert together.startswith("Each request is decoded by itself: tidaldecode reads tokens again")
     assert own == "The model's own generation settings repetition_penalty=1.2 are not applied."
     with service("minference") as s:
-        assert [n.split(":")[0] for n in s.notes()] == ["No prompt is reused"]
+        said = ["Who is being answered waits while a prompt is read", "No prompt is reused"]
+        assert [n.split(":")[0] for n in s.notes()] == said

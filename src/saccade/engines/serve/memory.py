@@ -14,7 +14,7 @@ class Limits:
     """What the service takes on. `request_tokens` None: as many as the model has positions.
 
     Raises:
-        BadOption: a number below one (`prefixes`: below zero).
+        BadOption: a number below one (`prefixes`, `prefill_chunk`: below zero).
     """
 
     batch: int = 16  # requests decoded together
@@ -23,10 +23,11 @@ class Limits:
     prefixes: int = 8  # prompts whose caches are kept
     new_tokens: int = 256  # where a request does not say how many
     request_tokens: int | None = None  # prompt and new ones of one request
+    prefill_chunk: int = 512  # tokens of a prompt that are read between two steps of the others; 0: all of it
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            least = 0 if name == "prefixes" else 1
+            least = 0 if name in ("prefixes", "prefill_chunk") else 1
             if value is not None and value < least:
                 raise BadOption(f"{name}={value}", f"it must be {least} or more", "Give such a number.")
 

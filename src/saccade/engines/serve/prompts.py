@@ -10,6 +10,20 @@ import torch
 
 from saccade.attach import compat
 from saccade.attach.compat import CACHE
+from saccade.engines.serve.jobs import Job
+
+
+class Reading:
+    """A prompt on its way into a cache, which holds `known` of its tokens; None before it is begun."""
+
+    def __init__(self, job: Job):
+        self.job, self.known = job, 0
+        self.cache: Any = None
+
+    @property
+    def left(self) -> int:
+        """Tokens to be read."""
+        return len(self.job.ids) - self.known
 
 
 class Prompts:
@@ -23,9 +37,10 @@ class Prompts:
         """An empty one."""
         return self.run.new_cache() if self.run else compat.new_cache(self.model)
 
-    def one(self) -> contextlib.AbstractContextManager[Any]:
-        """Inside, what is read is one prompt, in however many forwards."""
-        return self.run.prompt() if self.run else contextlib.nullcontext()
+    def one(self, ends: bool = True, tokens: int = 0) -> contextlib.AbstractContextManager[Any]:
+        """Inside, what is read is one prompt, in however many forwards; it ends on leaving, or goes on elsewhere up to
+        so many tokens."""
+        return self.run.prompt(ends=ends, tokens=[tokens] if tokens else ()) if self.run else contextlib.nullcontext()
 
     def read(self, ids: list[int], cache: Any, known: int = 0) -> torch.Tensor:
         """Logits [1 n v] of the tokens that the cache does not hold yet; of the last alone if the model can do that."""

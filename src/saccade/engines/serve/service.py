@@ -18,7 +18,7 @@ from saccade.engines.serve.batch import Batch, Row, next_tokens
 from saccade.engines.serve.jobs import Event, Job, Refused
 from saccade.engines.serve.memory import Limits, Memory, costs
 from saccade.engines.serve.prefixes import Prefixes
-from saccade.engines.serve.prompts import Prompts
+from saccade.engines.serve.prompts import Prompts, Reading
 from saccade.measure.bytes import cache_bytes, full_cache_bytes
 from saccade.measure.contestants import Contestant
 
@@ -26,7 +26,7 @@ log = logging.getLogger("saccade")
 
 TRIAL_TOKENS = 64  # read at the start, to see what a token costs and what the cache allows
 TRIAL_STEPS = 2  # and decoded after them: rows that grow ask for room, and some methods remember their choices
-TURN_TOKENS = 512  # of prompts read between two steps of those that are being decoded; one prompt at least
+TURN_TOKENS = 512  # of whole prompts read between two steps of those that are being decoded; one prompt at least
 
 
 class Service:
@@ -37,8 +37,10 @@ class Service:
         self.seed = seed
         self._ends = _end_tokens(model, tokenizer)
         self._waiting: deque[Job] = deque()
+        self._readings: list[Reading] = []
         self._batches: list[Batch] = []
-        self._taken: list[Job] = []  # whose prompts are read, or will be at once
+        self._taken: list[Job] = []  # which are read or decoded
+        self._oldest = False  # whether the prompt read last was the one that waited longest
         self._ended = {"finished": 0, "cancelled": 0, "failed": 0}
         self._stopping = False
         self._news = threading.Condition()
@@ -86,6 +88,8 @@ class Service:
         padded = caches.pads(cache) and not self.not_joined
         self.memory = Memory(self.limits, self.positions, padded, *costs(held, few, TRIAL_STEPS, dense))
         self.not_continued = caches.why_not_continued(self._run, cache)
+        self.not_in_pieces = caches.why_not_in_pieces(self._run, cache)
+        self.chunk_tokens = 0 if self.not_in_pieces else self.limits.prefill_chunk
         caches.forget(cache)
         if self.memory.request_tokens < 2:
             raise CannotRun("serve requests of a token and an answer", self.memory.bound(), "Allow more.")
@@ -117,6 +121,8 @@ class Service:
     def notes(self) -> list[str]:
         """What does not work here as elsewhere, in words."""
         notes = [f"Each request is decoded by itself: {'; '.join(self.not_joined)}."] if self.not_joined else []
+        if self.not_in_pieces and self.limits.prefill_chunk:
+            notes.append(f"Who is being answered waits while a prompt is read: {'; '.join(self.not_in_pieces)}.")
         if self.not_continued and self.limits.prefixes:
             notes.append(f"No prompt is reused: {'; '.join(self.not_continued)}.")
         ignored = _unserved(self.model)
@@ -136,6 +142,8 @@ class Service:
                 "waiting": len(self._waiting),
                 "ended": dict(self._ended),
                 "batching": {"most": self.limits.batch, "together": not self.not_joined, "why_not": self.not_joined},
+                "prefill": {"chunk_tokens": self.chunk_tokens, "reading": len(self._readings),
+                            "why_not": self.not_in_pieces},
                 "memory": {
                     "bytes_reserved": self.memory.reserved(self._taken),
                     "bytes_prefixes": prefixes.bytes_held,
@@ -163,12 +171,14 @@ class Service:
             except Exception as error:  # while rows joined or left: it concerns all that are there, not the server
                 self._fail(list(self._taken), error)
                 self._set(None, [])
+                self._readings = []
         self._close()
 
     def _turn(self) -> None:
-        """Everybody's next token."""
+        """Some of the prompts, and everybody's next token."""
         self._drop_cancelled()
-        fresh = self._admit()
+        self._admit()
+        fresh = self._read()
         if fresh:
             self._join(fresh)
         for batch in list(self._batches):
@@ -176,7 +186,7 @@ class Service:
 
     def _something_to_do(self) -> bool:
         with self._news:
-            while not (self._stopping or self._waiting or self._batches):
+            while not (self._stopping or self._waiting or self._readings or self._batches):
                 self._news.wait()
             return not self._stopping
 
@@ -189,27 +199,25 @@ class Service:
         for job in jobs:
             job.deliver(Event(error=error))
         self._set(None, [])
+        self._readings = []
 
     def _drop_cancelled(self) -> None:
         with self._news:
             left = deque(job for job in self._waiting if not job.cancelled)
             self._ended["cancelled"] += len(self._waiting) - len(left)
             self._waiting = left
+        self._release([r.job for r in self._readings if r.job.cancelled], "cancelled")
+        self._readings = [r for r in self._readings if not r.job.cancelled]
         for batch in list(self._batches):
             self._keep(batch, [row for row in batch.rows if not row.job.cancelled], "cancelled")
 
-    def _admit(self) -> list[Batch]:
-        """Read the prompts of those that waited longest, as far as rows and memory go; each is a batch of its own."""
-        fresh, read = [], 0
-        while len(self._taken) < self.limits.batch and read < TURN_TOKENS:
+    def _admit(self) -> None:
+        """Take on those that waited longest, as far as rows and memory go."""
+        while len(self._taken) < self.limits.batch:
             job = self._next()
             if job is None:
                 break
-            read += len(job.ids)
-            batch = self._begin(job)
-            if batch is not None:
-                fresh.append(batch)
-        return fresh
+            self._readings.append(Reading(job))
 
     def _next(self) -> Job | None:
         with self._news:
@@ -220,30 +228,64 @@ class Service:
             self._prefixes.shrink(self.memory.room(self._taken))
             return job
 
-    def _begin(self, job: Job) -> Batch | None:
-        """Read a prompt and write its first token; None if that was all, or it failed."""
+    def _read(self) -> list[Batch]:
+        """As much of the prompts as goes between two steps; those that are read are batches of their own."""
+        fresh, room = [], self.chunk_tokens or TURN_TOKENS
+        while self._readings and room > 0:
+            reading = self._whose_turn()
+            before = reading.left
+            batch = self._begin(reading, room if self.chunk_tokens else before)
+            room -= before - reading.left
+            if batch is not None:
+                fresh.append(batch)
+        return fresh
+
+    def _whose_turn(self) -> Reading:
+        """Turn and turn about who waited longest and who has least to read: neither holds the other up for long."""
+        self._oldest = not self._oldest
+        return self._readings[0] if self._oldest else min(self._readings, key=lambda r: r.left)
+
+    def _begin(self, reading: Reading, most: int) -> Batch | None:
+        """Read so many tokens of a prompt, and write its first one after the last; None before that, if that was all,
+        or if it failed."""
         try:
-            cache, logits = self._prefill(job)
-            batch = Batch(self.model, cache, Row(job, self.tokenizer))
+            logits = self._prefill(reading, most)
+            if reading.left:
+                return None
+            self._readings.remove(reading)
+            batch = Batch(self.model, reading.cache, Row(reading.job, self.tokenizer))
             return batch if self._hand_out(batch, next_tokens(logits, batch.rows)) else None
         except Exception as error:  # of a method, the model or the device: it concerns this request, not the server
-            self._fail([job], error)
+            self._readings = [r for r in self._readings if r is not reading]
+            self._fail([reading.job], error)
             return None
 
-    def _prefill(self, job: Job) -> tuple[Any, torch.Tensor]:
+    def _prefill(self, reading: Reading, most: int) -> torch.Tensor:
+        job, known = reading.job, self._opened(reading)
+        until = min(len(job.ids), known + most)
+        reading.known = until
+        if until < len(job.ids):
+            with self._prompts.one(ends=False, tokens=len(job.ids)):
+                return self._prompts.read(job.ids[:until], reading.cache, known)
         if not self._prefixes.most:
-            cache = self._prompts.new_cache()
-            return cache, self._prompts.read(job.ids, cache)
-        with self._news:
-            cache, job.reused_tokens = self._prefixes.find(job.ids)
-        if cache is None:
-            cache = self._prompts.new_cache()
-        caches.resume(cache)
+            return self._prompts.read(job.ids, reading.cache, known)
         with self._prompts.one():
-            logits = self._prompts.read(job.ids, cache, job.reused_tokens)
+            logits = self._prompts.read(job.ids, reading.cache, known)
             with self._news:
-                self._prefixes.keep(job.ids, cache, self.memory.room(self._taken))
-        return cache, logits
+                self._prefixes.keep(job.ids, reading.cache, self.memory.room(self._taken))
+        return logits
+
+    def _opened(self, reading: Reading) -> int:
+        """See to a cache, which may hold the beginning already, and to it that the run knows that this one is read on;
+        tokens that it holds."""
+        if reading.cache is None:
+            with self._news:
+                reading.cache, reading.known = self._prefixes.find(reading.job.ids)
+            reading.job.reused_tokens = reading.known
+        if reading.cache is None:
+            reading.cache = self._prompts.new_cache()
+        caches.resume(reading.cache)
+        return reading.known
 
     def _join(self, fresh: Sequence[Batch]) -> None:
         """Those that were read join those that are decoded, where the cache allows it."""

@@ -66,8 +66,8 @@ class DuoAttention(Cache):
             "Weights are not reordered: rows of equal length are stored together instead, which changes no output.",
         ),
         lacks={
-            "chunks": "which heads are full depends on the prompt's length, known only at the end of a first chunk;"
-            " tokens read after the prompt agree exactly, however they are cut",
+            "chunks": "which heads are full depends on the prompt's length, known only at the end of a first chunk"
+            " unless it is told, as generate and serve do; tokens after the prompt agree exactly, however they are cut",
             "gqa": "the number of full heads is rounded down over all key/value heads: of two copies of a head, one may"
             " be full",
         },
@@ -100,6 +100,11 @@ class DuoAttention(Cache):
     def parts(self) -> tuple[str, ...]:
         return ("prefill", "evict")
 
+    @property
+    def foretold(self) -> bool:
+        """Not where the prompt is read densely, of which nothing may go before its end."""
+        return self.prefill == "lambda"
+
     def check(self, site: Site) -> list[str]:
         if self.artefact is None:
             return ["no gates were trained for this model: saccade calibrate duo-attention"]
@@ -109,10 +114,10 @@ class DuoAttention(Cache):
         return []
 
     def select(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Selection:
-        site.state["prompt"] = torch.full((q.shape[0],), site.seen)  # on the host, where it is asked for
+        site.state["prompt"] = torch.full((q.shape[0],), site.whole)  # on the host, where it is asked for
         if self.prefill == "dense":
             return dense(site.queries, site.keys)
-        sinks, recent, full = self._split(site.seen, site)
+        sinks, recent, full = self._split(site.whole, site)
         full = full.repeat_interleave(site.group).to(q.device)
         window = torch.where(full, max(site.keys, 1), recent + 1)
         return Spans(sinks=torch.full_like(window, sinks), window=window, queries=site.queries, keys=site.keys)

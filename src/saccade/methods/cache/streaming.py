@@ -31,6 +31,7 @@ class Streaming(Cache):
     """
 
     rolling: ClassVar[bool] = True
+    foretold: ClassVar[bool] = True
     card = Card(
         name="streaming",
         title="Efficient Streaming Language Models with Attention Sinks",
@@ -51,8 +52,8 @@ class Streaming(Cache):
             "The prompt is computed under the rule; kvpress' StreamingLLMPress computes it densely and cuts it then.",
         ),
         lacks={
-            "chunks": "a fraction is taken of the tokens so far, and a first chunk does not know how many come; with"
-            " a budget in tokens, chunks, steps and one pass agree exactly",
+            "chunks": "a fraction is taken of the tokens so far, and a first chunk does not know how many come unless"
+            " it is told, as generate and serve do; with a budget in tokens, chunks, steps and one pass agree exactly",
         },
     )
 
@@ -63,7 +64,7 @@ class Streaming(Cache):
         return ("prefill", "evict")
 
     def select(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Spans:
-        held = site.budget.tokens(site.seen, site.bytes_per_token)
+        held = site.budget.tokens(site.whole, site.bytes_per_token)
         sinks = min(self.sink_tokens, held)
         one = torch.ones(1, dtype=torch.long, device=q.device)
         return Spans(sinks=sinks * one, window=(held - sinks + 1) * one, queries=site.queries, keys=site.keys)
@@ -71,7 +72,8 @@ class Streaming(Cache):
     def visible(
         self, q_position: Int[Tensor, "r q"], k_position: Int[Tensor, "r k"], head: Int[Tensor, " r"], site: Site
     ) -> Bool[Tensor, "r q k"]:
-        held = _held(site.budget, q_position, site.bytes_per_token)
+        end = q_position.clamp(min=site.whole) if site.stage == "prefill" or site.coming else q_position
+        held = _held(site.budget, end, site.bytes_per_token)  # a prompt is one: its queries hold as much
         sinks = held.clamp(max=self.sink_tokens)
         behind = q_position[..., None] - k_position[:, None]
         return (k_position[:, None] < sinks[..., None]) | (behind <= (held - sinks)[..., None])

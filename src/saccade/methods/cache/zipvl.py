@@ -65,6 +65,8 @@ class ZipVL(Cache):
             " matters; that of the last chunk is what the cache goes by.",
             "Off CUDA devices the 4 and 2 bits are read by plain PyTorch, 1,024 tokens spelt out at a time: memory is"
             " saved, time is not.",
+            "No trained model that sees could be had. With images the mechanics alone are tested, through generate, on"
+            " a random tower before a language model (`models.tiny_llava`); all measured quality is of text.",
         ),
         lacks={
             "full-budget": "a budget is a bound; below it mass_share decides what is left out and rounded",
