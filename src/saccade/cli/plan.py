@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 EXAMPLE = "saccade plan --model llama-3-8b --context 1M --gpus 8"
 UNITS = {"k": 2**10, "m": 2**20}
-HEADS = ("method", "family", "phase", "time", "heads x tokens", "of one GPU", "gain", "GPUs that hold it", "pays from",
-         "pays up to")  # fmt: skip
+HEADS = ("method", "family", "phase", "time", "heads x tokens", "held by a GPU", "gain", "GPUs that hold it",
+         "pays from tokens", "up to GPUs")  # fmt: skip
+NOTHING = "–"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,21 +83,26 @@ def _cluster(args: argparse.Namespace) -> Cluster:
 
 
 def _row(row: dict[str, Any]) -> list[str]:
-    from saccade.report.words import MISSING, say
-
-    gain = "only this fits" if row["only_this_fits"] else say(row["gain"], "times") if row["fits"] else "does not fit"
-    dense = not row["family"]
-    pays = [MISSING if dense else "never" if value is None else f"{value:,}{unit}"
-            for value, unit in ((row["pays_from_tokens"], ""), (row["pays_to_gpus"], " GPUs"))]  # fmt: skip
-    split = f"{row['over_heads']} x {row['over_tokens']}"
+    gain = f"{row['gain']:.3g}" if row["gain"] else "only this fits" if row["only_this_fits"] else NOTHING
+    pays = [NOTHING if not row["family"] else "never" if value is None else f"{value:,}"
+            for value in (row["pays_from_tokens"], row["pays_to_gpus"])]  # fmt: skip
+    split = f"{row['over_heads']} x {row['over_tokens']}" if row["fits"] else "does not fit"
     least = "over 1,024" if row["least_gpus"] is None else f"{row['least_gpus']:,}"
-    time, held = say(row["seconds"], "seconds"), say(row["held_bytes"], "bytes")
-    return [row["way"], row["family"] or MISSING, row["phase"], time, split, held, gain, least, *pays]
+    time, held = _time(row["seconds"]), _room(row["held_bytes"])
+    return [row["way"], row["family"] or NOTHING, row["phase"], time, split, held, gain, least, *pays]
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds / 60:,.0f} min"
+
+
+def _room(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB"
 
 
 def _in_words(name: str, tokens: int, work: dict[str, float], device: str, cluster: Cluster) -> str:
-    from saccade.report.words import say
-
-    dense = f"a prefill of {work['prefill_flops']:.2g} operations, a cache of {say(work['cache_bytes'], 'bytes')}"
+    dense = f"a prefill of {work['prefill_flops']:.2g} operations, a cache of {_room(work['cache_bytes'])}"
     links = f"{cluster.link / 1e9:g} GB/s within a node of {cluster.node_gpus}, {cluster.network / 1e9:g} between nodes"
     return f"{name}, one text of {tokens:,} tokens: {dense}. {cluster.gpus} x {device}, {links}. Reckoned, not measured."

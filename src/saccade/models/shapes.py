@@ -100,8 +100,9 @@ def of_config(config: dict[str, Any], name: str) -> Shape:
     if config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts"):
         raise BadInput(f"the shape of {name}", "it mixes experts, which are not reckoned", "Give a dense model.")
     layers, hidden, intermediate, heads, vocabulary = (config[key] for key in needed)
-    kinds = config.get("layer_types") or []
-    windowed = sum(kind == "sliding_attention" for kind in kinds[:layers])
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    kinds = config.get("layer_types") or ["sliding_attention"] * layers  # without it a window is every layer's
+    windowed = sum(kind == "sliding_attention" for kind in kinds[:layers]) if window else 0
     return Shape(
         name, layers, hidden, intermediate, heads,
         kv_heads=config.get("num_key_value_heads") or heads,
@@ -109,5 +110,5 @@ def of_config(config: dict[str, Any], name: str) -> Shape:
         vocabulary=vocabulary,
         tied=bool(config.get("tie_word_embeddings", False)),
         windowed=windowed,
-        window_tokens=int(config.get("sliding_window") or 0) if windowed else 0,
+        window_tokens=window if windowed else 0,
     )  # fmt: skip
