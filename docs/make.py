@@ -238,7 +238,8 @@ def pages() -> dict[Path, str]:
         text = (ROOT / name).read_text(encoding="utf-8")
         made[ROOT / name] = _fill(_fill(text, "methods", methods, prefix), "comparison", comparison, prefix)
     text = (ROOT / SCALE).read_text(encoding="utf-8")
-    made |= {ROOT / SCALE: _fill(text, "scale", many_gpus, "../"), ROOT / "docs" / "img" / "scale.svg": scale_page.drawn()}
+    made[ROOT / SCALE] = _fill(text, "scale", many_gpus, "../")
+    made[ROOT / "docs" / "img" / "scale.svg"] = scale_page.drawn()
     for name, folder in RUNS.items():
         if (folder / "summary.json").is_file():
             made[ROOT / "docs" / f"{name}.md"] = f"{NOTE}\n{markdown.render(Run.read(folder))}"

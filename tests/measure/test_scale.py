@@ -1,4 +1,4 @@
-"""The model of cost: it grows with the work, costs nothing where nothing is moved, and agrees with what was measured."""
+"""The model of cost: it grows with the work, moves nothing where there is one GPU, and agrees with measurements."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def test_what_is_sent_is_that_of_the_rings():
     each = LLAMA.kv_bytes / 4
     assert scale.ring_bytes(LLAMA, FULL, 8000, split) == 7000 * each
     assert scale.ring_bytes(LLAMA, BY_NAME["window@4100tok"], 8000, split) == 4100 * each
-    assert scale.ring_bytes(LLAMA, BY_NAME["linear"], 8000, split) == scale.ring_bytes(LLAMA, BY_NAME["linear"], 8, split)
+    linear = [scale.ring_bytes(LLAMA, BY_NAME["linear"], tokens, split) for tokens in (8, 8000)]
+    assert linear[0] == linear[1] > 0
     assert scale.reduce_bytes(LLAMA, 1000, split) == 2 * 2 * 3 / 4 * 1000 * LLAMA.hidden * 2
     assert scale.reduce_bytes(LLAMA, 1000, Split(1, 8)) == scale.ring_bytes(LLAMA, FULL, 8000, Split(4, 1)) == 0
 
@@ -117,7 +118,7 @@ def steps():
             yield "", min(a, b, key=lambda p: p["seconds"])
 
 
-@pytest.mark.parametrize("method, point", list(steps()), ids=lambda x: x if isinstance(x, str) else f"{x['tokens']}x{x['batch']}")
+@pytest.mark.parametrize("method, point", list(steps()))
 def test_a_step_is_what_was_measured_at_shorter_contexts(method, point):
     base, each = scale.step_line(method)
     found = base + each * point["batch"] * point["tokens"]

@@ -27,7 +27,8 @@ NOTHING = "–"
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What `plan` takes."""
     known = ", ".join(SHAPES)
-    parser.add_argument("--model", metavar="MODEL", default="llama-3-8b", help=f"{known}, or a config.json (llama-3-8b)")
+    sizes = f"{known}, or a config.json (llama-3-8b)"
+    parser.add_argument("--model", metavar="MODEL", default="llama-3-8b", help=sizes)
     parser.add_argument("--context", metavar="N", default="1M", help="tokens: 131072, 128k, 1M (1M, which is 2^20)")
     parser.add_argument("--gpus", type=int, metavar="G", default=8, help="1 to 1024 (8)")
     parser.add_argument("--link", type=float, metavar="GB/S", help="one way, between GPUs of a node (450)")
@@ -105,4 +106,5 @@ def _room(size: float) -> str:
 def _in_words(name: str, tokens: int, work: dict[str, float], device: str, cluster: Cluster) -> str:
     dense = f"a prefill of {work['prefill_flops']:.2g} operations, a cache of {_room(work['cache_bytes'])}"
     links = f"{cluster.link / 1e9:g} GB/s within a node of {cluster.node_gpus}, {cluster.network / 1e9:g} between nodes"
-    return f"{name}, one text of {tokens:,} tokens: {dense}. {cluster.gpus} x {device}, {links}. Reckoned, not measured."
+    text = f"{name}, one text of {tokens:,} tokens: {dense}."
+    return f"{text} {cluster.gpus} x {device}, {links}. Reckoned, not measured."

@@ -1,14 +1,15 @@
-"""What prefill, a decoding step and the cache cost on many GPUs, on paper: seconds of one GPU that were measured, cut to
-the shares of a split, plus what stated links take. Torch-free.
+"""What prefill, a decoding step and the cache cost on many GPUs, on paper: seconds of one GPU that were measured, cut
+to the shares of a split, plus what stated links take. Torch-free.
 
-Measured: data/scale-h200.json, which `benchmarks/scale.py` makes of stored results. Stated: `Cluster`. Not measured: that
-work is cut evenly, that ways grow on as they grew from 128k to 512k tokens, and that kernels keep their speed for models
-of other head counts.
+Measured: data/scale-h200.json, which `benchmarks/scale.py` makes of stored results. Stated: `Cluster`. Not measured:
+that work is cut evenly, that ways grow on as they grew from 128k to 512k tokens, and that kernels keep their speed for
+models of other head counts.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -64,9 +65,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Way:
-    """A method and where it was measured. `pairs`: the row of blocks that it computes. `dense_steps`: share of the steps
-    that read everything and are not in the measured one. `reach`: keys before a part of the tokens that it needs; None:
-    all of them.
+    """A method and where it was measured. `pairs`: the row of blocks that it computes. `dense_steps`: share of the
+    steps that read everything and are not in the measured one. `reach`: keys before a part of the tokens that it needs;
+    None: all of them.
     """
 
     name: str
@@ -163,7 +164,7 @@ def curve(points: Sequence[dict[str, Any]], tokens: float) -> float:
     before the first, in proportion."""
     if tokens <= points[0]["tokens"]:
         return points[0]["seconds"] * tokens / points[0]["tokens"]
-    pairs = list(zip(points, points[1:]))
+    pairs = list(itertools.pairwise(points))
     a, b = next((pair for pair in pairs if tokens <= pair[1]["tokens"]), pairs[-1])
     power = math.log(b["seconds"] / a["seconds"]) / math.log(b["tokens"] / a["tokens"])
     return a["seconds"] * (tokens / a["tokens"]) ** power

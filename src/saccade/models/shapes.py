@@ -81,7 +81,8 @@ def _read(file: Path) -> Shape:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise BadInput(f"the shape of {file.name}", f"it is no JSON that can be read: {e}", "Give a config.json.") from e
+        found = f"it is no JSON that can be read: {e}"
+        raise BadInput(f"the shape of {file.name}", found, "Give a config.json.") from e
     if not isinstance(config, dict):
         raise BadInput(f"the shape of {file.name}", "it is no JSON object", "Give a config.json.")
     return of_config(config.get("text_config", config), file.parent.resolve().name)
