@@ -37,4 +37,5 @@ def test_drawing_from_one_stream_moves_no_other_nor_torchs_own():
 
 def test_another_process_draws_the_same():
     code = "from saccade.core import rng; print(rng.seed_of('data', 7, 'x', 3), rng.python('data', 7).random())"
-    assert processes.run("builtins:exec", code)[1].split() == [str(rng.seed_of("data", 7, "x", 3)), str(rng.python("data", 7).random())]
+    said = processes.run("builtins:exec", code)[1].split()
+    assert said == [str(rng.seed_of("data", 7, "x", 3)), str(rng.python("data", 7).random())]
