@@ -5,8 +5,8 @@
     python docs/make.py --run RUN_DIR   show this finished run of `saccade compare` (copied, without its cells)
     python docs/make.py --run RUN_DIR --page transfer    the same for docs/transfer.md, a run over whole families
 
-Cards, docstrings, results of claims and the runs in docs/run and docs/run-transfer are all that is read: nothing here
-is written by hand.
+Cards, docstrings, results of claims, the runs in docs/run and docs/run-transfer and what `saccade plan` reckons are all
+that is read: nothing here is written by hand.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "src"))
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "docs")]
+
+import scale_page  # noqa: E402
 
 from saccade.claims._found import lines  # noqa: E402
 from saccade.cli.show import bibtex, idea, options  # noqa: E402
@@ -34,6 +36,7 @@ RUNS = {"comparison": RUN, "transfer": ROOT / "docs" / "run-transfer"}  # page -
 RUN_FILES = ("run.json", "env.json", "summary.json")
 NOTE = "<!-- made by docs/make.py from the card, the docstring and the results of claims; do not edit -->\n"
 FILLED = ("README.md", "docs/index.md")
+SCALE = "docs/explanation/scale.md"
 
 # properties of the conformance suite, in words
 WORDS = {
@@ -222,6 +225,15 @@ def _machine(env: Any) -> str:
     return ", ".join(str(x) for x in dict.fromkeys(known) if x)
 
 
+def many_gpus(prefix: str) -> str:
+    """What docs/explanation/scale.md shows of `saccade plan`."""
+    parts = [f"![Llama-3-8B on many GPUs, reckoned]({prefix}img/scale.svg)"]
+    for name in ("llama-3-8b", "llama-3-70b"):
+        parts += [f"### {title}\n\n{table(heads, rows)}" for title, heads, rows in scale_page.tables(name)]
+    parts.append(f"### Whole prefills on one GPU, measured and reckoned\n\n{table(*scale_page.agreement())}")
+    return "\n\n".join(parts)
+
+
 def pages() -> dict[Path, str]:
     """path -> what should be there."""
     made = {ROOT / "docs" / "methods" / f"{stem(n)}.md": page(n) for n in registry.list_methods()}
@@ -229,6 +241,9 @@ def pages() -> dict[Path, str]:
         prefix = "" if name.startswith("docs/") else "docs/"
         text = (ROOT / name).read_text(encoding="utf-8")
         made[ROOT / name] = _fill(_fill(text, "methods", methods, prefix), "comparison", comparison, prefix)
+    text = (ROOT / SCALE).read_text(encoding="utf-8")
+    made[ROOT / SCALE] = _fill(text, "scale", many_gpus, "../")
+    made[ROOT / "docs" / "img" / "scale.svg"] = scale_page.drawn()
     for name, folder in RUNS.items():
         if (folder / "summary.json").is_file():
             made[ROOT / "docs" / f"{name}.md"] = f"{NOTE}\n{markdown.render(Run.read(folder))}"

@@ -28,9 +28,21 @@ def tracked() -> list[Path]:
     return [ROOT / name for name in names if name and (ROOT / name).is_file()]
 
 
+@functools.cache  # several tests look at every file
+def tree(file: Path) -> ast.Module:
+    """Its syntax."""
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def nodes(file: Path) -> list[ast.AST]:
+    """All of it."""
+    return list(ast.walk(tree(file)))
+
+
 def functions(file: Path):
     """(node, name with its class) of every function of a module or class, those inside functions left out."""
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+    for node in tree(file).body:
         inner = node.body if isinstance(node, ast.ClassDef) else []
         for one in [node, *inner]:
             if isinstance(one, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -73,9 +85,8 @@ def test_the_median_function_is_short():
 
 @pytest.mark.parametrize("file", FILES, ids=short)
 def test_modules_and_public_functions_have_docstrings(file):
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    if tree.body:
-        assert ast.get_docstring(tree), "the module says nothing"
+    if tree(file).body:
+        assert ast.get_docstring(tree(file)), "the module says nothing"
     public = [(node, name) for node, name in functions(file) if not any(x.startswith("_") for x in name.split("."))]
     bare = [name for node, name in public if not ast.get_docstring(node)]
     # an override says what its base says
@@ -108,7 +119,7 @@ def test_no_trace_of_a_machine():
 
 def test_nothing_catches_everything():
     for file in FILES:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in nodes(file):
             if isinstance(node, ast.ExceptHandler):
                 wide = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
                 passes = all(isinstance(line, (ast.Pass, ast.Continue)) for line in node.body)
@@ -117,7 +128,7 @@ def test_nothing_catches_everything():
 
 def test_seeds_come_from_one_place():
     makers = (".manual_seed", "random.seed", "default_rng", "RandomState", "random.Random", "set_seed")
-    calls = [(f, n) for f in FILES for n in ast.walk(ast.parse(f.read_text("utf-8"))) if isinstance(n, ast.Call)]
+    calls = [(f, n) for f in FILES for n in nodes(f) if isinstance(n, ast.Call)]
     seeding = [(f, ast.unparse(n)) for f, n in calls if ast.unparse(n.func).endswith(makers)]
     assert [f for f, _ in seeding].count(PACKAGE / "core" / "rng.py") == 2, "the test no longer sees what it must"
     assert not [(short(f), call) for f, call in seeding if "seed_of(" not in call]

@@ -10,6 +10,7 @@ import pytest
 
 import saccade
 from saccade.core.errors import CannotRun
+from tests import processes
 
 NAMES = {
     "attach",
@@ -64,7 +65,7 @@ def test_folders_of_the_same_name_do_not_hide_the_functions():
     assert inspect.isfunction(saccade.attach) and inspect.isfunction(saccade.report)
     # and where the folders are imported before the functions were ever asked for
     code = "import saccade.attach, saccade.report; print(callable(saccade.attach), callable(saccade.report))"
-    assert printed(code) == "True True"
+    assert processes.run("builtins:exec", code) == (0, "True True\n")
 
 
 def test_the_version_is_the_packages():

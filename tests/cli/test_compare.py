@@ -75,6 +75,12 @@ def test_the_plan_comes_alone_and_computes_nothing(capsys, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_the_plan_for_a_gpu_says_that_its_time_is_unknown(capsys):
+    assert main(["compare", "--plan", "--device", "cuda", "--tasks", "loss", "--methods", "snapkv", "--quick"]) == 0
+    out = capsys.readouterr().out
+    assert "cells, a time unknown on cuda: costs are recorded of CPUs only" in out and "min" not in out
+
+
 def test_a_run_ends_with_tables_and_a_page_and_the_same_command_resumes_it(tiny, capsys, tmp_path):
     given = ["compare", "--model", tiny, "--methods", "knorm", "--budgets", "0.5", "--tasks", "continuation-loss"]
     given += ["--tokens", "64", "--count", "2", "--lengths", "--out", str(tmp_path / "run")]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from saccade.core import rng
+from tests import processes
 
 NAMES, SEEDS = st.text("abc-", min_size=1, max_size=6), st.integers(0, 2**40)
 
@@ -39,5 +37,5 @@ def test_drawing_from_one_stream_moves_no_other_nor_torchs_own():
 
 def test_another_process_draws_the_same():
     code = "from saccade.core import rng; print(rng.seed_of('data', 7, 'x', 3), rng.python('data', 7).random())"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
+    said = processes.run("builtins:exec", code)[1].split()
     assert said == [str(rng.seed_of("data", 7, "x", 3)), str(rng.python("data", 7).random())]

@@ -317,6 +317,15 @@ def test_a_plan_says_minutes_memory_and_download(nothing_loaded, monkeypatch, tm
     assert plan(quick=True).cells < found.cells
 
 
+def test_a_plan_for_another_device_tells_no_time_of_a_cpu(nothing_loaded, monkeypatch):
+    monkeypatch.setattr("saccade.measure.planning.machine_flops", lambda dtype: pytest.fail("it timed the CPU"))
+    found = plan(device="cuda:1")
+    assert found.minutes is None and found.machine_flops is None and found.device == "cuda:1"
+    assert all(row["seconds"] is None for row in found.rows)
+    assert found.unknown == "a time unknown on cuda:1: costs are recorded of CPUs only"
+    assert found.cells and found.memory_bytes > 2**28
+
+
 def test_more_work_is_planned_longer(nothing_loaded, monkeypatch):
     monkeypatch.setattr("saccade.measure.planning.machine_flops", lambda dtype: 1e11)
     base = plan(tokens=512, count=2).minutes

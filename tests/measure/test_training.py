@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -22,6 +19,7 @@ from saccade.measure.stats import mean_interval, paired
 from saccade.measure.training import Plan, checkpoint, loop, train
 from saccade.measure.training.plan import contestants, file_name
 from saccade.measure.training.train import summarise
+from tests import processes
 from tests.helpers import assert_within, rounding
 from tests.mixers import Fading
 
@@ -64,13 +62,10 @@ def test_what_was_broken_off_goes_on_to_the_same_end(tmp_path):
 
 
 def command(out, *more: str) -> list[str]:
+    """For `saccade` in a process of its own."""
     given = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
     given += ["--seeds", "1", "--dtype", "float64", "--budget", "4tok", "--out", str(out), "--quiet", *more]
-    return [sys.executable, "-m", "saccade", "train", "--task", "mqar", *given]
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **more}
+    return ["train", "--task", "mqar", *given]
 
 
 def one_cell(out, steps):
@@ -84,13 +79,14 @@ def one_cell(out, steps):
 def test_a_killed_process_leaves_what_the_next_one_goes_on_from(tmp_path):
     """SIGKILL, as no handler sees it."""
     steps = 120
-    process = subprocess.Popen(command(tmp_path, "--checkpoint", "1", "--steps", str(steps)), env=environment())
+    child = processes.start("saccade.cli:main", command(tmp_path, "--checkpoint", "1", "--steps", str(steps)))
     waiting = tmp_path / "cells" / file_name("full", 0) / checkpoint.NAME
     until = time.monotonic() + 200
-    while not waiting.is_file() and process.poll() is None and time.monotonic() < until:
+    while not waiting.is_file() and child.process.is_alive() and time.monotonic() < until:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was over before it was killed"
+    child.process.kill()
+    code, said = child.wait()
+    assert code == -signal.SIGKILL, f"it was over before it was killed: {said}"
     began = torch.load(waiting, weights_only=True)["step"]
     assert [step for step, _ in one_cell(tmp_path, steps)] == list(range(began + 1, steps + 1))
     one_cell(tmp_path / "whole", steps)
@@ -104,11 +100,11 @@ def test_two_processes_do_the_work_of_one(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    ranks = [environment(**world, RANK=str(i), LOCAL_RANK=str(i)) for i in range(2)]
-    both = [subprocess.Popen(command(tmp_path / "two"), env=rank, stdout=subprocess.PIPE, text=True) for rank in ranks]
-    said = [process.communicate(timeout=200)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert said[0].startswith("mqar, 6 steps of 4 rows") and not said[1], "only the first speaks"
+    ranks = [{**world, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]
+    both = [processes.start("saccade.cli:main", command(tmp_path / "two"), **rank) for rank in ranks]
+    (first, told), (second, nothing) = (child.wait(200) for child in both)
+    assert (first, second) == (0, 0), told + nothing
+    assert "mqar, 6 steps of 4 rows" in told and "mqar, 6 steps" not in nothing, "only the first speaks"
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["processes"] == 2
     small(tmp_path / "one")
     for mixer in ("full", "random"):

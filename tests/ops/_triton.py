@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,23 +24,28 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from tests import processes
 from tests.helpers import TURNS, assert_within, error, exact_attention, rounding
 
 CHILD = os.environ.get("TRITON_INTERPRET", "0") != "0"
-interpreter = pytest.mark.skipif(not CHILD, reason="run by test_in_the_interpreter, in a process of its own")
 ROOT = Path(__file__).parents[2]
 
 
+def interpreter(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that runs in the child, and there alone; the others of its file run here, and need not twice."""
+    reason = "run by test_in_the_interpreter, in a process of its own"
+    return pytest.mark.interpreter(pytest.mark.skipif(not CHILD, reason=reason)(test))
+
+
 def run_in_interpreter(file: str, seconds: int = 280) -> None:
-    """The tests of a file that are marked `interpreter`, in a process with Triton's interpreter."""
+    """The tests of a file that are marked `interpreter`, in a process with Triton's interpreter; there must be some."""
     if CHILD:
         pytest.skip("this is that process")
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", file]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=seconds)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    given = ["-q", "-p", "no:cacheprovider", "-m", "interpreter", "--rootdir", str(ROOT), file]
+    code, said = processes.run("pytest:main", given, seconds=seconds, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    assert code == 0, said[-8000:]
 
 
 def assert_close_on_a_gpu(

@@ -22,7 +22,7 @@ from saccade.core.errors import SaccadeError, UnknownName
 VERBS = {
     "look": ("list", "show", "explain"),
     "use": ("run", "serve", "calibrate"),
-    "measure": ("compare", "report", "claim", "power", "bench"),
+    "measure": ("compare", "report", "claim", "power", "bench", "plan"),
     "build": ("train", "new", "check", "doctor"),
 }
 INTERRUPTED, PIPE_CLOSED = 130, 141  # as shells report SIGINT and SIGPIPE

@@ -103,8 +103,7 @@ def _plan_row(row: dict[str, Any]) -> list[str]:
 def _in_words(cost: Plan) -> str:
     from saccade.report.words import say
 
-    unknown = "a time unknown before the model is loaded"
-    parts = [f"{cost.cells} cells", f"about {duration(60 * cost.minutes)}" if cost.minutes else unknown]
+    parts = [f"{cost.cells} cells", f"about {duration(60 * cost.minutes)}" if cost.minutes else cost.unknown]
     parts += [f"{say(cost.memory_bytes, 'bytes')} of memory"] if cost.memory_bytes else []
     fetched = f"{say(cost.download_bytes, 'bytes')} to fetch, {say(cost.disk_bytes, 'bytes')} of disk meanwhile"
     parts.append(fetched if cost.download_bytes else "nothing to fetch")

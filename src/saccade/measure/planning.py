@@ -28,29 +28,34 @@ LOADING_SECONDS = 6.0
 LIBRARY_BYTES = 900 * 2**20  # torch and transformers themselves, and what a forward needs meanwhile
 DOWNLOAD_BYTES_PER_SECOND = 5e6
 CALIBRATION_SECONDS = 1.0
+RECORDED = "cpu"  # the kind of device that all of these are about
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An estimate. None where the model's size is not known before it is loaded."""
+    """An estimate. None where the model's size is not known before it is loaded, or where no costs are recorded of such
+    a device: `unknown` says which."""
 
     cells: int
     minutes: float | None
     memory_bytes: int | None
     download_bytes: int
     disk_bytes: int
-    machine_flops: float
+    machine_flops: float | None
     rows: list[dict[str, Any]] = field(default_factory=list)
+    device: str = RECORDED
+    unknown: str = ""
 
 
 def estimate(config: Config, cells: Sequence[Cell]) -> Plan:
-    """Of all cells, as if none were finished. Takes about a second, in which the machine is timed."""
-    known = models.KNOWN.get(config.model)
-    speed = machine_flops(config.dtype)
+    """Of all cells, as if none were finished. Takes about a second, in which the machine is timed; of another device
+    than a CPU no time is told, and nothing timed: a CPU's costs say nothing of it."""
+    known, kind = models.KNOWN.get(config.model), config.device.partition(":")[0]
+    speed = machine_flops(config.dtype) if known and kind == RECORDED else None
     load = known is not None and not models.is_cached(known.name)
     download = known.download_bytes if load and known else 0
     entries = everybody(config)
-    per_token = OVERHEAD * 2 * known.parameters / speed if known else None
+    per_token = OVERHEAD * 2 * known.parameters / speed if known and speed else None
     seconds = None if per_token is None else {c.key: per_token * weigh(config, entries, c) for c in cells}
     total = LOADING_SECONDS + download / DOWNLOAD_BYTES_PER_SECOND + sum(seconds.values()) if seconds else None
     return Plan(
@@ -61,7 +66,16 @@ def estimate(config: Config, cells: Sequence[Cell]) -> Plan:
         disk_bytes=known.needed_bytes if load and known else 0,
         machine_flops=speed,
         rows=_rows(cells, seconds, config),
+        device=config.device,
+        unknown=_unknown(config.device, kind, known is not None),
     )
+
+
+def _unknown(device: str, kind: str, known: bool) -> str:
+    """Why no time is told; nothing where one is."""
+    if kind != RECORDED:
+        return f"a time unknown on {device}: costs are recorded of CPUs only"
+    return "" if known else "a time unknown before the model is loaded"
 
 
 def _rows(cells: Sequence[Cell], seconds: Mapping[str, float] | None, config: Config) -> list[dict[str, Any]]:
