@@ -78,7 +78,7 @@ def _quality(draw, label: str, budget: str, task: str, breaks: bool, kept: bool,
     names = ("kept_fraction", "prefill_density", "decode_density", "bytes_held", "bytes_full")
     return {
         "kind": "quality",
-        "key": f"{label}/{budget}/{task}",
+        "key": f"{label} {budget} {task}",
         "method": label.partition(":")[0],
         "label": _worded(label, text),
         "part": PARTS[label],
@@ -121,7 +121,7 @@ def _picture(draw, budget: float, part: str) -> dict:
 
 def _speed(draw, tokens: int, number: int, text: str) -> dict:
     measures = [_measure(draw, label, b, tokens, text) for label, b in FIELD]
-    head = {"kind": "speed", "key": f"speed/{tokens}/{number}", "label": "", "budget": "", "task": "speed"}
+    head = {"kind": "speed", "key": f"speed {tokens} {number}", "label": "", "budget": "", "task": "speed"}
     return head | {"tokens": tokens, "repeat": number, "error": None, "measures": measures}
 
 

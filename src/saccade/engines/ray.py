@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from saccade.core.errors import BadOption, CannotRun
-from saccade.measure.runner import Event, Piece, Progress, Queue, failed_line, line_of
-from saccade.measure.runner import Worker as Works
+from saccade.measure.runner import Event, Piece, Progress, Queue, Worker, failed_line, line_of
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -46,7 +45,7 @@ class Ray:
     def __init__(self, address: str | None = None):
         self.ray, self.address = _library(), address
 
-    def run(self, make: Callable[[], Works], begin: Callable[[Any], Queue], progress: Progress, device: str) -> None:
+    def run(self, make: Callable[[], Worker], begin: Callable[[Any], Queue], progress: Progress, device: str) -> None:
         """Make a worker on every device, and let them empty the queue.
 
         Raises:
@@ -73,8 +72,8 @@ class Ray:
         try:
             with _without_reports():
                 self.ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
-        except (OSError, RuntimeError, ValueError) as e:  # ConnectionError is an OSError
-            do = "Start one: ray start --head; or leave the address out: this machine alone."
+        except Exception as e:  # Ray has no class of its own for a start that fails
+            do = "Start a cluster and name it: ray start --head; --address auto."
             raise CannotRun(f"Ray at {self.address or 'this machine'}", str(e).strip().rstrip("."), do) from e
         try:
             yield
@@ -110,7 +109,7 @@ def _without_reports() -> Iterator[None]:
 class Actor:
     """A worker in its own process, on its own device, with as many threads as who asked has: rounding depends on it."""
 
-    def __init__(self, make: Callable[[], Works], threads: int):
+    def __init__(self, make: Callable[[], Worker], threads: int):
         self.make, self.threads, self.worker = make, threads, None
 
     def about(self) -> Any:
@@ -147,7 +146,7 @@ class Team:
     def __init__(
         self,
         ray: Any,
-        make: Callable[[], Works],
+        make: Callable[[], Worker],
         begin: Callable[[Any], Queue],
         progress: Progress,
         kind: str,
@@ -268,7 +267,8 @@ class Team:
         self.deaths[what] += 1
         log.warning("a worker died", exc_info=error)
         if hired.new and self.deaths[what] >= TRIES:
-            return self._refuse(hired, f"{TRIES} workers died before they were ready")
+            last = str(error).strip().splitlines()[-1]
+            return self._refuse(hired, f"{TRIES} workers died before they were ready; of the last: {last}")
         self._dismiss(hired)
         if hired.new:
             return None

@@ -34,12 +34,10 @@ class Piece(Protocol):
     alone: it is timed, so nothing else may run on the same processor meanwhile
     """
 
-    @property
-    def key(self) -> str: ...
-    @property
-    def vital(self) -> bool: ...
-    @property
-    def alone(self) -> bool: ...
+    key: str
+    vital: bool
+    alone: bool
+
     def head(self) -> dict[str, Any]:
         """The first fields of its line."""
 
