@@ -124,6 +124,16 @@ def test_what_another_process_has_is_left_to_it_until_it_dies(tmp_path):
         other.wait()
         assert queue.take() == CELLS[1], "the first was finished meanwhile, the second is free again"
         assert queue.done == 1 and queue.take() is None
+        store.__exit__()
+
+
+def test_what_is_reserved_is_given_back_when_the_store_is_left(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Store(tmp_path) as store:
+        assert store.reserve("a")
+        raise KeyboardInterrupt
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", HOLDER.replace("600", "0"), str(tmp_path), "a"]
+    assert subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout == "[True]\n"
 
 
 def test_what_was_given_back_is_taken_again(tmp_path):

@@ -82,17 +82,18 @@ def sweep(
     folder = cache_dir("sweeps", digest([cell.key for cell in cells]))
     if (folder / FINISHED).exists():  # whoever asks again after the end wants it measured again
         shutil.rmtree(folder)
-    store, told = Store(folder), _InOrder(cells, found)
+    told, tell = _InOrder(cells, found), progress or _unwatched
+    with Store(folder) as store:
 
-    def begin(about: About) -> Queue[Measurement]:
-        queue = Queue(cells, store, _seconds, progress or _unwatched, lambda cell, line: told.add(_kept(line)))
-        for cell in cells:
-            if cell.key not in queue.left:
-                told.add(_kept(store.read(cell.key)))
-        return queue
+        def begin(about: About) -> Queue[Measurement]:
+            queue = Queue(cells, store, _seconds, tell, lambda cell, line: told.add(_kept(line)))
+            for cell in cells:
+                if cell.key not in queue.left:
+                    told.add(_kept(store.read(cell.key)))
+            return queue
 
-    make = Claimant if within is None else lambda: Claimant(within)
-    (engine or Local()).run(make, begin, progress or _unwatched, "cuda" if tier == "gpu" else "cpu")
+        make = Claimant if within is None else lambda: Claimant(within)
+        (engine or Local()).run(make, begin, tell, "cuda" if tier == "gpu" else "cpu")
     for cell in cells:
         told.add(store.read(cell.key))  # what other processes measured
     (folder / FINISHED).touch()

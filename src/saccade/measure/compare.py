@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -175,28 +175,38 @@ class Bench:
 
 def execute(config: Config, folder: Path, progress: Progress, engine: Engine) -> Path:
     """Run what a configuration says, in a folder that may hold a part of it already."""
-    store, run = Store(folder), {}
     progress(Event("note", f"loading {config.model_name}"))
+    with Store(folder) as store:
+        begin = _Beginning(config, store, progress)
+        engine.run(functools.partial(Bench.load, config), begin, progress, config.device)
+    run, lines = begin.run, {key: line for key in begin.run["cells"] if (line := store.read(key))}
+    write_json(folder / "run.json", run)  # again: another process may have asked for something else meanwhile
+    write_json(folder / "summary.json", summarise(run, lines))
+    progress(Event("end", str(folder), len(run["cells"]), len(run["cells"])))
+    return folder
 
-    def begin(about: About) -> Queue[Cell]:
+
+@dataclass(eq=False)
+class _Beginning:
+    """From what the first bench says to the queue; `run` is then what run.json says."""
+
+    config: Config
+    store: Store
+    progress: Progress
+    run: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, about: About) -> Queue[Cell]:
         if about.sources != _sources():
             found = "they have another version of saccade than this process"
             raise CannotRun("compare on other machines", found, "Install the same everywhere.")
         for entry in about.left_out:
             who = f"{entry['label']} at {', '.join(entry['budgets'])}"
-            progress(Event("note", f"{who} is left out: {entry['reasons'][0]}"))
-        cells = all_cells(config, about.entries, about.mark)
-        run.update(_run_record(config, about, cells))
-        write_json(folder / "run.json", run)
-        write_json(folder / "env.json", about.environment)
-        return Queue(cells, store, functools.partial(weigh, config, about.entries), progress)
-
-    engine.run(functools.partial(Bench.load, config), begin, progress, config.device)
-    lines = {key: line for key in run["cells"] if (line := store.read(key))}
-    write_json(folder / "run.json", run)  # again: another process may have asked for something else meanwhile
-    write_json(folder / "summary.json", summarise(run, lines))
-    progress(Event("end", str(folder), len(run["cells"]), len(run["cells"])))
-    return folder
+            self.progress(Event("note", f"{who} is left out: {entry['reasons'][0]}"))
+        cells = all_cells(self.config, about.entries, about.mark)
+        self.run = _run_record(self.config, about, cells)
+        write_json(self.store.root / "run.json", self.run)
+        write_json(self.store.root / "env.json", about.environment)
+        return Queue(cells, self.store, functools.partial(weigh, self.config, about.entries), self.progress)
 
 
 def _check_lengths(config: Config, model: Any) -> None:

@@ -28,17 +28,26 @@ BUSY = (errno.EACCES, errno.EAGAIN)
 class Store:
     """The cells of a folder: `cells/KEY.json`, a line of JSON each. What is read is what is there now.
 
-    A cell can be reserved. The system keeps that, byte for byte of one empty file, and forgets it when the process
-    ends, however it ends; so no process waits for a dead one.
+    A cell can be reserved, until the store is left. The system keeps that, byte for byte of one empty file, and forgets
+    it when the process ends, however it ends; so no process waits for a dead one.
 
     Raises:
         CorruptResult: a file that is no result; it is named, and nothing is touched.
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder / CELLS
+        self.root, self.folder = folder, folder / CELLS
         self._earlier = _lines(folder / EARLIER)
         self._locks: Any = None
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give back all that is reserved: closing the file does."""
+        if self._locks is not None:
+            self._locks.close()
+            self._locks = None
 
     def path(self, key: str) -> Path:
         """Where a cell is kept."""
@@ -74,7 +83,7 @@ class Store:
             return True
         if self._locks is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._locks = open(self.folder / ".locks", "ab")  # noqa: SIM115  open as long as the process works here
+            self._locks = open(self.folder / ".locks", "ab")  # noqa: SIM115  until it is left
         try:
             fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _place(key))
         except OSError as e:
