@@ -18,19 +18,25 @@ CHECKS = [
 
 
 @pytest.fixture
-def measured(monkeypatch):
-    """Claims that are found without being measured: verdicts by name."""
+def measured(monkeypatch, cache):
+    """Claims that are found without being measured: verdicts by name. Gives the names that were measured so far."""
+    monkeypatch.setattr(_found, "SHIPPED", cache / "none")  # an installed package that has measured nothing
+    monkeypatch.setattr(_found, "CHECKOUT", cache)
+    asked: list[str] = []
 
-    def install(**verdicts: str | None):
-        def claim(names, tier, progress):
-            (name,) = names
+    def install(**verdicts: str | None) -> list[str]:
+        def one(name, tier, progress):
+            asked.append(name)
+            if verdicts[name] == "interrupted":
+                raise KeyboardInterrupt
             if verdicts[name] is None:
                 raise CannotRun(f"claim {name}", "the measurement broke off", "Nothing is kept.")
             line = {"method": name, "tier": tier, "verdict": verdicts[name], "checks": CHECKS, "says": "It says so."}
             line |= {"where": "table 1", "setting": "one text", "reason": "Short.", "seconds": 3.2, "hardware": "a CPU"}
-            return [line]
+            return line | {"date": f"2026-01-01T00:00:{len(asked):02}"}
 
-        monkeypatch.setattr(run, "claim", claim)
+        monkeypatch.setattr(run, "measured", one)
+        return asked
 
     return install
 
@@ -65,6 +71,32 @@ def test_all_are_all_that_are_registered(measured, capsys):
     measured(**dict.fromkeys(registry.list_methods(), "reproduced"))
     assert main(["claim", "--all", "--json"]) == 0
     assert [line["method"] for line in json.loads(capsys.readouterr().out)] == registry.list_methods()
+
+
+def test_a_sweep_that_was_killed_goes_on_and_one_that_ended_starts_anew(measured, capsys):
+    given = ["claim", "snapkv", "hip", "quest", "--json"]
+    asked = measured(snapkv="reproduced", hip="in part", quest="interrupted")
+    assert main(given) == 130
+    assert capsys.readouterr().err.endswith("kept; the same command goes on with the others.\n")
+    measured(snapkv="in part", hip="in part", quest=None)
+    assert main(given) == 3
+    out, err = capsys.readouterr()
+    assert "2 of 3 cells are finished already" in err and "CannotRun: claim quest: " in err
+    assert [x["verdict"] for x in json.loads(out)] == ["reproduced", "in part"]
+    assert asked == ["snapkv", "hip", "quest", "quest"]
+    assert main(given) == 3 and asked[4:] == ["snapkv", "hip", "quest"]
+    assert [x["verdict"] for x in _found.lines("snapkv")] == ["reproduced", "in part"]
+
+
+def test_what_was_finished_and_not_yet_among_the_results_is_put_there(measured, monkeypatch):
+    """The moment between the cell's own file and the line in its method's file."""
+    measured(snapkv="reproduced", hip="interrupted")
+    with monkeypatch.context() as patch:
+        patch.setattr(_found, "append", lambda line: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(["claim", "snapkv", "hip"]) == 130 and not _found.lines("snapkv")
+    for _ in range(2):
+        assert main(["claim", "snapkv", "hip"]) == 130
+        assert [x["verdict"] for x in _found.lines("snapkv")] == ["reproduced"]
 
 
 def test_a_real_one_is_measured_and_kept(capsys, cache, monkeypatch):

@@ -89,10 +89,11 @@ def test_a_run_ends_with_tables_and_a_page_and_the_same_command_resumes_it(tiny,
     assert "knorm" in out and out.endswith(f"Report: {tmp_path / 'run' / 'report.html'}\n")
     assert err.index("Will take: ") < err.index("loading ") < err.index("Repeat: saccade compare --model ")
     page = (tmp_path / "run" / "report.html").read_text()
-    cells = (tmp_path / "run" / "cells.jsonl").read_bytes()
+    cells = {p: p.read_bytes() for p in (tmp_path / "run" / "cells").glob("*.json")}
     assert main([*given, "--json"]) == 0
     out, err = capsys.readouterr()
-    assert " cells are finished already" in err and (tmp_path / "run" / "cells.jsonl").read_bytes() == cells
+    assert " cells are finished already" in err
+    assert {p: p.read_bytes() for p in (tmp_path / "run" / "cells").glob("*.json")} == cells
     found = json.loads(out)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert found.pop("folder") == str(tmp_path / "run") and found.pop("report").endswith("report.html")

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,7 +49,13 @@ def read(folder: Path, name: str):
 
 
 def lines(folder: Path) -> list[dict]:
-    return [json.loads(text) for text in (folder / "cells.jsonl").read_text().splitlines()]
+    """Of the run, in its order."""
+    return [json.loads((folder / "cells" / f"{key}.json").read_text()) for key in read(folder, "run")["cells"]]
+
+
+def stored(folder: Path) -> dict[str, bytes]:
+    """All files of cells."""
+    return {p.name: p.read_bytes() for p in (folder / "cells").glob("*.json")}
 
 
 def timeless(value):
@@ -113,11 +120,11 @@ def test_progress_is_told_to_the_end(run):
 
 def test_the_same_again_computes_nothing_and_says_the_same(run, tiny):
     folder, _ = run
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    before = {p: p.read_bytes() for p in folder.rglob("*.json")}
     events = []
     assert compare(tiny, METHODS, out=folder, progress=events.append, **SMALL) == folder
     assert not [e for e in events if e.kind == "cell"]
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert {p: p.read_bytes() for p in folder.rglob("*.json")} == before
 
 
 def test_the_same_seed_gives_the_same_samples(run, tiny, tmp_path):
@@ -128,16 +135,38 @@ def test_the_same_seed_gives_the_same_samples(run, tiny, tmp_path):
 
 def test_a_further_budget_computes_only_itself(run, tiny, tmp_path):
     folder = tmp_path / "more"
-    folder.mkdir()
-    for name in ("run.json", "cells.jsonl"):
-        (folder / name).write_bytes((run[0] / name).read_bytes())
+    shutil.copytree(run[0], folder)
     compare(tiny, METHODS, out=folder, **(SMALL | {"budgets": (0.5, 0.25, 0.1)}))
-    new = lines(folder)[len(lines(run[0])) :]
-    assert {x["budget"] for x in new} == {"0.1"}
+    new = [json.loads(data) for name, data in stored(folder).items() if name not in stored(run[0])]
+    assert new and {x["budget"] for x in new} == {"0.1"}
+
+
+def test_parts_that_were_made_apart_become_one_by_copying_their_cells(run, tiny, tmp_path):
+    """What each was asked for is a part of the whole; the whole is asked for at the end, and computes nothing."""
+    one, two = (tmp_path / name for name in ("one", "two"))
+    part = SMALL | {"lengths": ()}
+    compare(tiny, METHODS, out=one, **(part | {"tasks": ["loss"]}))
+    compare(tiny, METHODS, out=two, **(part | {"tasks": TASKS[1:]}))
+    shutil.copytree(two / "cells", one / "cells", dirs_exist_ok=True)
+    events = []
+    compare(tiny, METHODS, out=one, progress=events.append, **part)
+    assert not [e for e in events if e.kind == "cell"]
+    apart, whole = (timeless(read(folder, "summary")) for folder in (one, run[0]))
+    assert all(apart[name] == whole[name] for name in ("rows", "transfer", "noise", "breaks", "failed", "missing"))
+
+
+def test_a_run_from_before_cells_had_files_is_gone_on_with(run, tiny, tmp_path):
+    for name in ("run.json", "env.json"):
+        (tmp_path / name).write_bytes((run[0] / name).read_bytes())
+    texts = [json.dumps(line) + "\n" for line in lines(run[0])]
+    (tmp_path / "cells.jsonl").write_text("".join(texts[:-1]) + texts[-1][:50])
+    events = []
+    compare(tiny, METHODS, out=tmp_path, progress=events.append, **SMALL)
+    assert [p.stem for p in (tmp_path / "cells").glob("*.json")] == [lines(run[0])[-1]["key"]]
 
 
 def test_nothing_says_where_the_model_lay(run, tiny):
-    for file in run[0].iterdir():
+    for file in run[0].rglob("*.json"):
         assert str(tiny.parent) not in file.read_text()
     assert read(run[0], "run")["model"] == "tiny"
 
@@ -214,39 +243,50 @@ compare(sys.argv[1], {methods!r}, out=sys.argv[2], **{options!r})
 """
 
 
+def start(tiny: Path, folder: Path) -> subprocess.Popen:
+    """The same comparison in a process of its own."""
+    command = [sys.executable, "-c", PROGRAM.format(methods=METHODS, options=SMALL), str(tiny), str(folder)]
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(3))
 def test_killed_at_any_moment_it_ends_with_the_same_summary(run, tiny, tmp_path, number):
     total, target = len(lines(run[0])), tmp_path / "killed"
-    command = [sys.executable, "-c", PROGRAM.format(methods=METHODS, options=SMALL), str(tiny), str(target)]
     kill_at = random.Random(f"{os.getpid()}/{number}").randrange(1, total)
-    for start in range(2):
-        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-        done = wait_for(target / "cells.jsonl", kill_at * (start + 1) // 2, process)
+    for turn in range(2):
+        process = start(tiny, target)
+        done = wait_for(target, kill_at * (turn + 1) // 2, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert done, "the process ended before it could be killed"
-    before = lines_whole(target)
+    before = stored(target)
     compare(tiny, METHODS, out=target, **SMALL)
-    after = lines(target)
-    assert after[: len(before)] == before, "what was finished was computed anew"
-    assert len(after) == total
+    assert before.items() <= stored(target).items(), "what was finished was computed anew"
+    assert len(stored(target)) == total
     assert timeless(read(target, "summary")) == timeless(read(run[0], "summary"))
 
 
-def wait_for(path: Path, count: int, process: subprocess.Popen) -> bool:
-    """Until the file has so many lines; then a little longer, so that the blow falls anywhere in a cell."""
+@pytest.mark.slow
+def test_processes_share_a_folder_and_one_that_is_killed_leaves_its_cell_to_the_others(run, tiny, tmp_path):
+    total, target = len(lines(run[0])), tmp_path / "shared"
+    processes = [start(tiny, target) for _ in range(3)]
+    assert wait_for(target, total // 3, processes[0])
+    processes[0].send_signal(signal.SIGKILL)
+    before = stored(target)
+    assert [p.wait() for p in processes] == [-signal.SIGKILL, 0, 0]
+    assert before.items() <= stored(target).items() and len(stored(target)) == total
+    assert timeless(read(target, "summary")) == timeless(read(run[0], "summary"))
+
+
+def wait_for(folder: Path, count: int, process: subprocess.Popen) -> bool:
+    """Until there are so many cells; then a little longer, so that the blow falls anywhere in a cell."""
     while process.poll() is None:
-        if path.exists() and path.read_bytes().count(b"\n") >= count:
+        if len(stored(folder)) >= count:
             time.sleep(random.random() * 0.1)
             return True
         time.sleep(0.005)
-    return path.exists()
-
-
-def lines_whole(folder: Path) -> list[dict]:
-    whole = (folder / "cells.jsonl").read_bytes().split(b"\n")[:-1]
-    return [json.loads(text) for text in whole]
+    return bool(stored(folder))
 
 
 # --- what cannot be done ----------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ FIELD = [(label, b) for label in PARTS for b in (BUDGETS if label not in ("full"
 def make(
     folder: Path, seed: int = 0, speed: bool = True, breaks: bool = True, kept: bool = True, text: str = ""
 ) -> Path:
-    """Write the four files of a run; `text` is added wherever a stranger's words can come in."""
+    """Write the files of a run; `text` is added wherever a stranger's words can come in."""
     draw = rng.python("test", seed)
     cells = [_quality(draw, label, b, task, breaks, kept, text) for label, b in FIELD for task in _tasks_of(label)]
     cells += [_again(cell) for cell in cells if cell["label"] == "full"]
@@ -49,7 +49,9 @@ def make(
     (folder / "env.json").write_text(
         json.dumps({"torch": "2.13.0", "device": "cpu" + text, "threads": 2, "cuda": None})
     )
-    (folder / "cells.jsonl").write_text("".join(json.dumps(line) + "\n" for line in cells))
+    (folder / "cells").mkdir(exist_ok=True)
+    for key, line in lines.items():
+        (folder / "cells" / f"{key}.json").write_text(json.dumps(line))
     (folder / "summary.json").write_text(json.dumps(summarise(run, lines)))
     return folder
 
@@ -76,7 +78,7 @@ def _quality(draw, label: str, budget: str, task: str, breaks: bool, kept: bool,
     names = ("kept_fraction", "prefill_density", "decode_density", "bytes_held", "bytes_full")
     return {
         "kind": "quality",
-        "key": f"{label}/{budget}/{task}",
+        "key": f"{label} {budget} {task}",
         "method": label.partition(":")[0],
         "label": _worded(label, text),
         "part": PARTS[label],
@@ -119,7 +121,7 @@ def _picture(draw, budget: float, part: str) -> dict:
 
 def _speed(draw, tokens: int, number: int, text: str) -> dict:
     measures = [_measure(draw, label, b, tokens, text) for label, b in FIELD]
-    head = {"kind": "speed", "key": f"speed/{tokens}/{number}", "label": "", "budget": "", "task": "speed"}
+    head = {"kind": "speed", "key": f"speed {tokens} {number}", "label": "", "budget": "", "task": "speed"}
     return head | {"tokens": tokens, "repeat": number, "error": None, "measures": measures}
 
 

@@ -329,11 +329,10 @@ def test_a_run_in_which_everything_failed(tmp_path):
     assert saccade.report(tmp_path, format="terminal") and saccade.report(tmp_path, format="markdown")
 
 
-def test_a_torn_last_line_and_foreign_cells_are_left_out(tmp_path):
+def test_cells_of_other_runs_in_the_folder_are_left_out(tmp_path):
     make(tmp_path)
     before = Run.read(tmp_path).cells
-    with open(tmp_path / "cells.jsonl", "a") as file:
-        file.write(json.dumps({"key": "of another run"}) + '\n{"key": "to')
+    (tmp_path / "cells" / "0123.json").write_text(json.dumps({"key": "0123"}))
     assert Run.read(tmp_path).cells == before
 
 
@@ -387,10 +386,12 @@ def test_a_summary_of_another_make(tmp_path, part):
         saccade.report(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["run.json", "env.json", "summary.json", "cells.jsonl"])
+@pytest.mark.parametrize("name", ["run.json", "env.json", "summary.json", "cells"])
 def test_broken_json(tmp_path, name):
-    (make(tmp_path) / name).write_text("{broken\n")
-    with pytest.raises(CorruptResult, match=rf"{re.escape(name)}.*: it is no JSON \("):
+    make(tmp_path)
+    file = next((tmp_path / name).iterdir()) if name == "cells" else tmp_path / name
+    file.write_text("{broken\n")
+    with pytest.raises(CorruptResult, match=rf"{re.escape(file.name)}.*: it is no JSON "):
         saccade.report(tmp_path)
 
 

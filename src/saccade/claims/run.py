@@ -32,14 +32,24 @@ def claim(names: str | Sequence[str], tier: str = "cpu", progress: Progress | No
         CannotRun: a method without a claim or without that tier, no CUDA for "gpu", nowhere to keep the result, or a
             measurement that broke off: that is no verdict, and nothing is kept of it.
     """
-    if tier not in TIERS:
-        raise BadOption(f"tier={tier!r}", f"there are {', '.join(TIERS)}", "Give one of these.")
+    check_tier(tier)
     chosen = [names] if isinstance(names, str) else names
     found = {name: _claim_of(name, tier) for name in dict.fromkeys(n.replace("_", "-") for n in chosen)}
-    if tier == "gpu" and not torch.cuda.is_available():
-        raise CannotRun("tier='gpu'", "torch sees no CUDA device", "Measure with tier='cpu'.")
     _found.writable()
-    return [_measured(name, module, tier, progress) for name, module in found.items()]
+    lines = []
+    for name in found:
+        lines.append(measured(name, tier, progress))
+        _found.append(lines[-1])
+    return lines
+
+
+def check_tier(tier: str) -> None:
+    """
+    Raises:
+        BadOption: there is none of that name.
+    """
+    if tier not in TIERS:
+        raise BadOption(f"tier={tier!r}", f"there are {', '.join(TIERS)}", "Give one of these.")
 
 
 def _claim_of(name: str, tier: str) -> ModuleType:
@@ -51,11 +61,18 @@ def _claim_of(name: str, tier: str) -> ModuleType:
     if tier not in module.CLAIM.tiers:
         known = ", ".join(module.CLAIM.tiers)
         raise CannotRun(f"claim {name}", f"it is not measured at tier {tier!r}", f"Its tiers are: {known}.")
+    if tier == "gpu" and not torch.cuda.is_available():
+        raise CannotRun("tier='gpu'", "torch sees no CUDA device", "Measure with tier='cpu'.")
     return module
 
 
-def _measured(name: str, module: ModuleType, tier: str, progress: Progress | None) -> dict[str, Any]:
-    commit, start = _commit(), time.perf_counter()
+def measured(name: str, tier: str, progress: Progress | None = None) -> dict[str, Any]:
+    """Measure one claim; nothing is kept.
+
+    Raises:
+        CannotRun: as `claim` does.
+    """
+    module, commit, start = _claim_of(name, tier), _commit(), time.perf_counter()
     try:
         evidence = module.measure(tier, progress)
     except SaccadeError:
@@ -63,7 +80,7 @@ def _measured(name: str, module: ModuleType, tier: str, progress: Progress | Non
     except Exception as e:  # whatever broke, it is no verdict
         found = f"the measurement broke off ({type(e).__name__}: {e})"
         raise CannotRun(f"claim {name} at tier {tier!r}", found, "Nothing is kept; the paper may be right.") from e
-    line = {
+    return {
         "method": name,
         "tier": tier,
         "verdict": evidence.verdict,
@@ -78,8 +95,6 @@ def _measured(name: str, module: ModuleType, tier: str, progress: Progress | Non
         "commit": commit,
         "table": [plain(row) for row in evidence.table],
     }
-    _found.append(line)
-    return line
 
 
 def _circumstances(tier: str) -> dict[str, Any]:

@@ -6,15 +6,18 @@ Tiers: smoke (seconds; our machinery alone), cpu (minutes, a real model), gpu. R
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saccade.cli.console import Bar, note, say_json, say_table
-from saccade.cli.options import add_json
+from saccade.cli.options import add_engine, add_json, engine
 from saccade.core import registry
 from saccade.core.errors import BadOption, CannotRun
 
+if TYPE_CHECKING:
+    from saccade.measure.runner import Progress
+
 EXAMPLE = "saccade claim snapkv minference --tier cpu"
-AFTER_INTERRUPT = "Claims that were finished are kept; the others start anew."
+AFTER_INTERRUPT = "Claims that were finished are kept; the same command goes on with the others."
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="METHOD", help="whose claims")
     parser.add_argument("--all", action="store_true", help="those of all methods, baselines included")
     parser.add_argument("--tier", default="cpu", metavar="TIER", help="smoke, cpu or gpu (cpu)")
+    add_engine(parser)
     add_json(parser)
 
 
@@ -31,30 +35,37 @@ def run(args: argparse.Namespace) -> int:
     if not names or (args.all and args.names):
         found = "methods are named besides" if args.all else "no method is named"
         raise BadOption("claim --all" if args.all else "claim", found, "Give either names, or --all.")
-    for name in names:
-        registry.card(name)  # a wrong name is said before minutes are spent on the right ones
-    results = [_one(name, args) for name in names]
-    done = [result for result in results if result]
+    from saccade.claims._sweep import sweep
+
+    names = [registry.card(name).name for name in names]  # a wrong one is said before minutes are spent on the others
+    place, lines = engine(args), []
+    with Bar(args.quiet) as bar:
+
+        def found(line: dict[str, Any]) -> None:
+            lines.append(line)
+            with bar.aside():
+                _tell(line, args.json)
+
+        events, within = (_notes(args.quiet), bar) if place is None else (bar.event, None)
+        sweep(names, args.tier, found, place, events, within)
+    done = [line["found"] for line in lines if not line["error"]]
     if args.json:
         say_json(done)
-    if len(done) < len(results):
+    if len(done) < len(lines):
         return CannotRun.exit_code
     return 0 if all(result["verdict"] == "reproduced" for result in done) else 1
 
 
-def _one(name: str, args: argparse.Namespace) -> dict[str, Any] | None:
-    """Measured and shown; None where it cannot be, which stops no other."""
-    from saccade.claims.run import claim
+def _notes(quiet: bool) -> Progress:
+    """Of a sweep in this process only what is no progress is told: its claims tell their own."""
+    return lambda event: None if quiet or event.kind != "note" else note(event.text)
 
-    try:
-        with Bar(args.quiet) as bar:
-            (found,) = claim([name], args.tier, bar)
-    except CannotRun as e:
-        note(f"CannotRun: {e}")
-        return None
-    if not args.json:
-        _show(found)
-    return found
+
+def _tell(line: dict[str, Any], as_json: bool) -> None:
+    if line["error"]:
+        note("{type}: {text}".format(**line["error"]))
+    elif not as_json:
+        _show(line["found"])
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from saccade import models
 from saccade.cli.console import Bar, duration, note, say_json, say_table
-from saccade.cli.options import BUDGET, METHOD, add_json, add_model, announce, model_name
+from saccade.cli.options import BUDGET, METHOD, add_engine, add_json, add_model, announce, engine, model_name
 
 if TYPE_CHECKING:
     from saccade.measure.planning import Plan
@@ -39,6 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="root of all random streams (0)")
     add_model(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (saccade-runs/ and a name)")
+    add_engine(parser)
     parser.add_argument("--plan", action="store_true", help="say what it will cost, and stop")
     add_json(parser)
 
@@ -57,15 +58,15 @@ def run(args: argparse.Namespace) -> int:
     import saccade
     from saccade.measure.compare import plan
 
-    cost = plan(**request(args))
+    cost, place = plan(**request(args)), engine(args)
     if args.plan:
         _show_plan(cost, args.json)
         return 0
-    note(_in_words(cost))
+    note(_in_words(cost) if place is None else f"{_in_words(cost)} Of one worker as fast as this machine.")
     with Bar(args.quiet) as bar:
         if announce(model_name(args)):
             models.load(model_name(args), progress=bar)
-        folder = saccade.compare(**request(args), out=args.out, progress=bar.event)
+        folder = saccade.compare(**request(args), out=args.out, progress=bar.event, engine=place)
     return _show(folder, args.json)
 
 

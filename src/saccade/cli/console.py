@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -85,6 +86,15 @@ class Bar:
         elif not self.quiet and time.monotonic() - self.last >= EVERY_SECONDS:
             self.last = time.monotonic()
             note(f"{done}/{total} {text}")
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """While data is printed, which a live bar would take to stderr."""
+        if self.live:
+            self.progress.stop()
+        yield
+        if self.live:
+            self.progress.start()
 
     def event(self, event: Event) -> None:
         """What `saccade.compare(progress=...)` calls."""

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from saccade import models
 from saccade.cli.console import Bar, note
-from saccade.core.errors import BadInput
+from saccade.core.errors import BadInput, BadOption
 
 if TYPE_CHECKING:
     from saccade.core.budget import Budget
+    from saccade.measure.runner import Engine
 
+ENGINES = ("local", "ray")
 METHOD = "NAME, NAME:OPTION=VALUE,OPTION=VALUE, or several that compose: A+B"
 BUDGET = "what may be kept: a fraction (0.25, 25%%), tokens per head (4096tok) or bytes (2GiB)"
 
@@ -35,6 +37,30 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """--json."""
     parser.add_argument("--json", action="store_true", help="the same as JSON on stdout")
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """--engine, --address."""
+    parser.add_argument("--engine", default="local", metavar="ENGINE", help="local, or ray: a cluster (local)")
+    parser.add_argument("--address", metavar="ADDRESS", help="of a Ray cluster: auto, HOST:PORT (this machine alone)")
+
+
+def engine(args: argparse.Namespace) -> Engine | None:
+    """What --engine and --address say; None is this process.
+
+    Raises:
+        BadOption: there is no such engine, or it has no address.
+        CannotRun: it is not installed.
+    """
+    if args.engine not in ENGINES:
+        raise BadOption(f"--engine {args.engine}", "there is none of that name", f"Say {' or '.join(ENGINES)}.")
+    if args.engine == "local":
+        if args.address:
+            raise BadOption(f"--address {args.address}", "the local engine has none", "Add --engine ray.")
+        return None
+    from saccade.engines.ray import Ray
+
+    return Ray(args.address)
 
 
 def budget(args: argparse.Namespace) -> Budget:

@@ -20,6 +20,9 @@ class SaccadeError(Exception):
         self.do = do
         super().__init__(self._render())
 
+    def __reduce__(self):
+        return _again, (type(self), str(self), vars(self))  # to other processes, whatever a child's arguments are
+
     def _render(self) -> str:
         if len(self.found) == 1:
             text = f"{self.asked}: {self.found[0]}."
@@ -28,6 +31,13 @@ class SaccadeError(Exception):
         if not self.do:
             return text
         return f"{text} {self.do}" if len(self.found) == 1 else f"{text}\n{self.do}"
+
+
+def _again(kind: type[SaccadeError], text: str, parts: dict[str, object]) -> SaccadeError:
+    """An error that came from another process."""
+    error = kind.__new__(kind, text)
+    vars(error).update(parts)
+    return error
 
 
 class UnknownName(SaccadeError, LookupError):

@@ -38,8 +38,18 @@ class Cell:
         """Sixteen hexadecimal digits."""
         return digest([SCHEMA, asdict(self)])
 
+    @property
+    def vital(self) -> bool:
+        """Without `full` nothing can be compared."""
+        return self.label == FULL
+
+    @property
+    def alone(self) -> bool:
+        """A clock runs."""
+        return self.kind == "speed"
+
     def head(self) -> dict[str, Any]:
-        """The first fields of its line in cells.jsonl."""
+        """The first fields of its line."""
         return {"schema": SCHEMA, "key": self.key, **asdict(self)}
 
     def __str__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -44,6 +45,14 @@ def deciding(environment: dict[str, Any]) -> dict[str, Any]:
 def digest(value: Any) -> str:
     """Sixteen hexadecimal digits of any JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def sources(parts: tuple[str, ...] = ("",)) -> str:
+    """Digest of our own source, or of some folders and files of it."""
+    root = Path(saccade.__file__).parent
+    files = [f for part in parts for f in ([root / part] if part.endswith(".py") else (root / part).rglob("*.py"))]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(files))).hexdigest()
 
 
 def cpu_name() -> str:

@@ -1,4 +1,4 @@
-"""From the lines of cells.jsonl to summary.json: a pure function, so a resumed run ends with the same summary."""
+"""From the lines of cells to summary.json: a pure function, so a resumed run ends with the same summary."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from saccade.core import registry
 from saccade.core.card import Card
 from saccade.core.errors import BadInput, CorruptResult
+from saccade.measure.store import Store
 
 SUMMARY_PARTS = (
     "model",
@@ -33,7 +34,7 @@ AGAIN = "Start the run again: finished cells are kept."
 
 @dataclass(frozen=True)
 class Run:
-    """The four files of a run. `summary` holds all numbers that are shown; `cells` only pictures of what was kept."""
+    """A run. `summary` holds all numbers that are shown; `cells` only pictures of what was kept."""
 
     run: Mapping[str, Any]
     env: Mapping[str, Any]
@@ -57,7 +58,8 @@ class Run:
         missing = [part for part in SUMMARY_PARTS if part not in summary]
         if missing:
             raise CorruptResult(f"{folder / 'summary.json'}", f"it lacks {', '.join(missing)}", AGAIN)
-        return cls(run, env, _cells(folder / "cells.jsonl", run["cells"]), summary)
+        store = Store(folder)
+        return cls(run, env, [line for key in run["cells"] if (line := store.read(key))], summary)
 
     @property
     def rows(self) -> list[dict]:
@@ -106,14 +108,6 @@ def _load(file: Path) -> Any:
     if not file.is_file():
         raise CorruptResult(str(file), "it is missing", AGAIN)
     return _json(file.read_text(encoding="utf-8"), str(file))
-
-
-def _cells(file: Path, keys: Sequence[str]) -> list[dict]:
-    """The cells that belong to the run; of two lines with one key the last counts, a torn last line does not."""
-    whole, _, _ = (file.read_text(encoding="utf-8") if file.is_file() else "").rpartition("\n")
-    lines = [_json(line, f"{file}, line {i}") for i, line in enumerate(whole.splitlines(), 1) if line.strip()]
-    found = {line.get("key"): line for line in lines}
-    return [found[key] for key in keys if key in found]
 
 
 def _json(text: str, where: str) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saccade.core.errors import CannotRun
 from saccade.core.method import Mixer
-from saccade.measure.runner import write_json
+from saccade.measure.store import write_json
 from saccade.measure.training import checkpoint
 from saccade.measure.training.plan import Plan
 from saccade.methods.nets import Spec

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from saccade.core.budget import Budget
 from saccade.core.errors import BadOption
 from saccade.measure.environment import environment
-from saccade.measure.runner import write_json
 from saccade.measure.stats import Estimate, mean_interval, paired
+from saccade.measure.store import write_json
 from saccade.measure.training import loop
 from saccade.measure.training.loop import Work
 from saccade.measure.training.plan import Plan, contestants, file_name
