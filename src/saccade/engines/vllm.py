@@ -6,6 +6,9 @@ Everything here is read off a method: its parts, and the flags by which the libr
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import itertools
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +16,7 @@ from typing import Any, Literal
 from saccade.core.artefact import Artefact
 from saccade.core.budget import Budget
 from saccade.core.errors import BadOption, CannotRun
-from saccade.core.method import Cache, Decode, Method, Mixer, made
+from saccade.core.method import Cache, Decode, Method, Mixer, Sparse, made, options
 
 MINOR = "0.32"  # of vLLM, which the plug-in is written against
 KEY = "saccade"  # under which vLLM's additional_config holds our settings
@@ -22,40 +25,67 @@ KEY = "saccade"  # under which vLLM's additional_config holds our settings
 TRAINED = "it is a layer that is trained in a net of its own, not one of a loaded model"
 WATCHES = "it keeps notes beside every token of a model's own attention, and vLLM has no place for them"
 PACKS = "it packs keys and values into a form of its own, and a block of vLLM holds them as they are"
-SCORES = (
-    "which keys go depends on keys and queries, which the worker sees; blocks are freed by the scheduler, another process"
-)
+SCORES = "which keys go depends on keys and queries; the scheduler frees blocks, and sees neither"
 MERGES = "a kept key stands for several, and a block of vLLM has no place for how many"
 REREADS = "it has tokens read a second time, and vLLM's scheduler has each read once"
 SHELVES = "it moves keys to host memory, and vLLM's blocks all lie on one device"
 # why the plug-in does not, though vLLM could
 BEGINS = "the plug-in does not yet show it the last queries of the prompt"
 HANDS = "the plug-in does not yet hand on from layer to layer what it chose"
+TURNS = "the plug-in does not yet tell it how queries move along the text"
 UNSAID = "the plug-in frees by first and recent tokens, which this method does not say in numbers"
 OTHER = "the plug-in has no hooks for the part {!r}"
 
 SERVED = {"prefill", "decode", "evict"}
+Answer = Literal["yes", "not yet", "no"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the plug-in serves a method in vLLM, what that saves there, or every reason why not.
+    """Whether the plug-in serves a method in vLLM on CPU, what that saves there, or every reason why not.
 
     "not yet": vLLM could, the plug-in does not. "no": vLLM cannot
+    served_as: of one that is not served, the same with other options that is
     """
 
-    serves: Literal["yes", "not yet", "no"]
+    serves: Answer
     saves: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
+    served_as: str = ""
+
+    @property
+    def on_cuda(self) -> Answer:
+        """There the plug-in has not been tried, and refuses to start."""
+        return "not yet" if self.serves == "yes" else self.serves
 
 
 def verdict(method: Method | type[Mixer]) -> Verdict:
     """What vLLM can do of a method with these options."""
     never, later = _against(method)
     if never or later:
-        return Verdict("no" if never else "not yet", reasons=(*never, *later))
+        other = "" if isinstance(method, type) else _served_as(method)
+        return Verdict("no" if never else "not yet", reasons=(*never, *later), served_as=other)
     assert isinstance(method, Method), "a mixer has a reason"
     return Verdict("yes", saves=_saves(method))
+
+
+def _served_as(method: Method) -> str:
+    """The fewest options to change among those with a few values each, so that it is served; "": none will do."""
+    hints = typing.get_type_hints(type(method))
+    few = {name: _values(hints[name]) for name in options(method)}
+    few = {name: values for name, values in few.items() if values}
+    for count in range(1, len(few) + 1):
+        for names in itertools.combinations(few, count):
+            for values in itertools.product(*(few[name] for name in names)):
+                changes = dict(zip(names, values))
+                if not any(_against(dataclasses.replace(method, **changes))):
+                    return f"{method.card.name}:" + ",".join(f"{n}={str(v).lower()}" for n, v in changes.items())
+    return ""
+
+
+def _values(hint: Any) -> tuple[Any, ...]:
+    """What an option may be, where that is a short list."""
+    return (True, False) if hint is bool else typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
 def _against(method: Method | type[Mixer]) -> tuple[list[str], list[str]]:
@@ -73,16 +103,21 @@ def _against(method: Method | type[Mixer]) -> tuple[list[str], list[str]]:
     if isinstance(method, Decode):
         never += [REREADS] * bool(method.reread_tokens) + [SHELVES] * method.shelves
         later += [BEGINS] * bool(method.observe_tokens and not method.shelves) + [HANDS] * method.persistent
-    return never, later
+    return never, later + [TURNS] * _turns(method)
+
+
+def _turns(method: Method) -> bool:
+    """Whether it goes by how queries move along the text: said in its source alone, where an artefact is wanting."""
+    return "site.turn" in inspect.getsource(type(method))
 
 
 def _saves(method: Method) -> tuple[str, ...]:
     parts = set(method.parts)
-    memory = ("memory: blocks that no head of a layer group sees any more are freed",) * ("evict" in parts)
+    reads = "weighed: a new query weighs fewer keys" if isinstance(method, Sparse) else "reads: a new query reads fewer"
     return (
-        memory
-        + ("reads: a new query reads the keys it chose",) * ("decode" in parts)
-        + ("prefill: it computes fewer pairs",) * ("prefill" in parts)
+        *["memory: blocks that no head of a layer group sees any more are freed"] * ("evict" in parts),
+        *[reads] * ("decode" in parts),
+        *["prefill: fewer pairs are computed"] * ("prefill" in parts),
     )
 
 
@@ -127,8 +162,8 @@ class Settings:
         if not method.card.calibrated:
             return method
         if not self.fingerprint:
-            do = "Get it with: saccade export METHOD --to vllm --model MODEL"
-            raise CannotRun(f"serve {self.method!r} with vLLM", "it needs an artefact, and no fingerprint says whose", do)
+            found, do = "it needs an artefact, and no fingerprint says whose", "See: saccade export METHOD --to vllm"
+            raise CannotRun(f"serve {self.method!r} with vLLM", found, do)
         return dataclasses.replace(method, artefact=Artefact.find(method.card.name, self.fingerprint))
 
 

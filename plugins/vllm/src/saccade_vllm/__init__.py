@@ -13,10 +13,10 @@ def register() -> None:
         CannotRun: another minor of vLLM than the one this is written against, or another platform than its CPU one.
     """
     import vllm
+    from vllm.platforms import current_platform
+
     from saccade.core.errors import CannotRun
     from saccade.engines.vllm import MINOR
-
-    from vllm.platforms import current_platform
 
     do = "Install that, or leave the plug-in out: VLLM_PLUGINS=''"
     if not vllm.__version__.startswith(f"{MINOR}."):

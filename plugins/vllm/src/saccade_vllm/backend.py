@@ -9,14 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from saccade.core.budget import Budget
-from saccade.core.errors import CannotRun
-from saccade.core.site import Site
-from saccade.engines.vllm import KEY, Settings
 from torch import Tensor
-
-from saccade_vllm.freeing import FreeingSpec, freed_together
-from saccade_vllm.working import Row, Work
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
@@ -26,6 +19,13 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
+
+from saccade.core.budget import Budget
+from saccade.core.errors import CannotRun
+from saccade.core.site import Site
+from saccade.engines.vllm import KEY, Settings
+from saccade_vllm.freeing import FreeingSpec, freed_together
+from saccade_vllm.working import Row, Work
 
 
 def settings_of(config: VllmConfig) -> Settings | None:
@@ -113,7 +113,9 @@ class Impl(CPUAttentionBackendImpl):
     def _longest(self) -> int:
         return self.config.model_config.max_model_len
 
-    def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
         self.work.write(kv_cache, key, value, slot_mapping)
 
     def forward(
@@ -143,7 +145,7 @@ def _sites(config: VllmConfig, settings: Settings) -> tuple[list[Attention], tup
             layer=i, layers=len(layers), heads=x.num_heads, kv_heads=x.num_kv_heads, head_size=x.head_size,
             stage="prefill", queries=1, keys=1, seen=1, scale=x.impl.scale, softcap=x.impl.logits_soft_cap or None,
             budget=Budget.of(settings.budget), seed=settings.seed, bytes_per_token=size,
-        )  # fmt: skip
+        )
         for i, x in enumerate(layers)
     )
     return layers, sites

@@ -1,7 +1,7 @@
 """KV blocks that are given back while a request runs: those that no head of a group of layers sees any more.
 
 The scheduler frees blocks, in a process of its own, by numbers alone: `Method.reach` says how many first and recent
-tokens each head sees at a position. A method whose heads differ frees what all heads of all layers in the group give up.
+tokens each head sees at a position. Where heads differ, what all heads of all layers in a group give up is freed.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from saccade.core.method import Method
-from saccade.core.site import Site
-from saccade.engines.vllm import Settings
-
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import AttentionSpec
+
+from saccade.core.method import Method
+from saccade.core.site import Site
+from saccade.engines.vllm import Settings
 
 Reach = list[tuple[int, int]]  # of each key/value head: first tokens, and tokens before the query
 

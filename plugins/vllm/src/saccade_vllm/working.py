@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
 from saccade import ops
 from saccade.core.errors import CannotRun
 from saccade.core.method import Cache, Decode, Method, Sparse, compose
 from saccade.core.selection import Gather, Selection
 from saccade.core.site import Site, Stage, State
-from torch import Tensor
-from torch.nn.functional import pad
-
 from saccade_vllm.freeing import reach
 from saccade_vllm.paging import Pages, Stored
 
