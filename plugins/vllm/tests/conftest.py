@@ -15,11 +15,7 @@ import torch
 import saccade
 from saccade.attach import fingerprint
 from saccade.models.known import folder
-
-TEXT = (
-    "It was a bright cold day in the harbour, and the ships lay so still that the gulls walked on their ropes. An old"
-    " man mended a net; he had mended it the day before, and would do so again on the day after. "
-)
+from saccade.tasks._text import passage
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +33,8 @@ def mark(model) -> str:
 
 @pytest.fixture(scope="session")
 def prompts(model):
-    """`prompts(count, tokens)`: texts that differ, of about so many tokens and each of another length."""
-    ids = model[1](TEXT * 40)["input_ids"]
-    return lambda count, tokens: [ids[7 * i : 7 * i + tokens + 5 * i] for i in range(count)]
+    """`prompts(count, tokens)`: passages of the shipped prose, the first of so many tokens, each 5 longer."""
+    return lambda count, tokens: [passage(model[1], tokens + 5 * i, i, 0)[0] for i in range(count)]
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,9 @@ def _works(llm: Any, settings: Any) -> list[Any]:
     layers = [m for m in runner.get_model().modules() if hasattr(getattr(m, "impl", None), "work")]
     method = settings and settings.equipped()
     for layer in layers if settings else ():
-        layer.impl.work = Work(method, dataclasses.replace(layer.impl.work.here, budget=Budget.of(settings.budget)))
+        before = layer.impl.work
+        site = dataclasses.replace(before.here, budget=Budget.of(settings.budget))
+        layer.impl.work = Work(method, site, before.requests)
     return [layer.impl.work for layer in layers]
 
 

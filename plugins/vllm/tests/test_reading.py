@@ -14,7 +14,7 @@ METHODS = [
     {"method": "hip", "budget": "0.25"},
     {"method": "full", "budget": "1"},
 ]
-READ = {1: 64, 3: 64}  # keys that each query reads, where all layers read as many
+READ = {1: (9, 48, 64), 3: (3, 63, 64)}  # lists, and keys in each: more than, and at most; quest reads whole pages
 NEW = 16
 
 
@@ -29,10 +29,10 @@ def test_the_text_is_that_of_the_library(found, own, prompts, number):
 
 
 @pytest.mark.parametrize("number", READ)
-def test_each_query_reads_as_many_keys_as_the_budget_says(found, number):
-    heads = 9 if "per-head" in METHODS[number]["method"] else 3
-    assert found[number]["read"] == 2 * (NEW - 1) * 30 * heads * READ[number]
-    assert found[number]["there"] > 4 * found[number]["read"]
+def test_each_query_reads_no_more_keys_than_the_budget_says(found, number):
+    heads, over, most = READ[number]
+    each = found[number]["read"] / (2 * (NEW - 1) * 30 * heads)
+    assert over < each <= most < found[number]["there"] / (2 * (NEW - 1) * 30 * heads) / 4
 
 
 def test_all_blocks_stay_until_the_request_ends(found):

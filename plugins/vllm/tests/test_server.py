@@ -37,7 +37,8 @@ def client(model, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
     with open(log, "w") as out:
-        server = subprocess.Popen([bin_ / "vllm", *words, *where, *SMALL, "--enforce-eager"], stdout=out, stderr=out, env=environment)
+        command = [bin_ / "vllm", *words, *where, *SMALL, "--enforce-eager"]
+        server = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
     try:
         _wait(server, port, log)
         yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300)

@@ -15,6 +15,7 @@ def found(serve, prompts):
 
 def test_sixteen_requests_at_once_get_the_texts_that_the_library_gives_each(found, own, prompts):
     assert found["tokens"] == own(SETTINGS, prompts(16, 150), NEW)
+    assert found["tokens"][:2] != own({"method": "full"}, prompts(2, 150), NEW)  # that the method is there can be seen
 
 
 def test_blocks_are_freed_while_requests_run(found):

@@ -99,7 +99,7 @@ class Impl(CPUAttentionBackendImpl):
         super().process_weights_after_loading(act_dtype)
         layers, sites = _sites(self.config, self.settings)
         here = next(i for i, layer in enumerate(layers) if layer.impl is self)
-        self.work = Work(_equipped(self.settings), sites[here])
+        self.work = Work(_equipped(self.settings), sites[here], self.config.scheduler_config.max_num_seqs)
         reasons = self.work.method.check(dataclasses.replace(sites[here], keys=self._longest, seen=self._longest))
         if reasons:
             raise CannotRun(f"serve {self.settings.method!r} with vLLM", reasons, "See: saccade export --to vllm")

@@ -21,8 +21,6 @@ from saccade.core.site import Site, Stage, State
 from saccade_vllm.freeing import reach
 from saccade_vllm.paging import Pages, Stored
 
-MOST_STATES = 256  # requests whose state is kept; one that was forgotten is found again from the keys
-
 
 @dataclass(frozen=True)
 class Row:
@@ -41,14 +39,18 @@ class Row:
 
 
 class Work:
-    """A method in one layer. What it remembers of a request is kept by the request's first block."""
+    """A method in one layer. What it remembers of a request is kept by the request's first block.
 
-    def __init__(self, method: Method, site: Site):
+    requests: that run at once, at most; each has a token in every step, so that those of longest ago have ended
+    """
+
+    def __init__(self, method: Method, site: Site, requests: int):
         self.method, self.parts = method, compose([method])
         self.here = dataclasses.replace(site, attend=self._attend, partial=self._partial, searched=_uncounted)
         self.pages: Pages | None = None
         self.prompts: dict[int, int] = {}  # first block -> tokens of the prompt
         self.states: OrderedDict[int, State] = OrderedDict()
+        self.requests = requests
         self.read, self.there = 0, 0  # keys that queries after the prompt read, and keys there were; of all heads
 
     # --- storing ----------------------------------------------------------------------------------------------------
@@ -88,14 +90,21 @@ class Work:
             raise CannotRun("read a prompt with a method of saccade", found, "Set enable_chunked_prefill=False.")
         self.prompts[row.first_block] = n
         self.states.pop(row.first_block, None)
-        site, owner = self._site("prefill", n, n, n), self.parts.get("prefill")
+        site = self._site("prefill", n, n, n)
+        out = self._read(q, k, v, site)
+        self._remember(row, site.state)
+        return out
+
+    def _read(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Float[Tensor, "1 h n d"]:
+        """A whole prompt."""
+        owner = self.parts.get("prefill")
         if owner is None:
             return self._dense(q, k, v)
         if isinstance(owner, Cache):
             selection = owner.select(q, k, site)
             return self._dense(q, k, v) if selection is None else site.attend(q, k, v, selection)
         if isinstance(owner, Decode):
-            positions = torch.arange(n).expand(*k.shape[:3])
+            positions = torch.arange(site.keys).expand(*k.shape[:3])
             stored = {"keys": k, "values": v, "positions": positions, **owner.index(k, site)}
             return site.attend(q, k, v, owner.select(q, stored, site))
         return owner.attend(q, k, v, site)
@@ -172,7 +181,7 @@ class Work:
             return
         self.states[row.first_block] = state
         self.states.move_to_end(row.first_block)
-        while len(self.states) > MOST_STATES:
+        while len(self.states) > 2 * self.requests:
             self.states.popitem(last=False)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
