@@ -192,6 +192,20 @@ def test_a_rolling_head_holds_a_window_and_a_block_at_most(compensation):
             assert all(n == (PROMPT + i + 1 if at in whole else expected) for at, n in lengths.items())
 
 
+@pytest.mark.parametrize("budget", PAID)
+@given(later=st.integers(0, 3 * FOLD))
+@settings(max_examples=6, deadline=None)
+def test_what_a_rolling_head_reaches_is_what_it_sees(budget, later):
+    method, t = razor(policy="roll", compensation="none"), PROMPT + later
+    for layer in range(2):
+        there = site(budget, queries=1, keys=t + 1, layer=layer, state={"prompt": torch.tensor([PROMPT] * 2)})
+        position, heads = torch.arange(t + 1), torch.arange(2)
+        seen = method.visible(torch.tensor([[t]] * 2), position.expand(2, -1), heads, there)[:, 0]
+        reached = method.reach([t], there)[0]
+        assert seen.tolist() == [[j < sinks or t - j <= near for j in range(t + 1)] for sinks, near in reached]
+    assert razor(policy="append", compensation="none").reach([t], there) is None
+
+
 def test_no_whole_heads_and_all_of_them():
     with attach(MODEL, razor(induction_share=0.0, echo_share=0.0), budget=0.5) as run, torch.no_grad():
         MODEL(tokens(PROMPT), use_cache=True)

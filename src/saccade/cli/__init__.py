@@ -21,7 +21,7 @@ from saccade.core.errors import SaccadeError, UnknownName
 
 VERBS = {
     "look": ("list", "show", "explain"),
-    "use": ("run", "serve", "calibrate"),
+    "use": ("run", "serve", "export", "calibrate"),
     "measure": ("compare", "report", "claim", "power", "bench", "plan"),
     "build": ("train", "new", "check", "doctor"),
 }

@@ -234,7 +234,8 @@ class Cache(Method):
     def reach(self, queries: Sequence[int], site: Site) -> list[list[tuple[int, int]]] | None:
         """The same in numbers, where the rule is sinks and recent tokens: how many first tokens, and how many before
         itself, the query at a position sees. One position and one row of `site.state` for each sequence; a pair for
-        each of its key/value heads. None: `visible` has to be asked, and the device with it.
+        each of its key/value heads. None: `visible` has to be asked, and the device with it. Of a method that scores
+        the prompt at its end, what the first query after it reaches is what was kept.
         """
         return None
 

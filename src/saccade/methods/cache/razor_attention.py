@@ -148,6 +148,17 @@ class RazorAttention(Cache):
             out[rows] = near | full.to(head.device)[head[rows], None, None]
         return out
 
+    def reach(self, queries: Sequence[int], site: Site) -> list[list[tuple[int, int]]] | None:
+        if self.policy == "append":
+            return None
+        prompts = site.state["prompt"].tolist() if "prompt" in site.state else [0] * len(queries)
+        out = []
+        for t, n in zip(queries, prompts):
+            sinks, start, full = self._split(n, site)
+            near = t - start - (t - n) // self.fold_tokens * self.fold_tokens
+            out.append([(sinks, t if whole else near) for whole in full.tolist()])
+        return out
+
     def _split(self, prompt: int, site: Site) -> tuple[int, int, Bool[Tensor, " g"]]:
         """Sinks of a local head, its first key after the gap (the compensation key), and which heads of this layer are
         whole.

