@@ -6,6 +6,7 @@ import hashlib
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 def fingerprint(model: Any) -> str:
@@ -15,6 +16,11 @@ def fingerprint(model: Any) -> str:
     for name, weight in named:
         digest.update(f"{name}{tuple(weight.shape)}".encode())
     for _, weight in (named[0], named[len(named) // 2], named[-1]):
-        some = weight.detach().flatten()[:4096].to("cpu", torch.bfloat16).contiguous()
+        some = _whole(weight.detach()).flatten()[:4096].to("cpu", torch.bfloat16).contiguous()
         digest.update(some.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def _whole(weight: Any) -> torch.Tensor:
+    """Of a weight that lies in parts on several processes, all of it: they ask together."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight

@@ -39,6 +39,7 @@ class Method:
 
     `artefact` is what calibration left; `attach` finds the one of the model at hand, a user may give another.
     `dated`: its state says from which token on it holds. When tokens are taken back the state is left to it.
+    `by_position`: what its prefill computes depends on no query and no key: first tokens and a window, by head.
 
     Raises:
         BadOption: a value outside what the option allows.
@@ -46,6 +47,7 @@ class Method:
 
     card: ClassVar[Card]
     dated: ClassVar[bool] = False
+    by_position: ClassVar[bool] = False
     artefact: Artefact | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self):
