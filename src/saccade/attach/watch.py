@@ -18,6 +18,8 @@ from saccade.core.record import LayerRecord, Notes, Record, Table
 from saccade.core.shard import Shard
 from saccade.core.site import Seen, Site, Stage
 
+BESIDE = ("real", "tokens")  # noted of each token, not of its heads
+
 
 class Watch(Run):
     """The handle that `attach` returns for a probe: `result()` is what came of the last sequences.
@@ -130,6 +132,6 @@ class Watcher:
 
 def _of_row(layers: list[Mapping[str, Tensor]], row: int, slots: int, shard: Shard) -> Notes:
     real = layers[0]["real"][row]
-    own = [{n: shard.gather(x[row, real].transpose(0, 1), 0).cpu() for n, x in layer.items() if n not in ("real", "tokens")}
+    own = [{n: shard.gather(x[row, real].transpose(0, 1), 0).cpu() for n, x in layer.items() if n not in BESIDE}
            for layer in layers]  # fmt: skip
     return Notes(layers[0]["tokens"][row, real].cpu(), int(real[:slots].sum()), own)
