@@ -49,7 +49,7 @@ RINGS = ("full", "streaming@0.25")
 CHECKED = {"heads": (*RINGS, "minference@0.25", "xattention@0.25"), "ring": RINGS}
 LONG = ("full", "minference@0.1")
 GROWN = {"one": LONG, "heads": LONG, "ring": ("full", "streaming@4096tok")}
-WRITTEN = ("full", "quest@0.25", "snapkv@0.25", "minference@0.25")
+WRITTEN = ("full", "quest:dense_layers=0@0.25", "snapkv@0.25", "minference@0.25")
 
 
 def main() -> int:
@@ -112,9 +112,9 @@ def text_of(tokens: int, vocabulary: int, device: torch.device) -> Tensor:
 def working(model: Any, way: str, contestant: str) -> Iterator[Any]:
     """A method attached, the texts shared that way or, by "one", not at all."""
     name, _, budget = contestant.partition("@")
-    with contextlib.nullcontext() if way == "one" else parallel.sequence(way):
-        with saccade.attach(model, name, budget=budget or 1.0) as run:
-            yield run
+    sharing = contextlib.nullcontext() if way == "one" else parallel.sequence(way)
+    with sharing, saccade.attach(model, name, budget=budget or 1.0) as run:
+        yield run
 
 
 # --- is it the same? --------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def check(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
     for who in WRITTEN:
         same = torch.equal(written(model, "heads", who, ids), written(model, "one", who, ids))
         rows.append({"way": "heads", "who": who, "equal": same})
-        say(f"check heads {who:16} tokens written: {'equal' if same else 'NOT EQUAL'}")
+        say(f"check heads {who:26} tokens written: {'equal' if same else 'NOT EQUAL'}")
     return rows
 
 
