@@ -5,6 +5,7 @@ Started by torchrun: `parallel_work.py FOLDER`; the first process writes FOLDER/
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -28,12 +30,13 @@ from saccade.core.errors import CannotRun
 from saccade.core.method import Method
 from saccade.core.registry import card, get, list_methods
 from saccade.engines import parallel
+from saccade.measure.training import Plan, loop, sharded
 from saccade.methods.sparse.minference import CANDIDATES
 from saccade.methods.sparse.seer_attention import stored
 from tests.conformance.cases import ATTACHED, Case
 
 LAYERS, HEADS, KV_HEADS, SIZE = 2, 4, 2, 16
-TOKENS, NEW, PADDING = 41, 3, 6
+TOKENS, NEW, PADDING, BUDGET = 41, 3, 6, 0.25
 TRAINED = ("full", "streaming", "minference", "xattention", "scatterbrain", "sea", "duo-attention")
 RINGS = ("full", "streaming", "duo-attention", "moa")
 METHODS = [name for name in list_methods() if card(name).family in ATTACHED]
@@ -85,8 +88,7 @@ def written(name: str, model: Any) -> list[Tensor]:
     """Greedy tokens and the logits before each; of a probe also its table."""
     ids, mask = text()
     options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
-    budgets = Case(name).budgets
-    with saccade.attach(model, equipped(name, model), budget=0.25 if 0.25 in budgets else 1.0) as run:
+    with saccade.attach(model, equipped(name, model), budget=BUDGET if card(name).takes_budget else 1.0) as run:
         out = model.generate(ids, attention_mask=mask, output_logits=True, **options)
         table = [row["copied"] for row in run.result()] if "observe" in run.parts else []
         held = 0 if table else run.record.bytes_held
@@ -97,7 +99,6 @@ def trained(name: str, model: Any) -> list[Tensor]:
     """Loss, gradients in one row, logits of the whole text, and what the forward left for the backward."""
     ids, model = text()[0], model.train()
     model.zero_grad(set_to_none=True)
-    budget = 0.25 if 0.25 in Case(name).budgets else 1.0
     kept: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ def trained(name: str, model: Any) -> list[Tensor]:
             kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    with saccade.attach(model, equipped(name, model), budget=budget) as run:
+    with saccade.attach(model, equipped(name, model), budget=BUDGET) as run:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             loss = model(ids, labels=ids).loss
         loss.backward()
@@ -116,6 +117,35 @@ def trained(name: str, model: Any) -> list[Tensor]:
     gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.eval()
     return [loss.detach(), gradients, logits, torch.tensor(sum(kept.values()))]
+
+
+class BrokenOff(Exception):
+    """In the middle of a training."""
+
+
+def shared_weights(folder: Path) -> dict[str, Any]:
+    """A training with FSDP, broken off between two checkpoints and taken up again."""
+    options = {"VERSION": "2", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true"}
+    os.environ |= {f"FSDP_{name}": value for name, value in options.items()}
+    told: list[int] = []
+
+    def tell(step: int, loss: float) -> None:
+        told.append(step)
+        if len(told) == 3:
+            raise BrokenOff
+
+    with contextlib.suppress(BrokenOff):
+        loop.run(cell(folder / "two", sharded.accelerator("cpu"), tell))
+    losses = loop.run(cell(folder / "two", sharded.accelerator("cpu"), tell))["losses"]
+    return {"losses": losses, "steps": told}
+
+
+def cell(folder: Path, accelerator: Accelerator, tell: Callable[[int, float], None]) -> loop.Work:
+    """A training of a few steps."""
+    sizes = {"tokens": 16, "rows": 4, "steps": 5, "channels": 8, "layers": 2, "heads": 2}
+    plan = Plan.of("mqar", "4tok", dtype="float64", learning_rate=None, **sizes)
+    return loop.Work(plan, "full", "full", 0, folder, accelerator, 2, tell)
 
 
 def said(work: Callable[[], Any]) -> str:
@@ -161,6 +191,7 @@ def main(folder: Path) -> None:
         "ring cache": said(attached(whole, "full", "ring")),
         "probe": said(attached(whole, probes[0], "heads")),
     }
+    found["weights"] = shared_weights(folder)
     if dist.get_rank() == 0:
         torch.save(found, folder / "found.pt")
     dist.destroy_process_group()

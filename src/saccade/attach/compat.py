@@ -73,6 +73,12 @@ def shard(model: PreTrainedModel) -> Shard:
     return Shard(mesh.get_local_rank(), ranks, mesh.get_group())
 
 
+def device(model: PreTrainedModel) -> torch.device:
+    """Where its token ids go; the CPU where the embedding lies on disk, from where its hooks take them on."""
+    there = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if there.type == "meta" else there
+
+
 def uneven_heads(model: PreTrainedModel) -> list[str]:
     """Why the processes that share this model cannot share its heads."""
     config = model.config.get_text_config(decoder=True)

@@ -69,7 +69,8 @@ def _forward(model: Any) -> list[dict[str, Any]]:
         ]
         with torch.no_grad():
             table = model.get_input_embeddings().weight
-            ids = torch.full((1, 2), table.shape[0] // 2, device=table.device)  # an ordinary word: specials may be zero
+            word = table.shape[0] // 2  # an ordinary one: specials may be zero
+            ids = torch.full((1, 2), word, device=compat.device(model))
             model(input_ids=ids, **{CACHE: cache}, use_cache=True)
     finally:
         model.train(training)

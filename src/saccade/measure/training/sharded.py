@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
@@ -24,11 +24,13 @@ def accelerator(device: str) -> Accelerator:
         return made
     if made.num_processes == 1:
         raise CannotRun("train with FSDP", "this is one process", "Start several with accelerate launch.")
-    plugin = made.state.fsdp_plugin or FullyShardedDataParallelPlugin()
+    plugin = getattr(made.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
     if plugin.fsdp_version != 2:
         found = "it is FSDP 1, whose flat weights hide which of them are drawn to zero"
         raise CannotRun("train with FSDP", found, "Say fsdp_version: 2 in accelerate's configuration.")
-    made.state.distributed_type, made.state.fsdp_plugin = DistributedType.FSDP, plugin
+    made.state.fsdp_plugin = plugin
+    for state in (PartialState(), made.state):  # the second is brought in line with the first again and again
+        state.distributed_type = DistributedType.FSDP
     return made
 
 

@@ -195,14 +195,15 @@ class _Ring(torch.autograd.Function):
                 found = task.attend(*task.taken(q, keys, values, kind, piece), piece)
                 _merge(out, lse, found, task.asking(kind).to(q.device), piece)
         ctx.task = task
+        out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        return out.to(q.dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         q, k, v, out, lse = ctx.saved_tensors
-        task, wide = ctx.task, out.dtype
-        grad = grad.to(wide)
+        task, wide = ctx.task, lse.dtype
+        grad, out = grad.to(wide), out.to(wide)
         dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
         own = {"grad": grad, "out": out, "lse": lse}
         for rank, (keys, values, for_keys, for_values) in _passing([k, v, dk, dv], task.layout, changing=2):
