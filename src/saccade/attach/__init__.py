@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from saccade.attach import compat, replay
+from saccade.attach import compat, replay, sequence
 from saccade.attach.fingerprint import fingerprint
 from saccade.attach.probe import Found, probe
 from saccade.attach.run import Run
@@ -42,7 +42,7 @@ def attach(
         DoesNotCompose: two methods need the same part.
         CannotRun: with every reason why.
     """
-    budget, found = Budget.of(budget), probe(model)
+    budget, found = Budget.of(budget), sequence.shared(model, probe(model))
     chosen = [_equipped(model, m, found) for m in _as_list(methods)]
     reasons = _reasons(model, chosen, budget, found)
     if graph_tokens:
@@ -56,7 +56,7 @@ def attach(
 
 def explain(model: Any, methods: Methods, *, budget: float | str | Budget = FULL) -> list[str]:
     """Every reason why the methods cannot work in the model; [] means that they will."""
-    return refusals(model, methods, Budget.of(budget), probe(model))
+    return refusals(model, methods, Budget.of(budget), sequence.shared(model, probe(model)))
 
 
 def refusals(model: Any, methods: Methods, budget: Budget, found: Found) -> list[str]:
@@ -137,6 +137,7 @@ def _reasons(model: Any, methods: Sequence[Method], budget: Budget, found: Found
     if budget != FULL and methods and not any(m.card.takes_budget for m in methods):
         name = methods[0].card.name
         reasons.append(f"{name} packs all tokens and drops none: attach it without a budget, or beside what takes one")
+    reasons += sequence.refusals(methods, found.sharing)
     parts = compose(methods)
     for part, method in parts.items():
         if part not in SERVED:
@@ -147,7 +148,7 @@ def _reasons(model: Any, methods: Sequence[Method], budget: Budget, found: Found
         place = dataclasses.asdict(spot.place)
         length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 4096)
         site = Site(**place, stage="prefill", queries=length, keys=length, seen=length, budget=budget,
-                    bytes_per_token=found.bytes_per_token)  # fmt: skip
+                    bytes_per_token=found.bytes_per_token, shard=found.shard)  # fmt: skip
         for method in methods:
             try:
                 reasons += method.check(site)

@@ -58,6 +58,8 @@ class Subject:
         found = probe(model)
         busy = getattr(model, "_saccade_run", None)
         reasons = found.reasons + ([] if busy is None else [f"{busy.title} is attached; detach it first"])
+        if found.shard.ranks > 1:
+            reasons.append(f"its heads are shared among {found.shard.ranks} processes; calibrate in one")
         if reasons:
             raise CannotRun(f"calibrate on {type(model).__name__}", reasons, "See also: saccade explain")
         self.found: Found = found

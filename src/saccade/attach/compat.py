@@ -16,6 +16,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from saccade.core.shard import WHOLE, Shard, uneven
+
 OLDEST, NEWEST_TESTED = Version("5.17"), Version("5.24.99")
 NAME = "saccade"  # a plain word: names with "flash", "sdpa" or a slash are treated specially by transformers
 
@@ -59,6 +61,29 @@ def can_switch(model: PreTrainedModel) -> list[str]:
         if isinstance(m, PreTrainedModel) and not m._can_set_attn_implementation()
     }
     return [f"{name} computes attention in its own code, not through transformers' interface" for name in sorted(stiff)]
+
+
+def shard(model: PreTrainedModel) -> Shard:
+    """Which heads of each layer are here, of a model that was loaded with `tp_plan`."""
+    ranks = getattr(model, "_tp_size", None) or 1
+    if ranks == 1:
+        return WHOLE
+    mesh = model._device_mesh
+    mesh = mesh["tp"] if mesh.ndim > 1 else mesh
+    return Shard(mesh.get_local_rank(), ranks, mesh.get_group())
+
+
+def device(model: PreTrainedModel) -> torch.device:
+    """Where its token ids go; the CPU where the embedding lies on disk, from where its hooks take them on."""
+    there = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if there.type == "meta" else there
+
+
+def uneven_heads(model: PreTrainedModel) -> list[str]:
+    """Why the processes that share this model cannot share its heads."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", 0)
+    return uneven(heads, getattr(config, "num_key_value_heads", None) or heads, getattr(model, "_tp_size", None) or 1)
 
 
 def implementation(model: PreTrainedModel) -> str:

@@ -361,7 +361,7 @@ class Engine:
             head_size=place.head_size, stage=stage, queries=queries, keys=keys, seen=seen, scale=place.scale,
             budget=self.run.budget, softcap=place.softcap, seed=self.run.seed, bytes_per_token=self.run.bytes_per_token,
             settled=stage == "decode" and not self._evicting, state=_gather_state(layer, owner, ids),
-            coming=self.coming(layer, ids), handed=self._handed(owner, ids), turn=place.turn,
+            coming=self.coming(layer, ids), handed=self._handed(owner, ids), turn=place.turn, shard=self.run.shard,
             far=layer.far_of(ids or []) if stage == "decode" else (),
             attend=lambda *inputs: self._compute(stage, *inputs)[0], partial=functools.partial(self._compute, stage),
             searched=self.counts.searched,

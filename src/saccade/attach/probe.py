@@ -13,6 +13,7 @@ from saccade.attach.compat import CACHE
 from saccade.attach.engine import Place
 from saccade.attach.interface import PROBED, install
 from saccade.attach.layer import SaccadeLayer
+from saccade.core.shard import WHOLE, Shard
 from saccade.core.site import Turn
 
 
@@ -30,7 +31,9 @@ class Found:
 
     sites: list[Spot]
     reasons: list[str]
-    bytes_per_token: int = 0
+    bytes_per_token: int = 0  # of the heads of all processes
+    shard: Shard = WHOLE  # which heads of each layer are here
+    sharing: Any = None  # how processes share its texts
 
 
 def probe(model: Any) -> Found:
@@ -40,7 +43,7 @@ def probe(model: Any) -> Found:
         return Found([], [*reasons, f"{type(model).__name__} is not a model of transformers"])
     if getattr(model.config, "is_encoder_decoder", False):
         reasons.append("it is an encoder-decoder; decoder-only models are served so far")
-    reasons += compat.can_switch(model)
+    reasons += compat.can_switch(model) + compat.uneven_heads(model)
     if reasons:
         return Found([], reasons)
     calls = _forward(model)
@@ -48,7 +51,8 @@ def probe(model: Any) -> Found:
     layers, rotary = len(served), compat.rotary_embeddings(model)
     spots = [Spot(call["module"], _place(i, layers, call, _turn(rotary, call))) for i, call in enumerate(served)]
     size = sum(2 * call["k"].shape[1] * call["k"].shape[3] * call["k"].element_size() for call in served)
-    return Found(spots, reasons, size)
+    shard = compat.shard(model)
+    return Found(spots, reasons, size * shard.ranks, shard)
 
 
 def _forward(model: Any) -> list[dict[str, Any]]:
@@ -65,7 +69,8 @@ def _forward(model: Any) -> list[dict[str, Any]]:
         ]
         with torch.no_grad():
             table = model.get_input_embeddings().weight
-            ids = torch.full((1, 2), table.shape[0] // 2, device=table.device)  # an ordinary word: specials may be zero
+            word = table.shape[0] // 2  # an ordinary one: specials may be zero
+            ids = torch.full((1, 2), word, device=compat.device(model))
             model(input_ids=ids, **{CACHE: cache}, use_cache=True)
     finally:
         model.train(training)

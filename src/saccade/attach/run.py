@@ -14,6 +14,7 @@ from saccade.attach import compat, replay, reread
 from saccade.attach.engine import Engine, Place
 from saccade.attach.layer import SaccadeLayer, WatchedLayer
 from saccade.attach.probe import Found
+from saccade.attach.sequence import Text
 from saccade.core.budget import Budget
 from saccade.core.errors import CannotRun
 from saccade.core.method import Decode, Method, compose
@@ -43,13 +44,14 @@ class Run:
         self.model, self.methods, self.budget, self.seed = model, list(methods), budget, seed
         self.parts = compose(methods)
         self.title = " + ".join(m.card.name for m in self.methods)
-        self.bytes_per_token = found.bytes_per_token
         self.graph_tokens = graph_tokens
+        self.bytes_per_token, self.shard = found.bytes_per_token, found.shard
         self.attached = False
         self.note_reads = False
         self.more_prompt = False  # the prompt goes on after this forward (chunked prefill)
         self.prompt_tokens: list[int] = []  # how many it will have, of each sequence; empty: nobody said
         self.handed: dict[tuple[int, ...], State] = {}  # sequences -> what their layers hand on in this forward
+        self.text = Text(self, found.sharing) if found.sharing else None
         self._record = Record()
         self._layers: dict[int, SaccadeLayer] = {}  # the last cache layer that each engine worked on
         self._engines = {site.module: self._engine(site.place) for site in found.sites}
@@ -69,10 +71,11 @@ class Run:
         self.attached = True
         self._undo.append(compat.switch(self.model))
         for module, engine in self._engines.items():
-            setattr(module, self.slot, engine)
+            setattr(module, self.slot, self.text.before(engine) if self.text else engine)
             self._undo.append(functools.partial(delattr, module, self.slot))
         handle = self.model.register_forward_pre_hook(self._give_cache, with_kwargs=True)
         self._undo.append(handle.remove)
+        self._undo += self.text.hook(self.model) if self.text else []
         if hasattr(self.model, "generate"):
             self._wrap("_prepare_cache_for_generation", self._prepare_cache)
             self._wrap("_prefill", self._prefill)
@@ -143,6 +146,7 @@ class Run:
     def _give_cache(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         wanted = kwargs.get("use_cache")
         wanted = getattr(model.config.get_text_config(), "use_cache", True) if wanted is None else wanted
+        wanted = wanted and not (self.text and self.text.ring)
         if not self._equip_given(kwargs) and wanted and not (model.training and torch.is_grad_enabled()):
             kwargs[compat.CACHE] = self.new_cache()
         self._keep_up(args, kwargs)

@@ -15,7 +15,10 @@ from saccade.attach.run import Run
 from saccade.core.errors import CannotRun
 from saccade.core.method import Probe
 from saccade.core.record import LayerRecord, Notes, Record, Table
+from saccade.core.shard import Shard
 from saccade.core.site import Seen, Site, Stage
+
+BESIDE = ("real", "tokens")  # noted of each token, not of its heads
 
 
 class Watch(Run):
@@ -37,7 +40,7 @@ class Watch(Run):
         """What was noted of each of the last sequences; after a beam search, of its beams."""
         layers = [layer.notes for _, layer in sorted(self._layers.items())]
         slots = max((layer.prompt_slots for layer in self._layers.values()), default=0)
-        return [_of_row(layers, row, slots) for row in range(len(layers[0]["tokens"]) if layers else 0)]
+        return [_of_row(layers, row, slots, self.shard) for row in range(len(layers[0]["tokens"]) if layers else 0)]
 
     def result(self) -> Table:
         """The probe's table of the last sequences."""
@@ -121,13 +124,14 @@ class Watcher:
             layer=place.layer, layers=place.layers, heads=place.heads, kv_heads=place.kv_heads,
             head_size=place.head_size, stage=stage, queries=q.shape[2], keys=keys, seen=keys, scale=place.scale,
             budget=run.budget, softcap=place.softcap, seed=run.seed, bytes_per_token=run.bytes_per_token,
+            shard=run.shard,
         )  # fmt: skip
         positions = torch.arange(keys, device=k.device).expand(*k.shape[:2], -1)
         return {n: x.transpose(1, 2) for n, x in run.probe.see(Seen(k, v, positions, q), site).items()}
 
 
-def _of_row(layers: list[Mapping[str, Tensor]], row: int, slots: int) -> Notes:
+def _of_row(layers: list[Mapping[str, Tensor]], row: int, slots: int, shard: Shard) -> Notes:
     real = layers[0]["real"][row]
-    own = [{n: x[row, real].transpose(0, 1).cpu() for n, x in layer.items() if n not in ("real", "tokens")}
+    own = [{n: shard.gather(x[row, real].transpose(0, 1), 0).cpu() for n, x in layer.items() if n not in BESIDE}
            for layer in layers]  # fmt: skip
     return Notes(layers[0]["tokens"][row, real].cpu(), int(real[:slots].sum()), own)

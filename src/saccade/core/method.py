@@ -42,6 +42,7 @@ class Method:
     `replays`: of one that chooses what is read after the prompt: over the same stored keys it does the same for each
     query, and asks nothing of the host; so that a graph can do it again.
     `foretold`: its card's reason against chunks is the prompt's length: told `Site.coming`, pieces are as one prompt.
+    `by_position`: what its prefill computes depends on no query and no key: first tokens and a window, by head.
 
     Raises:
         BadOption: a value outside what the option allows.
@@ -51,6 +52,7 @@ class Method:
     dated: ClassVar[bool] = False
     replays: ClassVar[bool] = False
     foretold: ClassVar[bool] = False
+    by_position: ClassVar[bool] = False
     artefact: Artefact | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self):

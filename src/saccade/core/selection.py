@@ -9,12 +9,14 @@ say.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from saccade.core.shard import Shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,10 @@ class Blocks(Selection):
         first = torch.nn.functional.pad(crow[..., -1].flatten().cumsum(0), (1, 0))[b * keep.shape[1] + h]
         col[b, h, torch.arange(len(b), device=keep.device) - first] = j.int()
         return cls(crow=crow, col=col, q_block=q_block, k_block=k_block, queries=queries, keys=keys, causal=causal)
+
+    def part(self, shard: Shard) -> Blocks:
+        """Of a selection for all heads of a layer, that for the heads of one process."""
+        return replace(self, crow=shard.mine(self.crow, 1), col=shard.mine(self.col, 1))
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saccade.core.budget import FULL, Budget
+from saccade.core.shard import WHOLE, Shard
 
 if TYPE_CHECKING:
     from saccade.core.selection import Selection
@@ -51,7 +52,8 @@ class Site:
     a method has the same length.
 
     layer, layers: index among the model's attention layers, and their number
-    heads, kv_heads, head_size: of the tensors at hand (under tensor parallelism, the local ones)
+    heads, kv_heads, head_size: of the tensors at hand: where processes share the heads of a layer, those here
+    shard: which of the layer's heads these are
     queries, keys: tokens asking, tokens there to be looked at (the askers included)
     seen: tokens that went by, dropped ones included; the true position of the last query is `seen - 1`
     coming: tokens of the prompt that are read in later forwards, where the attachment was told how many
@@ -92,6 +94,7 @@ class Site:
     marks: Bool[Tensor, "b k"] | None = field(default=None, repr=False, compare=False)
     far: tuple[Far, ...] = field(default=(), repr=False, compare=False)
     turn: Turn | None = field(default=None, repr=False, compare=False)
+    shard: Shard = WHOLE
     attend: Callable[[Tensor, Tensor, Tensor, Selection], Tensor] = field(default=_nowhere, repr=False, compare=False)
     partial: Callable[[Tensor, Tensor, Tensor, Selection], tuple[Tensor, Tensor]] = field(
         default=_nowhere, repr=False, compare=False
@@ -112,6 +115,16 @@ class Site:
     def group(self) -> int:
         """Query heads that share one key/value head."""
         return self.heads // self.kv_heads
+
+    @property
+    def all_heads(self) -> int:
+        """Query heads of the layer, in all processes."""
+        return self.heads * self.shard.ranks
+
+    @property
+    def all_kv_heads(self) -> int:
+        """Key/value heads of the layer, in all processes."""
+        return self.kv_heads * self.shard.ranks
 
 
 @dataclass(frozen=True)

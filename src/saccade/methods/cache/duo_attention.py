@@ -41,6 +41,7 @@ class DuoAttention(Cache):
     """
 
     rolling: ClassVar[bool] = True
+    by_position = True
     card = Card(
         name="duo-attention",
         title="DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads",
@@ -108,7 +109,7 @@ class DuoAttention(Cache):
     def check(self, site: Site) -> list[str]:
         if self.artefact is None:
             return ["no gates were trained for this model: saccade calibrate duo-attention"]
-        found, here = tuple(self._gates().shape), (site.layers, site.kv_heads)
+        found, here = tuple(self._gates().shape), (site.layers, site.all_kv_heads)
         if found != here:
             return [f"its gates are for {found[0]} layers of {found[1]} key/value heads, here: {here[0]} of {here[1]}"]
         return []
@@ -164,7 +165,8 @@ class DuoAttention(Cache):
         key = (prompt, site.layer, site.budget, site.bytes_per_token, site.seed)
         if key not in self._splits:
             self._splits[key] = self._find_split(prompt, site)
-        return self._splits[key]
+        sinks, recent, full = self._splits[key]
+        return sinks, recent, site.shard.mine(full)
 
     @functools.cached_property
     def _splits(self) -> dict[tuple[Any, ...], tuple[int, int, Bool[Tensor, " g"]]]:
@@ -175,7 +177,7 @@ class DuoAttention(Cache):
         gates = self._gates()
         held = site.budget.tokens(prompt, site.bytes_per_token)
         if held >= prompt:
-            return self.sink_tokens, self.recent_tokens, torch.ones(site.kv_heads, dtype=torch.bool)
+            return self.sink_tokens, self.recent_tokens, torch.ones(site.all_kv_heads, dtype=torch.bool)
         streaming = min(self.sink_tokens + self.recent_tokens, held)
         count = gates.numel() * (held - streaming) // (prompt - streaming)
         # the authors break ties by noise; gates are not that close otherwise

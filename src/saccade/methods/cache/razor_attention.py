@@ -117,7 +117,7 @@ class RazorAttention(Cache):
     def check(self, site: Site) -> list[str]:
         if self.artefact is None:
             return ["no heads were ranked for this model: saccade calibrate razor-attention"]
-        found, here = tuple(self.artefact.tensors["induction"].shape), (site.layers, site.kv_heads)
+        found, here = tuple(self.artefact.tensors["induction"].shape), (site.layers, site.all_kv_heads)
         if found != here:
             return [f"its scores are for {found[0]} layers of {found[1]} key/value heads, here: {here[0]} of {here[1]}"]
         return []
@@ -175,7 +175,7 @@ class RazorAttention(Cache):
         room = (heads * held - whole * prompt) // (heads - whole)
         sinks = min(self.sink_tokens, room - mean)
         rank = need.flatten().argsort(stable=True).argsort().view_as(need)
-        return sinks, prompt - (room - sinks), rank[site.layer] < whole
+        return sinks, prompt - (room - sinks), site.shard.mine(rank[site.layer] < whole)
 
     def need(self) -> Float[Tensor, "layers g"]:
         """Below 1 for heads to be whole, lowest first: the rank by a score over how many are asked for, by the better

@@ -32,6 +32,7 @@ class Streaming(Cache):
 
     rolling: ClassVar[bool] = True
     foretold: ClassVar[bool] = True
+    by_position = True
     card = Card(
         name="streaming",
         title="Efficient Streaming Language Models with Attention Sinks",

@@ -63,4 +63,4 @@ class TOVA(Cache):
     def score(self, seen: Seen, site: Site) -> Float[Tensor, "b g k"]:
         assert seen.queries is not None, "the card asks for queries"
         weights = ops.column_scores(seen.queries, seen.keys, scale=site.scale, softcap=site.softcap)
-        return weights.mean(1, keepdim=True).expand(-1, site.kv_heads, -1)
+        return site.shard.gather(weights, 1).mean(1, keepdim=True).expand(-1, site.kv_heads, -1)

@@ -114,10 +114,11 @@ class ZipVL(Cache):
     def mark(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Bool[Tensor, "b k"]:
         options = {"scale": site.scale, "softcap": site.softcap}
         if site.stage == "decode":  # the newest token looks at its unit
-            mass = ops.column_scores(q, k, causal=False, **options).mean(1)
+            mass = site.shard.gather(ops.column_scores(q, k, causal=False, **options), 1).mean(1)
             return self._important(mass, mass, site)
         at = self._probes(site).to(q.device)
-        mass = ops.column_scores(q.index_select(2, at - site.offset), k, at=at, **options).mean(1)
+        mass = ops.column_scores(q.index_select(2, at - site.offset), k, at=at, **options)
+        mass = site.shard.gather(mass, 1).mean(1)
         rows = len(at) - torch.searchsorted(at, torch.arange(site.keys, device=at.device))
         rows = rows.expand(len(q), -1).clone()
         if "mass" in site.state:  # of earlier parts of the prompt

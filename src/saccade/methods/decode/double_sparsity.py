@@ -93,8 +93,8 @@ class DoubleSparsity(Decode):
         reasons = []
         if self.artefact is None:
             reasons.append("no channels were ranked for this model: saccade calibrate double-sparsity")
-        elif tuple(self._ranked().shape) != (site.layers, site.kv_heads, site.head_size):
-            made, here = list(self._ranked().shape), [site.layers, site.kv_heads, site.head_size]
+        elif tuple(self._ranked().shape) != (site.layers, site.all_kv_heads, site.head_size):
+            made, here = list(self._ranked().shape), [site.layers, site.all_kv_heads, site.head_size]
             reasons.append(f"its channels are for [layers, key/value heads, head size] = {made}, here: {here}")
         if self.channels > site.head_size:
             reasons.append(f"channels={self.channels}, but a head has {site.head_size}")
@@ -166,7 +166,7 @@ class DoubleSparsity(Decode):
         """The label channels of keys, or of queries, whose heads share those of their key/value head."""
         if x.device not in self._copies:  # once: a copy in every layer of every step makes the device wait
             self._copies[x.device] = self._ranked()[..., : self.channels].to(x.device).long()
-        chosen = self._copies[x.device][site.layer].repeat_interleave(x.shape[1] // site.kv_heads, 0)
+        chosen = site.shard.mine(self._copies[x.device][site.layer]).repeat_interleave(x.shape[1] // site.kv_heads, 0)
         return x.gather(-1, chosen[None, :, None].expand(x.shape[0], -1, x.shape[2], -1))
 
     def _counts(self, site: Site) -> list[int]:

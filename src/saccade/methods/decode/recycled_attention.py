@@ -132,7 +132,7 @@ class RecycledAttention(Decode):
             plans = [Plan(*plan) for plan in memory["plan"][:, 0].tolist()]
             steps = [seen - plan.seen for plan in plans]
             left = [self._left(plan, n, site) for plan, n in zip(plans, steps)]
-            full = [due and rest >= 0 for due, rest in zip(self._due(q[:, :, i], memory, steps), left)]
+            full = [due and rest >= 0 for due, rest in zip(self._due(q[:, :, i], memory, steps, site), left)]
             cheap = [self._reads(plan.stored, site) for plan in plans]
             reads.append([(0, 0) if f else (k, min(k, n)) for f, k, n in zip(full, cheap, steps)])
             which.append(len(choices) - 1)
@@ -160,14 +160,15 @@ class RecycledAttention(Decode):
         cheap = self._reads(plan.stored, site) * (steps - 1)
         return plan.saved + self._allowed(plan.stored, steps, site) - cheap - (plan.stored + steps)
 
-    def _due(self, q: Float[Tensor, "b h d"], memory: Memory, steps: Sequence[int]) -> list[bool]:
+    def _due(self, q: Float[Tensor, "b h d"], memory: Memory, steps: Sequence[int], site: Site) -> list[bool]:
         """Which sequences want a full step, so many steps behind their last."""
         if self.schedule == "stride":
             return [n >= self.every_tokens for n in steps]
         checked = [n % self.check_tokens == 0 for n in steps]
         if not any(checked):
             return checked
-        cosine = cosine_similarity(q.float(), memory["query"][:, 0].float(), dim=-1).mean(-1)
+        cosine = cosine_similarity(q.float(), memory["query"][:, 0].float(), dim=-1)
+        cosine = site.shard.gather(cosine, 1).mean(-1)
         return [check and less for check, less in zip(checked, (cosine < self.similarity).tolist())]
 
     def _choice(

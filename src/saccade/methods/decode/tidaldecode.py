@@ -98,7 +98,7 @@ class TidalDecode(Decode):
         return self.correct_tokens
 
     def check(self, site: Site) -> list[str]:
-        again, shape = self.reselect_layer, (site.layers, site.heads, site.layers)
+        again, shape = self.reselect_layer, (site.layers, site.all_heads, site.layers)
         if again == "calibrated" and self.artefact is None:
             return ["no layer to choose anew was found for this model: saccade calibrate tidaldecode"]
         if again == "calibrated" and tuple(self._recall.shape) != shape:

@@ -58,6 +58,8 @@ class LanguageModel(nn.Module):
         what `make_mixer` and `Slot` raise.
     """
 
+    _no_split_modules = ("Block",)  # what accelerate shards one by one
+
     def __init__(
         self,
         vocabulary: int,
@@ -107,6 +109,8 @@ class VisionModel(nn.Module):
     Raises:
         BadInput: patches that do not tile the picture.
     """
+
+    _no_split_modules = ("Block",)
 
     def __init__(
         self,

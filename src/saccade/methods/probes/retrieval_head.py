@@ -126,7 +126,7 @@ class RetrievalHead(Probe):
     def check(self, site: Site) -> list[str]:
         if self.artefact is None:
             return []
-        found, here = tuple(self.artefact.tensors["score"].shape), (site.layers, site.heads)
+        found, here = tuple(self.artefact.tensors["score"].shape), (site.layers, site.all_heads)
         return [] if found == here else [f"its scores are for {found[0]} layers of {found[1]} heads, here: {here[0]} of"
                                          f" {here[1]}"]  # fmt: skip
 

@@ -106,7 +106,8 @@ class Flexprefill(Sparse):
         entry = self._of_lines(columns, diagonals, -(-least // block), free, block, site)
         freely = torch.minimum(entry, _of_map(pooled_q, pooled_k, block, site))
         entry = torch.where(free[..., None, None], freely, entry)
-        return ops.cover_blocks(entry, queries=site.queries, keys=site.keys, block=block, **by)
+        entry = site.shard.gather(entry, 1)  # heads share their pairs
+        return ops.cover_blocks(entry, queries=site.queries, keys=site.keys, block=block, **by).part(site.shard)
 
     def _lines(
         self, last: Tensor, k: Tensor, block: int, site: Site

@@ -206,7 +206,7 @@ class HyperAttention(Sparse):
     def _drawn(self, width: int, sample: int, site: Site) -> Int[Tensor, "h m"]:
         """Ranks, ascending: one of each of `sample` runs that follow on one another from anywhere, around the end."""
         draw = rng.generator("hyperattention/sample", site.seed, site.layer, width)
-        u = torch.rand(site.heads, sample + 1, generator=draw, dtype=torch.float64)
+        u = site.shard.mine(torch.rand(site.all_heads, sample + 1, generator=draw, dtype=torch.float64))
         run, place = width // sample, torch.arange(sample)
         rank = (u[:, :1] * width).long() + place * run + (u[:, 1:] * run).long()
         before = (rank < width).sum(-1, keepdim=True)  # from there on they are around the end, and the smallest

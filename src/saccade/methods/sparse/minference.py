@@ -130,7 +130,7 @@ class MInference(Sparse):
         reasons = super().check(site)
         if self.sizes == "pattern" and site.budget != Budget(1.0):
             reasons.append(f"sizes='pattern' computes what was searched, and would ignore the budget {site.budget}")
-        here = (site.layers, site.heads)
+        here = (site.layers, site.all_heads)
         if self.artefact is not None and tuple(self.artefact.tensors["pattern"].shape) != here:
             found = tuple(self.artefact.tensors["pattern"].shape)
             reasons.append(f"its patterns are for (layers, heads) = {found}, here: {here}")
@@ -163,7 +163,7 @@ class MInference(Sparse):
         if self.artefact is None:
             return [DEFAULT] * site.heads
         known = [Pattern(*row) for row in self.artefact.figures["candidates"]]
-        return [known[i] for i in self.artefact.tensors["pattern"][site.layer].tolist()]
+        return [known[i] for i in site.shard.mine(self.artefact.tensors["pattern"][site.layer]).tolist()]
 
     def _block(self, site: Site) -> int:
         """Rows and keys of a block, so that at least two blocks fit into the keys of a row."""

@@ -48,6 +48,7 @@ class MoA(Cache):
     """
 
     rolling: ClassVar[bool] = True
+    by_position = True
     card = Card(
         name="moa",
         title="MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression",
@@ -108,7 +109,7 @@ class MoA(Cache):
     def check(self, site: Site) -> list[str]:
         if self.artefact is None:
             return ["no plan was searched for this model: saccade calibrate moa"]
-        found, here = tuple(self.artefact.tensors["alpha"].shape[:2]), (site.layers, site.kv_heads)
+        found, here = tuple(self.artefact.tensors["alpha"].shape[:2]), (site.layers, site.all_kv_heads)
         if found != here:
             return [f"its plan is for {found[0]} layers of {found[1]} key/value heads, here: {here[0]} of {here[1]}"]
         return []
@@ -150,7 +151,7 @@ class MoA(Cache):
         key = prompt, site.budget.tokens(prompt, site.bytes_per_token)
         if key not in self._found:
             self._found[key] = self.spans(*key)
-        return self._found[key][site.layer]
+        return site.shard.mine(self._found[key][site.layer])
 
     @functools.cached_property
     def _found(self) -> dict[tuple[int, int], Int[Tensor, "layers g"]]:

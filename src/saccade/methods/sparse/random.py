@@ -67,7 +67,7 @@ class Random(Cache):
 
     def score(self, seen: Seen, site: Site) -> Float[Tensor, "b g k"]:
         b, g, k, _ = seen.keys.shape
-        draw = _draw(site, "evict", g, k)
+        draw = _draw(site, "evict", site.all_kv_heads, k)
         draw[:, -1:] = torch.inf
         return draw.expand(b, g, k).to(seen.keys.device)
 
@@ -81,7 +81,7 @@ class Random(Cache):
         first = torch.arange(0, site.queries, block) + site.offset
         last = (first + block).clamp(max=site.keys) - 1
         start = torch.arange(0, site.keys, block)
-        draw = _draw(site, "prefill", site.heads, len(first), len(start))
+        draw = _draw(site, "prefill", site.all_heads, len(first), len(start))
         draw.masked_fill_((start + block > first[:, None]) & (start <= last[:, None]), 2.0)
         draw.masked_fill_(start > last[:, None], -1.0)
         count = last // block - first // block + 1 + _affordable(first, last, row, block)
@@ -111,12 +111,13 @@ def _keys(site: Site, device: torch.device) -> Gather:
     for i in range(site.queries):
         there = site.offset + i + 1
         count = site.budget.tokens(there)
-        draw = _draw(site, "decode", site.heads, there, at=site.seen - site.queries + i)
+        draw = _draw(site, "decode", site.all_heads, there, at=site.seen - site.queries + i)
         draw[:, -1] = 2.0
         index[0, :, i, :count] = draw.topk(count, -1).indices.int()
     return Gather(index=index.to(device), queries=site.queries, keys=site.keys)
 
 
 def _draw(site: Site, what: str, *shape: int, at: int = 0) -> Tensor:
-    """Uniform numbers in [0, 1) for this seed, layer and query position."""
-    return torch.rand(shape, generator=rng.generator(f"random/{what}", site.seed, site.layer, at))
+    """Uniform numbers in [0, 1) for this seed, layer and query position; of all heads, those here are given back."""
+    draw = torch.rand(shape, generator=rng.generator(f"random/{what}", site.seed, site.layer, at))
+    return site.shard.mine(draw)

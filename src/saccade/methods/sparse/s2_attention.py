@@ -136,7 +136,8 @@ class S2Attention(Cache):
             i, j = q_position[rows, :, None] // shards.block, k_position[rows, None] // shards.block
             out[rows] = i - j < shards.local
             if shards.stride:
-                out[rows] |= (j - shards.first(head[rows])[:, None, None]) % shards.stride == 0
+                first = shards.first(head[rows] + site.shard.rank * site.kv_heads)
+                out[rows] |= (j - first[:, None, None]) % shards.stride == 0
         return out
 
     def shards(self, prompt: int, site: Site) -> Shards | None:
@@ -144,12 +145,12 @@ class S2Attention(Cache):
         if self.vert_stride:
             if site.layer < self.dense_layers:
                 return None
-            return self._of(self.block_tokens, self.local_blocks, self.vert_stride, site.kv_heads)
+            return self._of(self.block_tokens, self.local_blocks, self.vert_stride, site.all_kv_heads)
         n = max(prompt, 1)
         held = site.budget.layer_tokens(n, site.layer, site.layers, self.dense_layers, site.bytes_per_token)
         if held >= n:
             return None
-        key = n, held, site.kv_heads
+        key = n, held, site.all_kv_heads
         if key not in self._found:
             self._found[key] = self._fit(*key)
         return self._found[key]
@@ -192,7 +193,7 @@ def _blocks(shards: Shards, site: Site, device: torch.device) -> Blocks:
     In a row the columns that lie before the band come first, then the band.
     """
     size = math.gcd(shards.block, site.offset)  # rows of a later piece of a prompt need not begin with a block
-    head = torch.arange(site.kv_heads, device=device)
+    head = site.shard.mine(torch.arange(site.all_kv_heads, device=device))
     row = (torch.arange(0, site.queries, size, device=device) + site.offset) // shards.block
     far = shards.columns(head[:, None], (row - shards.local + 1).clamp(min=0))
     ends = (far + (row + 1).clamp(max=shards.local)).cumsum(-1)

@@ -99,7 +99,8 @@ class Sea(Sparse):
             return ["no estimator was trained for this model: saccade calibrate sea"]
         tensors = self.artefact.tensors
         found = len(tensors["last"]), tensors["last"].shape[1], tensors["encode"].shape[2] // 2
-        here, reasons, drawn = (site.layers, site.heads, site.head_size), super().check(site), tensors["gain"].shape[1]
+        here, reasons = (site.layers, site.all_heads, site.head_size), super().check(site)
+        drawn = tensors["gain"].shape[1]
         if drawn != self.pixels:
             reasons.append(f"pixels={self.pixels}, and its estimator was trained to draw {drawn}")
         if found != here:
@@ -123,7 +124,7 @@ class Sea(Sparse):
             return dense(site.queries, site.keys)
         image = site.handed["image"].detach()
         edge = edges(site.queries, site.keys, image.shape[-1], image.device)
-        ranges = _runs(best_pixels(image, edge, row), edge)
+        ranges = _runs(site.shard.mine(best_pixels(image, edge, row), 1), edge)
         own = torch.arange(site.offset, site.keys, device=q.device, dtype=torch.int32)[:, None]
         own = own.expand(*ranges.shape[:2], -1, -1)
         return Gather(index=own, ranges=ranges, queries=site.queries, keys=site.keys)
@@ -152,8 +153,8 @@ class Sea(Sparse):
 
 def estimate(
     q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], v: Float[Tensor, "b g k d"], weights: Weights, site: Site
-) -> tuple[Float[Tensor, "b h q p"], Float[Tensor, "b h q 2"]]:
-    """Logits of the picture, one row for each query, and s_1, s_2. A row depends on nothing behind its query."""
+) -> tuple[Float[Tensor, "b all q p"], Float[Tensor, "b h q 2"]]:
+    """Logits of all heads' picture, one row for each query, and s_1, s_2. A row depends on nothing behind its query."""
     kind = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(kind) for x in (q, k, v))
     weights = {name: x.to(kind) for name, x in weights.items()}
@@ -166,7 +167,8 @@ def estimate(
     e = torch.cat([total / weight[..., None], own], -1) @ weights["encode"] + weights["encode_bias"]
     e = gelu(layer_norm(e, e.shape[-1:]))
     gates = torch.sigmoid(e @ weights["mix"][:-1] + weights["mix"][-1])
-    return _picture(e @ weights["decode"] + weights["decode_bias"], weights), gates
+    drawn = site.shard.gather(e @ weights["decode"] + weights["decode_bias"], 1)  # pictures of all heads mix
+    return _picture(drawn, weights), gates
 
 
 def _picture(x: Float[Tensor, "b h q c"], weights: Weights) -> Float[Tensor, "b h q p"]:

@@ -102,7 +102,7 @@ class SeerAttention(Sparse):
             ignored = f"would ignore the budget {site.budget}"
             reasons.append(f"threshold={self.threshold} keeps every block that reaches it, and {ignored}")
         heads, size = tensors.get("queries", tensors["keys"]).shape[1], tensors["keys"].shape[-2] // 3
-        found, here = (len(tensors["keys"]), heads, size), (site.layers, site.heads, site.head_size)
+        found, here = (len(tensors["keys"]), heads, size), (site.layers, site.all_heads, site.head_size)
         if found != here:
             reasons.append(f"its gates are for (layers, heads, head size) = {found}, here: {here}")
         return reasons
@@ -110,7 +110,7 @@ class SeerAttention(Sparse):
     # --- one prompt -------------------------------------------------------------------------------------------------
 
     def select(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Selection:
-        return self.choose(q, k, self._gate(site.layer, q.device), site)
+        return self.choose(q, k, self._gate(site, q.device), site)
 
     @torch.no_grad()
     def choose(self, q: Tensor, k: Tensor, gate: ops.Gate, site: Site) -> Selection:
@@ -133,10 +133,10 @@ class SeerAttention(Sparse):
         codes = self.artefact.tensors
         return {name: codes[name] * codes[f"{name}_scale"].float() for name in ("keys", "queries") if name in codes}
 
-    def _gate(self, layer: int, device: torch.device) -> ops.Gate:
+    def _gate(self, site: Site, device: torch.device) -> ops.Gate:
         if device not in self._placed:
             self._placed[device] = {name: x.to(device) for name, x in self.gates().items()}
-        mine = {name: x[layer] for name, x in self._placed[device].items()}
+        mine = {name: site.shard.mine(x[site.layer]) for name, x in self._placed[device].items()}
         return ops.Gate(mine["keys"], mine.get("queries"))
 
     @functools.cached_property

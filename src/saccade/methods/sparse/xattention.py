@@ -98,7 +98,8 @@ class Xattention(Sparse):
         mass = ops.antidiagonal_mass(q, k, block=block, stride=stride, **logits)
         entry = ops.mass_before(mass, _first(block, site, q.device).expand_as(mass))
         entry[..., 0] = -1
-        return ops.cover_blocks(entry, queries=site.queries, keys=site.keys, block=block, **by)
+        entry = site.shard.gather(entry, 1)  # heads share their pairs
+        return ops.cover_blocks(entry, queries=site.queries, keys=site.keys, block=block, **by).part(site.shard)
 
 
 def _first(block: int, site: Site, device: torch.device) -> Bool[Tensor, "nqb nkb"]:
