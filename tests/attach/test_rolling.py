@@ -75,7 +75,7 @@ def test_a_step_does_not_wait_for_the_device(method, repeats):
 def test_numbers_say_what_masks_say(method, share, data):
     position = data.draw(st.integers(0, 60))
     prompt = torch.tensor([data.draw(st.integers(0, position))])
-    here = site(share, queries=1, keys=61, state={"prompt": prompt})
+    here = site(share, queries=1, keys=61, stage="decode", state={"prompt": prompt})
     (found,) = method.reach([position], here)
     by_row = dataclasses.replace(here, state={"prompt": prompt.expand(2)})
     keys, head = torch.arange(position + 1).expand(2, -1), torch.arange(2)
@@ -103,7 +103,7 @@ def test_a_window_is_as_long_after_a_hundred_thousand_tokens(method, windows, mo
     """Attention is left out behind the prompt: what it gives is stored nowhere."""
     with attach(MODEL, method, budget="25tok"), torch.no_grad():
         layer = MODEL(tokens(40), use_cache=True)[CACHE].layers[0]
-        monkeypatch.setattr(Engine, "_attend", lambda self, layer, q, *rest: q)
+        monkeypatch.setattr(Engine, "attend", lambda self, layer, q, *rest: q)
 
         def step(count):
             q, k = (torch.zeros(1, heads, count, 16, dtype=torch.float64) for heads in (4, 2))
