@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saccade.core import rng
-from saccade.core.selection import Blocks, Buckets, Gather, Lines, Pairs, PerHead, Selection, Spans
+from saccade.core.selection import Blocks, Buckets, Gather, Lines, Pairs, PerHead, Selection, Spans, dense
 
 KINDS = ("blocks", "gather", "spans", "lines", "buckets", "others", "pairs", "perhead", "grid")
+FREE = ("dense", "blocks", "gather", "spans", "buckets", "others", "pairs")  # queries that lie before all keys, too
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 
 
@@ -24,6 +25,13 @@ def tensors(b: int, h: int, g: int, queries: int, keys: int, d: int, dtype=torch
 def drawn(shape, low: int, high: int, seed: int) -> Tensor:
     """Whole numbers in [low, high)."""
     return torch.randint(low, max(high, low + 1), shape, generator=rng.generator("drawn", seed, *shape))
+
+
+def free(kind: str, queries: int = 50, keys: int = 30) -> Selection:
+    """One of `FREE`, not causal, with more queries than keys."""
+    if kind == "dense":
+        return dense(queries, keys, causal=False)
+    return build(kind, 1, 1, queries, keys, False, 2, 16)
 
 
 def build(kind: str, b: int, h: int, queries: int, keys: int, causal: bool, seed: int, block: int) -> Selection:

@@ -29,7 +29,7 @@ from tests.helpers import (
     rounding,
     torch_attention,
 )
-from tests.ops.shapes import HEAD_SIZES, KINDS, build, selections, tensors
+from tests.ops.shapes import FREE, HEAD_SIZES, KINDS, build, free, selections, tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -119,6 +119,14 @@ def test_back_ends_agree_and_say_their_name(case):
         out, lse = ops.attend(q, k, v, selection, impl=impl, report=said.append)
         assert_close_as_torch(out, q, k, v, selection.mask(), lse=lse)
     assert said == ["attend:torch", "attend:torch", "attend:reference"]
+
+
+@pytest.mark.parametrize("kind", FREE)
+def test_more_queries_than_keys(kind):
+    selection = free(kind)
+    inputs = tensors(1, 2, 1, selection.queries, selection.keys, 16)
+    out, lse = ops.attend(*inputs, selection)
+    assert_close_as_torch(out, *inputs, selection.mask(), lse=lse)
 
 
 def test_together_counts_its_pairs_as_often_as_it_says():

@@ -19,7 +19,7 @@ from saccade.core.selection import Blocks, Buckets, PerHead, Selection, dense
 from saccade.ops.attend.triton import lists as kernel_lists
 from tests.helpers import TURNS, assert_within, error, exact_attention, rounding
 from tests.ops._triton import CHILD, interpreter, run_in_interpreter
-from tests.ops.shapes import HEAD_SIZES, build, tensors
+from tests.ops.shapes import FREE, HEAD_SIZES, build, free, tensors
 
 KINDS = ("blocks", "gather", "lines", "spans", "buckets", "others", "perhead")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -157,6 +157,13 @@ def test_values_and_gradients(case, dtype, softcap, scale):
     b, h, g, selection = case
     inputs = tensors(b, h, g, selection.queries, selection.keys, 16, dtype)
     check(selection, inputs, softcap=softcap, scale=scale)
+
+
+@interpreter
+@pytest.mark.parametrize("kind", FREE[:-1])
+def test_more_queries_than_keys(kind):
+    selection = free(kind)
+    check(selection, tensors(1, 2, 1, selection.queries, selection.keys, 16))
 
 
 @interpreter
@@ -308,6 +315,14 @@ def test_on_a_gpu(kind, size, dtype):
             check(selection, inputs, device="cuda")
     else:
         check(selection, inputs, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", FREE[:-1])
+def test_more_queries_than_keys_on_a_gpu(kind):
+    selection = free(kind, 700, 130)
+    for dtype in DTYPES:
+        check(selection, tensors(1, 2, 1, 700, 130, 64, dtype), device="cuda")
 
 
 @pytest.mark.gpu

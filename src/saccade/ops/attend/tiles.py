@@ -99,7 +99,9 @@ class Share:
     def dense(self) -> bool:
         """True where every (causal) pair is computed."""
         s = self.selection
-        return type(s) is Spans and s.dilation == 1 and int(s.window[_at(s.window, self.row[1])]) >= s.keys
+        if type(s) is not Spans or s.dilation > 1:
+            return False
+        return int(s.window[_at(s.window, self.row[1])]) >= max(s.queries, s.keys)
 
     def rows(self, tile: Tile, heads: int, queries: int, by_token: bool = False) -> list[slice]:
         """The tile's rows in a [b h q], or [b q h], flattened to one axis: those of one query head after the other."""

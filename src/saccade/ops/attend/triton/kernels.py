@@ -323,7 +323,7 @@ def over_keys(
             if CAUSAL:
                 seen = key[None, :] <= position[:, None]
             else:
-                seen = here[None, :] & (position >= 0)[:, None]
+                seen = here[None, :] & (row >= 0)[:, None]
             if BACKWARD:
                 v_here = here[None, :]
             else:
@@ -351,7 +351,7 @@ def over_keys(
             key = entry * STEP + (j + n) % WIDTH
             here = (entry >= 0) & (key < keys)
             key = tl.where(here, key, 0)
-            seen = here[None, :] & (position >= 0)[:, None]
+            seen = here[None, :] & (row >= 0)[:, None]
             if CAUSAL:
                 seen = here[None, :] & (key[None, :] <= position[:, None])
             k, v = _gathered(K, V, key, here, k_n, v_n, d, dv, k_mask, v_mask, True, SIZES, V_SIZES, BACKWARD)
@@ -380,7 +380,7 @@ def over_keys(
                 word = tl.load(bits + (j + n) // 32, mask=j + n < many, other=0)
                 here = here & (((word >> ((j + n) % 32)) & 1) > 0)
             key = tl.where(here, key, 0)
-            seen = here[None, :] & (position >= 0)[:, None]
+            seen = here[None, :] & (row >= 0)[:, None]
             if CAUSAL:
                 seen = here[None, :] & (key[None, :] <= position[:, None])
             k, v = _gathered(K, V, key, here, k_n, v_n, d, dv, k_mask, v_mask, True, SIZES, V_SIZES, BACKWARD)
@@ -406,7 +406,7 @@ def over_keys(
                 start = inner + j * BN
                 key = start + n
                 here = key < high
-                seen = here[None, :] & (position >= 0)[:, None]
+                seen = here[None, :] & (row >= 0)[:, None]
                 if CAUSAL:
                     seen = here[None, :] & (key[None, :] <= position[:, None])
                 if BACKWARD:
