@@ -168,7 +168,7 @@ def prefill(files: Sequence[File]) -> str | None:
     return picture("Prefill of a whole model", panels, 2) if panels else None
 
 
-STEPS = {"eager": "as shipped", "replayed": "with graph_tokens", "graph": "as a CUDA graph"}
+WAYS = {"eager": "as shipped", "replayed": "with graph_tokens", "graph": "as a CUDA graph"}
 
 
 def step(files: Sequence[File]) -> str | None:
@@ -176,7 +176,7 @@ def step(files: Sequence[File]) -> str | None:
     known = entries(files, "model")
     rows = [e.row for e in known if e.row["part"] == "decode"]
     panels = []
-    for batch, (name, title) in itertools.product(sorted({r["batch"] for r in rows}), STEPS.items()):
+    for batch, (name, title) in itertools.product(sorted({r["batch"] for r in rows}), WAYS.items()):
         found = []
         for row in (r for r in rows if r["batch"] == batch):
             times = row["figures"].get(f"{name} of32") or (row["figures"].get(name) if row["layers"] == 32 else None)
