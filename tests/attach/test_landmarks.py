@@ -50,11 +50,11 @@ def test_training_lowers_the_loss_and_an_artefact_brings_it_back():
         losses.append(ours.step(ids, answers))
         optimiser.step()
         optimiser.zero_grad()
-    assert losses[-1] < losses[0] and all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert losses[-1] < losses[0]
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
     again = Landmarks(model, made=ours.artefact("", {}))
-    with torch.no_grad():
-        apart = again.logits(ids, 2) - ours.logits(ids, 2)
-    assert again.block_tokens == 6 and float(apart.abs().max()) < 0.1 * float(ours.logits(ids, 2).std())
+    assert again.block_tokens == 6
+    assert all(torch.equal(x, ours.weights[name].bfloat16().float()) for name, x in again.weights.items())
 
 
 def test_what_cannot_be():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saccade import models
+from saccade.attach import attach
 from saccade.attach.compat import CACHE
 from saccade.attach.listening import listening
 from saccade.attach.probe import probe
@@ -55,6 +56,20 @@ def under_mask(model, ids: Tensor, mask: Callable[[int, Tensor, Tensor], Tensor]
 
     with listening(model, probe(model), Masked), torch.no_grad():
         return model(ids, use_cache=False).logits
+
+
+def assert_under_its_mask(method, budget: float = 0.3) -> None:
+    """A method of the prefill, attached: what comes out is dense attention under the mask of what it selects."""
+    model, ids, n = tiny(), tokens(90), 90
+    with attach(model, method, budget=budget) as run, torch.no_grad():
+        found = model(ids).logits
+    assert budget - 0.1 < run.record.density() <= budget
+
+    def mask(layer, q, k):
+        here = site(budget, queries=n, keys=n, layer=layer, scale=q.shape[-1] ** -0.5)
+        return method.select(q, k, here).mask().expand(1, 4, n, n)
+
+    torch.testing.assert_close(found, under_mask(model, ids, mask))
 
 
 def in_pieces(model, ids: Tensor, cuts: list[int]) -> Tensor:

@@ -13,7 +13,7 @@ from saccade.attach import attach
 from saccade.core.errors import BadOption, CannotRun
 from saccade.core.selection import Blocks
 from saccade.methods.sparse.flexprefill import Flexprefill, distance
-from tests.methods.handmade import noise, site, tiny, tokens, under_mask
+from tests.methods.handmade import assert_under_its_mask, noise, site, tiny
 
 FEW = settings(max_examples=10)
 
@@ -144,17 +144,7 @@ def test_more_gamma_is_more():
 
 
 def test_in_a_model_it_attends_under_its_mask():
-    model, ids, n = tiny(), tokens(90), 90
-    method = Flexprefill()
-    with attach(model, method, budget=0.3) as run, torch.no_grad():
-        found = model(ids).logits
-    assert 0.2 < run.record.density() <= 0.3
-
-    def mask(layer, q, k):
-        here = site(0.3, queries=n, keys=n, layer=layer, scale=q.shape[-1] ** -0.5)
-        return method.select(q, k, here).mask().expand(1, 4, n, n)
-
-    torch.testing.assert_close(found, under_mask(model, ids, mask))
+    assert_under_its_mask(Flexprefill())
 
 
 def test_what_cannot_run_is_refused():

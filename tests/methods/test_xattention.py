@@ -11,7 +11,7 @@ from saccade.attach import attach
 from saccade.core.errors import BadOption, CannotRun
 from saccade.core.selection import Blocks
 from saccade.methods.sparse.xattention import Xattention
-from tests.methods.handmade import noise, site, tiny, tokens, under_mask
+from tests.methods.handmade import assert_under_its_mask, noise, site, tiny
 from tests.ops.test_antidiagonal_mass import by_hand
 
 FEW = settings(max_examples=10)
@@ -74,17 +74,7 @@ def test_rows_and_heads_that_look_broadly_get_more():
 
 
 def test_in_a_model_it_attends_under_its_mask():
-    model, ids, n = tiny(), tokens(90), 90
-    method = Xattention()
-    with attach(model, method, budget=0.3) as run, torch.no_grad():
-        found = model(ids).logits
-    assert 0.2 < run.record.density() <= 0.3
-
-    def mask(layer, q, k):
-        here = site(0.3, queries=n, keys=n, layer=layer, scale=q.shape[-1] ** -0.5)
-        return method.select(q, k, here).mask().expand(1, 4, n, n)
-
-    torch.testing.assert_close(found, under_mask(model, ids, mask))
+    assert_under_its_mask(Xattention())
 
 
 def test_what_cannot_run_is_refused():

@@ -32,7 +32,7 @@ Layout = Callable[[Tensor], Tensor]  # what is put between the bytes of a text
 class Planted:
     """Bytes with a needle, a run of one sign, anywhere before the question, which fills the last places.
 
-    prose: places whose byte is to be predicted by the one before
+    prose: places whose byte is to be predicted by the one before; run, asked: length of the needle and the question
     """
 
     ids: Int[Tensor, "b n"]
@@ -40,14 +40,17 @@ class Planted:
     prose: Bool[Tensor, " n"]
 
     @classmethod
-    def draw(cls, source: Int[Tensor, " m"], tokens: int, rows: int, draw: torch.Generator, layout: Layout) -> Planted:
+    def draw(
+        cls, source: Int[Tensor, " m"], tokens: int, rows: int, draw: torch.Generator, layout: Layout = torch.clone,
+        run: int = RUN, asked: int = ASKED,
+    ) -> Planted:  # fmt: skip
         """From random places of a text; `tokens` before the layout."""
         start = torch.randint(0, len(source) - tokens, (rows, 1), generator=draw)
         ids = source[start + torch.arange(tokens)]
         needle = torch.tensor(NEEDLES)[torch.randint(0, len(NEEDLES), (rows,), generator=draw)]
-        place = torch.randint(0, tokens - ASKED - RUN + 1, (rows, 1), generator=draw) + torch.arange(RUN)
-        ids.scatter_(1, place, needle[:, None].expand(-1, RUN))
-        ids[:, -ASKED:] = QUESTION
+        place = torch.randint(0, tokens - asked - run + 1, (rows, 1), generator=draw) + torch.arange(run)
+        ids.scatter_(1, place, needle[:, None].expand(-1, run))
+        ids[:, -asked:] = QUESTION
         ids = layout(ids)
         plain = (ids != QUESTION).all(0) & (ids != MARK).all(0)
         return cls(ids, needle, plain & plain.roll(1) & (torch.arange(len(plain)) > 0))
@@ -110,7 +113,7 @@ class Study:
         for step in range(self.steps):
             for group in optimiser.param_groups:
                 group["lr"] = RATE * min(1, (step + 1) / WARM) * (1 - step / self.steps)
-            texts = self._texts(_parts()[0], self.tokens, self.rows, draw)
+            texts = self._texts(parts()[0], self.tokens, self.rows, draw)
             text, asked = texts.losses(net(texts.ids)[0])
             optimiser.zero_grad()
             (text.mean() + asked.mean()).backward()
@@ -128,7 +131,7 @@ class Study:
     def tests(self, tokens: int) -> Planted:
         """Of the part of the text that was not trained on."""
         draw = rng.generator("claims/planted/tests", SEED, tokens)
-        return self._texts(_parts()[1], tokens, TESTS, draw)
+        return self._texts(parts()[1], tokens, TESTS, draw)
 
     def _texts(self, source: Tensor, tokens: int, rows: int, draw: torch.Generator) -> Planted:
         made = Planted.draw(source, tokens, rows, draw, self.layout)
@@ -198,7 +201,7 @@ def machinery(mixer: str) -> Evidence:
 
 
 @functools.cache
-def _parts() -> tuple[Tensor, Tensor]:
+def parts() -> tuple[Tensor, Tensor]:
     """Nine tenths of Moby-Dick's first chapters to train on, the last to judge by."""
     source = torch.tensor([min(byte, VOCABULARY - 1) for byte in tasks.moby_dick().encode()])
     cut = len(source) * 9 // 10

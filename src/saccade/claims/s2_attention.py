@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from saccade import models, tasks
+from saccade import models
 from saccade.attach import attach
 from saccade.claims._bench import Progress, at_least, at_most, machinery
 from saccade.claims._contract import SEED, Claim, Evidence
+from saccade.claims._planted import Planted, parts
 from saccade.core import rng
 from saccade.core.method import Method
 from saccade.core.site import Site
@@ -35,7 +35,6 @@ CLAIM = Claim(
     " perplexity of the text within 2 % of dense.",
 )
 STEPS, RATE, ROWS, BYTES, ASKED = 300, 3e-3, 16, 64, 16
-NEEDLES, QUESTION = (3, 4, 5, 6), 1  # control characters, which no text has
 TESTS = 256  # texts
 OURS = S2Attention(block_tokens=8, local_blocks=1, vert_stride=4)
 TRAINED = {
@@ -46,57 +45,23 @@ TRAINED = {
 }
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Bytes with a needle, and the question in the last places; `prose`: which bytes' loss is that of the text."""
-
-    ids: Int[Tensor, "b n"]
-    needle: Int[Tensor, " b"]
-
-    @classmethod
-    def draw(cls, source: Int[Tensor, " m"], rows: int, draw: torch.Generator) -> Texts:
-        """From random places of a text."""
-        start = torch.randint(0, len(source) - BYTES, (rows, 1), generator=draw)
-        ids = source[start + torch.arange(BYTES)]
-        needle = torch.tensor(NEEDLES)[torch.randint(0, len(NEEDLES), (rows,), generator=draw)]
-        ids[torch.arange(rows), torch.randint(0, BYTES - ASKED, (rows,), generator=draw)] = needle
-        ids[:, -ASKED:] = QUESTION
-        return cls(ids, needle)
-
-    def losses(self, model: Any) -> tuple[Float[Tensor, " b"], Float[Tensor, "b asked"]]:
-        """Nats per byte of each text, and of the needle in each place where it is asked for."""
-        logits = model(self.ids, use_cache=False).logits
-        prose = logits[:, : BYTES - ASKED - 1].transpose(1, 2)
-        text = torch.nn.functional.cross_entropy(prose, self.ids[:, 1 : BYTES - ASKED], reduction="none").mean(-1)
-        wanted = self.needle[:, None].expand(-1, ASKED)
-        asked = logits[:, -ASKED:].transpose(1, 2)
-        return text, torch.nn.functional.cross_entropy(asked, wanted, reduction="none")
-
-    @torch.no_grad()
-    def scores(self, model: Any) -> tuple[list[float], list[float]]:
-        """Of each text: nats per byte, and whether the last place names the needle."""
-        said = model(self.ids, use_cache=False).logits[:, -1].argmax(-1)
-        return self.losses(model)[0].tolist(), (said == self.needle).double().tolist()
-
-
 def measure(tier: str, progress: Progress | None = None) -> Evidence:
     """Evidence of a tier: "smoke" or "cpu"."""
     if tier == "smoke":
         return machinery(S2Attention(block_tokens=8))
-    source = torch.tensor([min(byte, 127) for byte in tasks.moby_dick().encode()])
-    cut = len(source) * 9 // 10
-    tests = Texts.draw(source[cut:], TESTS, rng.generator("claims/s2-attention/tests", SEED))
+    source, later = parts()
+    tests = _texts(later, TESTS, rng.generator("claims/s2-attention/tests", SEED))
     found, shares, dense = {}, {}, None
     for i, (name, method) in enumerate(TRAINED.items()):
         if progress is not None:
             progress(i, len(TRAINED), f"training: {name}")
-        model = _trained(method, source[:cut])
+        model = _trained(method, source)
         dense = dense or model
         with _under(model, method) as run:
-            found[name], shares[name] = tests.scores(model.eval()), run.record.density("prefill") if run else 1.0
+            found[name], shares[name] = _scores(tests, model.eval()), run.record.density("prefill") if run else 1.0
     for name, method in {"random": Random(part="prefill", block_tokens=8), "stripes, not trained with": OURS}.items():
         with _under(dense, method, shares["s2-attention"] if name == "random" else 1.0) as run:
-            found[name], shares[name] = tests.scores(dense), run.record.density("prefill")
+            found[name], shares[name] = _scores(tests, dense), run.record.density("prefill")
     nats, hits = ({name: both[i] for name, both in found.items()} for i in (0, 1))
     stripe, local = list(TRAINED)[2:]
     checks = [
@@ -114,6 +79,17 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     return Evidence(checks, setting, reason, table=rows)
 
 
+def _texts(source: Int[Tensor, " m"], rows: int, draw: torch.Generator) -> Planted:
+    return Planted.draw(source, BYTES, rows, draw, run=1, asked=ASKED)
+
+
+@torch.no_grad()
+def _scores(texts: Planted, model: Any) -> tuple[list[float], list[float]]:
+    """Of each text: nats per byte, and whether the last place names the needle."""
+    logits = model(texts.ids, use_cache=False).logits
+    return texts.losses(logits)[0].tolist(), (logits[:, -1].argmax(-1) == texts.needle).double().tolist()
+
+
 def _under(model: Any, method: Method | None, budget: float = 1.0) -> Any:
     return attach(model, method, budget=budget) if method else contextlib.nullcontext()
 
@@ -126,7 +102,8 @@ def _trained(method: Method | None, source: Int[Tensor, " m"]) -> Any:
         for step in range(STEPS):
             for group in optimiser.param_groups:
                 group["lr"] = RATE * min(1, (step + 1) / 20) * (1 - step / STEPS)
-            text, asked = Texts.draw(source, ROWS, draw).losses(model)
+            texts = _texts(source, ROWS, draw)
+            text, asked = texts.losses(model(texts.ids, use_cache=False).logits)
             optimiser.zero_grad()
             (text.mean() + asked.mean()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
 from saccade import ops
+from saccade.core import bounds
 from saccade.core.budget import FULL
 from saccade.core.card import Card
 from saccade.core.errors import BadOption, CannotRun
 from saccade.core.method import Decode
 from saccade.core.selection import Gather, Selection, dense
 from saccade.core.site import Seen, Site
+from saccade.methods.decode._lists import numbers, places
 
 SLOTS = 3  # choices that are remembered: the one in use, the one before it, the prompt's
 Memory = dict[str, Tensor]  # [b SLOTS ...]: "plan" 4, positions of "keys" g l, and for "dynamic" the "query" h d
@@ -94,9 +96,7 @@ class RecycledAttention(Decode):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("every_tokens", "check_tokens", "prompt_tokens"):
-            if getattr(self, name) < 1:
-                raise BadOption(f"recycled-attention.{name}=0", "it takes at least 1", "Leave it away for our value.")
+        bounds.at_least_one(self, "every_tokens", "check_tokens", "prompt_tokens")
         if math.isnan(self.similarity):
             raise BadOption("recycled-attention.similarity=nan", "it is no number", "Give one from -1 to 1.")
 
@@ -233,7 +233,7 @@ def _selection(
     if all(full):
         return dense(**shape)
     at = positions.device
-    count, newest = (_placed([[read[i] for read in row] for row in reads], at) for i in (0, 1))  # [b q 1]
+    count, newest = (numbers([[read[i] for read in row] for row in reads], at) for i in (0, 1))  # [b q 1]
     width = max(n for row in reads for n, _ in row)
     place, longest = torch.arange(width, device=at), max(width, *[x.shape[-1] for x in choices])
     chosen = torch.stack([pad(x, (0, longest - x.shape[-1]), value=-1) for x in choices], 2)
@@ -241,24 +241,9 @@ def _selection(
     chosen = chosen.gather(-1, (place - newest).clamp(min=0)[:, None].expand(-1, chosen.shape[1], -1, -1))
     recent = torch.arange(site.seen - site.queries, site.seen, device=at)[:, None] - place
     wanted = torch.where((place < newest)[:, None], recent, chosen).masked_fill((place >= count)[:, None], -1)
-    index = _places(positions, wanted.int().contiguous()).repeat_interleave(site.group, 1)
+    index = places(positions, wanted.int().contiguous()).repeat_interleave(site.group, 1)
     if not any(full):
         return Gather(index=index, shared=site.group, **shape)
     end = torch.where(count[..., 0] == 0, torch.arange(site.offset + 1, site.keys + 1, device=at), 0)
     ranges = torch.stack([torch.zeros_like(end), end], -1).int()[:, None, :, None]
     return Gather(index=index, ranges=ranges.expand(-1, site.heads, -1, -1, -1), **shape)
-
-
-def _placed(numbers: list[list[int]], device: torch.device) -> Int[Tensor, "b q 1"]:
-    """Of each query and sequence; where all are alike, nothing is copied from the host."""
-    (one, *others) = {n for row in numbers for n in row}
-    if others:
-        return torch.tensor(numbers, device=device).T[..., None]
-    return torch.full((len(numbers[0]), len(numbers), 1), one, device=device)
-
-
-def _places(positions: Int[Tensor, "b g k"], wanted: Int[Tensor, "b g q l"]) -> Int[Tensor, "b g q l"]:
-    """Where the keys of these positions are stored; -1 for those that are not."""
-    flat = wanted.flatten(2)
-    at = torch.searchsorted(positions.contiguous(), flat).clamp(max=positions.shape[-1] - 1)
-    return torch.where(positions.gather(-1, at) == flat, at, -1).view_as(wanted).int()

@@ -16,6 +16,7 @@ from saccade.core.method import Mixer, Slot
 from saccade.core.selection import Buckets, Gather, Selection, Spans, dense
 from saccade.methods.mixers._pieces import computed, fresh, in_pieces
 from saccade.methods.mixers._places import placed
+from saccade.methods.mixers._routing import Learning, normed, taken
 
 SMOOTHING = 1e-5  # added to the size of every cluster
 
@@ -93,7 +94,7 @@ class RoutingTransformer(Mixer):
         routed = slot.heads - self.local
         self.qkv = torch.nn.Linear(slot.channels, self.head_size * (3 * slot.heads - routed * slot.causal), bias=False)
         self.out = torch.nn.Linear(slot.channels, slot.channels, bias=False)
-        self.register_buffer("sums", _normed(torch.randn(routed, clusters, self.head_size)))
+        self.register_buffer("sums", normed(torch.randn(routed, clusters, self.head_size)))
         self.register_buffer("counts", torch.ones(routed, clusters))
         self.last: list[tuple[Selection, int]] = []  # of the newest forward, with their heads
         self.dense_pairs = 1
@@ -152,7 +153,7 @@ class RoutingTransformer(Mixer):
         """Layer-normed, as tokens are compared with them."""
         total = self.counts.sum(-1, keepdim=True)
         smooth = (self.counts + SMOOTHING) / (total + self.clusters * SMOOTHING) * total
-        return _normed(self.sums / smooth[..., None])
+        return normed(self.sums / smooth[..., None])
 
     def pull(
         self, points: Float[Tensor, "b r n d"], real: Bool[Tensor, "b n"]
@@ -177,11 +178,11 @@ class RoutingTransformer(Mixer):
         heads, local, n, causal = self.slot.heads, self.local, x.shape[1], self.slot.causal
         made = rearrange(self.qkv(x), "b n (h d) -> b h n d", d=self.head_size)
         q, v, k = made[:, :heads], made[:, heads : 2 * heads], made[:, 2 * heads :]
-        points = _normed(q[:, local:] if causal else torch.cat([q[:, local:], k[:, local:]], 2))
+        points = normed(q[:, local:] if causal else torch.cat([q[:, local:], k[:, local:]], 2))
         if self.training and local < heads:
             ends = torch.full((len(x),), n, device=x.device) if lengths is None else lengths.to(x.device)
             real = torch.arange(n, device=x.device) < ends[:, None]
-            points = _Learning.apply(points, real if causal else real.repeat(1, 2), self)
+            points = Learning.apply(points, real if causal else real.repeat(1, 2), self)
         q = torch.cat([q[:, :local], points[:, :, :n]], 1)
         return q, torch.cat([k[:, :local], points[:, :, -n:]], 1), v
 
@@ -213,7 +214,7 @@ class RoutingTransformer(Mixer):
         q_bucket, k_bucket = (x.int()[None, None] for x in buckets)
         shape = {"queries": asking.shape[2], "keys": asked.shape[2], "causal": self.slot.causal}
         inside = Buckets(q_bucket=q_bucket, k_bucket=k_bucket, **shape)
-        o = self._compute(_taken(turned_q, asking), _taken(turned_k, asked), _taken(v, asked), inside)
+        o = self._compute(taken(turned_q, asking), taken(turned_k, asked), taken(v, asked), inside)
         total = torch.zeros_like(turned_q).scatter_add(2, asking[..., None].expand_as(o), o)
         count = torch.zeros_like(turned_q[..., 0]).scatter_add(2, asking, torch.ones_like(o[..., 0]))
         return (total / count.clamp(min=1)[..., None])[:, :, -new:]
@@ -233,35 +234,8 @@ class RoutingTransformer(Mixer):
         ranges = torch.stack([starts, ends], -1)[:, :, n - new :, None].int()
         none = torch.full((*ranges.shape[:3], 0), -1, dtype=torch.int32, device=q.device)
         newest = Gather(index=none, ranges=ranges, queries=new, keys=n, causal=False)
-        return self._compute(turned_q, _taken(turned_k, order), _taken(v, order), newest)
+        return self._compute(turned_q, taken(turned_k, order), taken(v, order), newest)
 
     def _compute(self, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
         self.last.append((selection, q.shape[1]))
         return computed(q, k, v, selection)[0]
-
-
-class _Learning(torch.autograd.Function):
-    """Points as they are. On the way back they are pulled to their centroids, and these follow them."""
-
-    @staticmethod
-    def forward(ctx, points, real, layer):
-        pull, chosen = layer.pull(points.detach(), real)
-        ctx.save_for_backward(points, pull, chosen)
-        ctx.layer = layer
-        return points.view_as(points)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
-        points, pull, chosen = ctx.saved_tensors
-        ctx.layer.learn(points, chosen)
-        return grad + pull, None, None
-
-
-def _normed(x: Tensor) -> Tensor:
-    """Zero mean, unit variance, over the channels."""
-    return torch.nn.functional.layer_norm(x, x.shape[-1:])
-
-
-def _taken(x: Float[Tensor, "b r n d"], index: Int[Tensor, "b r m"]) -> Float[Tensor, "b r m d"]:
-    """Tokens at these places."""
-    return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
