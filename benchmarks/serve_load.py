@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,23 +179,20 @@ def summary(rounds: Sequence[Sequence[Told]], answers: Sequence[Sequence[str]]) 
     }
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each method and way."""
-    rows, asked = [], [prompts(args, number) for number in range(args.rounds)]
+def measure(args: argparse.Namespace, method: str) -> Iterator[list[dict[str, Any]]]:
+    """A row for each way, anew after every round."""
     common = ["--model", args.model, "--device", args.device, "--dtype", args.dtype, "--budget", args.budget]
-    for method in args.methods:
-        found: dict[str, list[list[Told]]] = {way: [] for way in WAYS}
-        with contextlib.ExitStack() as stack:
-            given = [*common, "--method", method]
-            servers = {name: stack.enter_context(Server(*given, *_chunked(options, args.chunk)))
-                       for name, options in SERVERS.items()}  # fmt: skip
-            for some in asked:
-                for way, (name, together) in WAYS.items():
-                    found[way].append(asyncio.run(drive(servers[name].url, some, args.new, together)))
-        answers = [[t.text for t in told] for told in found["one at a time"]]
-        rows += [{"method": method, "way": way, **summary(rounds, answers)} for way, rounds in found.items()]
-        print("\n".join(line(row) for row in rows[-len(WAYS) :]), flush=True)
-    return rows
+    found: dict[str, list[list[Told]]] = {way: [] for way in WAYS}
+    with contextlib.ExitStack() as stack:
+        given = [*common, "--method", method]
+        servers = {name: stack.enter_context(Server(*given, *_chunked(options, args.chunk)))
+                   for name, options in SERVERS.items()}  # fmt: skip
+        for number in range(args.rounds):
+            asked = prompts(args, number)
+            for way, (name, together) in WAYS.items():
+                found[way].append(asyncio.run(drive(servers[name].url, asked, args.new, together)))
+            answers = [[t.text for t in told] for told in found["one at a time"]]
+            yield [{"method": method, "way": way, **summary(rounds, answers)} for way, rounds in found.items()]
 
 
 def _chunked(options: Sequence[str], tokens: int) -> list[str]:
@@ -219,7 +216,8 @@ def table(found: dict[str, Any]) -> str:
     said = (
         f"{asked['model']}, {asked['dtype']}, budget {asked['budget']}: {asked['clients']} requests of"
         f" {asked['alike'] + asked['own']} prompt tokens, {asked['alike']} of them alike, and one of {asked['long']};"
-        f" {asked['new']} tokens each; pieces of {asked['chunk']}; {asked['rounds']} rounds. {here['device_name']},"
+        f" {asked['new']} tokens each; pieces of {asked['chunk']}; rounds:"
+        f" {', '.join(str(len(row['told'])) for row in found['rows'][:: len(WAYS)])}. {here['device_name']},"
         f" threads: {here['threads']}, torch {here['torch']}, {found['date']}."
     )
     ruler = "| --- " * (HEAD.count("|") - 1) + "|"
@@ -235,10 +233,14 @@ def main() -> None:
 
     asked = {name: value for name, value in vars(args).items() if name not in ("json", "show")}
     found = {"asked": asked, "environment": environment(args.device), "date": time.strftime("%Y-%m-%d")}
-    found["rows"] = measure(args)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    print("\n" + table(found))
+    done: list[dict[str, Any]] = []
+    for method in args.methods:
+        for rows in measure(args, method):
+            found["rows"] = [*done, *rows]
+            print(table(found), end="\n\n", flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        done = found["rows"]
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def assert_it_generates(model, methods, budget):
         wanted = [new(model.generate(x, **beams), x) for x in (a, b)]
         assert torch.equal(new(model.generate(both, attention_mask=mask, **beams), both), torch.cat(wanted)), "beams"
         if not caches.why_not_in_pieces(run, run.new_cache()):
-            assert torch.equal(model.generate(a, **PLAIN, prefill_chunk_size=7), alone[0]), "a prompt in chunks"
+            chunked = model.generate(both, attention_mask=mask, **PLAIN, prefill_chunk_size=7)  # the first is padding
+            assert torch.equal(chunked, together), "prompts in chunks"
         assert_a_conversation_goes_on(model, run, a)
         if model is not some("llama"):  # the rest is no matter of families
             return

@@ -372,7 +372,7 @@ class Engine:
         seen, told = layer.store.seen if layer.store else [], self.run.prompt_tokens
         if layer.prompt_done or len(told) != len(seen):
             return 0
-        return max(told[i] - seen[i] for i in (range(len(seen)) if ids is None else ids))
+        return max(0, *(told[i] - seen[i] for i in (range(len(seen)) if ids is None else ids)))
 
     def _handed(self, owner: Method | None, ids: list[int] | None) -> State:
         """What the same sequences were handed in the layers before: without an eviction they are together in all."""

@@ -214,6 +214,13 @@ def test_limits_are_numbers_from_one(name):
         Limits(**{name: 0})
 
 
+@pytest.mark.parametrize("name", ["prefixes", "prefill_chunk"])
+def test_others_may_be_nought(name):
+    assert vars(Limits(**{name: 0}))[name] == 0
+    with pytest.raises(BadOption, match=f"{name}=-1: it must be 0 or more. Give such a number."):
+        Limits(**{name: -1})
+
+
 def held(s) -> threading.Event:
     """The next step waits for it."""
     go, step = threading.Event(), s._step

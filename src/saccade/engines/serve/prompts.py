@@ -14,10 +14,11 @@ from saccade.engines.serve.jobs import Job
 
 
 class Reading:
-    """A prompt on its way into a cache, which holds `known` of its tokens; None before it is begun."""
+    """A prompt on its way into a cache, which holds `known` of its tokens, `read` of them for this request; None before
+    it is begun."""
 
     def __init__(self, job: Job):
-        self.job, self.known = job, 0
+        self.job, self.known, self.read = job, 0, 0
         self.cache: Any = None
 
     @property

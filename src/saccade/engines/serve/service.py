@@ -233,9 +233,9 @@ class Service:
         fresh, room = [], self.chunk_tokens or TURN_TOKENS
         while self._readings and room > 0:
             reading = self._whose_turn()
-            before = reading.left
-            batch = self._begin(reading, room if self.chunk_tokens else before)
-            room -= before - reading.left
+            before = reading.read
+            batch = self._begin(reading, room if self.chunk_tokens else reading.left)
+            room -= reading.read - before
             if batch is not None:
                 fresh.append(batch)
         return fresh
@@ -263,7 +263,7 @@ class Service:
     def _prefill(self, reading: Reading, most: int) -> torch.Tensor:
         job, known = reading.job, self._opened(reading)
         until = min(len(job.ids), known + most)
-        reading.known = until
+        reading.known, reading.read = until, reading.read + until - known
         if until < len(job.ids):
             with self._prompts.one(ends=False, tokens=len(job.ids)):
                 return self._prompts.read(job.ids[:until], reading.cache, known)
