@@ -67,9 +67,9 @@ def test_a_method_is_a_file_a_test_a_claim_and_a_page(name):
     assert not missing, f"{name} lacks {missing}"
 
 
-@pytest.mark.parametrize("file", FILES, ids=short)
-def test_functions_are_short(file):
-    lengths = {name: n.end_lineno - n.lineno + 1 for n, name in functions(file) if not is_kernel(n)}
+def test_functions_are_short():
+    every = ((f"{short(file)}: {name}", n) for file in FILES for n, name in functions(file) if not is_kernel(n))
+    lengths = {name: n.end_lineno - n.lineno + 1 for name, n in every}
     assert not {name: lines for name, lines in lengths.items() if lines > MOST_LINES}
 
 
@@ -83,14 +83,14 @@ def test_the_median_function_is_short():
     assert lengths[len(lengths) // 2] <= 12
 
 
-@pytest.mark.parametrize("file", FILES, ids=short)
-def test_modules_and_public_functions_have_docstrings(file):
-    if tree(file).body:
-        assert ast.get_docstring(tree(file)), "the module says nothing"
-    public = [(node, name) for node, name in functions(file) if not any(x.startswith("_") for x in name.split("."))]
-    bare = [name for node, name in public if not ast.get_docstring(node)]
+def test_modules_and_public_functions_have_docstrings():
+    silent = [short(file) for file in FILES if tree(file).body and not ast.get_docstring(tree(file))]
+    assert not silent, f"modules that say nothing: {silent}"
+    every = [(file, node, name) for file in FILES for node, name in functions(file)]
+    public = [(file, node, name) for file, node, name in every if not any(x.startswith("_") for x in name.split("."))]
+    bare = [(short(file), name) for file, node, name in public if not ast.get_docstring(node)]
     # an override says what its base says
-    bare = [name for name in bare if "." not in name or name.split(".")[1] not in documented_in_bases()]
+    bare = [(at, name) for at, name in bare if "." not in name or name.split(".")[1] not in documented_in_bases()]
     assert not bare, f"without a docstring: {bare}"
 
 

@@ -8,7 +8,7 @@ import saccade.measure.training
 from saccade.cli import main
 
 GIVEN = ["train", "--task", "listops", "--mixer", "streaming", "--budget", "4tok", "--seeds", "2", "--steps", "2"]
-SIZES = ["--tokens", "16", "--rows", "2", "--channels", "8", "--heads", "2", "--layers", "1"]
+SIZES = ["--tokens", "16", "--rows", "32", "--channels", "8", "--heads", "2", "--layers", "1"]
 
 
 def test_a_table_with_the_baselines_and_the_same_as_json(capsys, tmp_path):
@@ -16,7 +16,7 @@ def test_a_table_with_the_baselines_and_the_same_as_json(capsys, tmp_path):
     assert main(given) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert lines[0] == "listops, 2 steps of 2 rows, 2 seeds; accuracy, higher is better"
+    assert lines[0] == "listops, 2 steps of 32 rows, 2 seeds; accuracy, higher is better"
     assert [line.split()[0] for line in lines[1:]] == ["mixer", "full", "streaming", "random"]
     assert "step 1: loss" in err and err.endswith(f"All numbers: {tmp_path / 'summary.json'}\n")
     assert main([*given, "--json", "--quiet"]) == 0

@@ -29,7 +29,7 @@ class Size:
 
 # chosen so that the default ends within 5 minutes on 2 cores, and quick within 90 seconds
 USUAL = Size((0.5, 0.25, 0.1), 320, {"continuation-loss": 3, "passkey": 3}, (256, 512), 2)
-QUICK = Size((0.25,), 256, {"continuation-loss": 2, "passkey": 2}, (256,), 1)
+QUICK = Size((0.25,), 236, {"continuation-loss": 2, "passkey": 2}, (192,), 1)  # half of 236 just holds a passkey
 SLOW = ("cpu", "float32")  # two to three times as slow as bfloat16 where that is native: half the tokens, timed once
 LEAST_LENGTH = 32  # tokens that are timed
 COUNT = 4  # of a task that the sizes do not name
