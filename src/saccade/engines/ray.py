@@ -28,7 +28,7 @@ log = logging.getLogger("saccade")
 TRIES = 3  # workers that a cell may kill, or that may die before they are ready at one place
 TICK_SECONDS = 0.5  # how often is looked for new and lost nodes
 PATIENCE_SECONDS = 30.0  # without a worker, after which that is said
-STORE_BYTES = 100 * 2**20  # of shared memory; lines are small, and less is refused
+STORE_BYTES = 100 * 2**20  # of shared memory: lines are small, and Ray refuses less than 75 MiB
 RESUMES = "Finished cells are kept; the same command resumes."
 
 
