@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,3 +59,10 @@ def test_an_unknown_name_says_the_nearest():
 
 def test_bad_option_is_no_cannot_run():
     assert not issubclass(BadOption, CannotRun)
+
+
+def test_errors_come_whole_from_another_process():
+    unknown = UnknownName("method", "snapvk", ["snapkv"], "See.")
+    for e in (CannotRun("a", ["b", "c"], "d."), unknown, BadOption("a", "b")):
+        again = pickle.loads(pickle.dumps(e))
+        assert (type(again), str(again), vars(again)) == (type(e), str(e), vars(e))

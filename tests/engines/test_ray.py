@@ -194,10 +194,9 @@ def test_a_device_with_a_number_is_ray_s_to_choose():
 
 
 @needs_ray
-@pytest.mark.slow
-def test_no_cluster_at_the_address(capsys):
-    assert main(["claim", "snapkv", "--engine", "ray", "--address", "127.0.0.1:1"]) == 3
-    assert "CannotRun: Ray at 127.0.0.1:1: " in capsys.readouterr().err
+def test_no_cluster_at_the_address():
+    with pytest.raises(CannotRun, match=r"Ray at 127\.0\.0\.1:1: .*refused\. Start a cluster and name it: ray start"):
+        Ray("127.0.0.1:1").run(Toys, lambda about: None, lambda event: None, "cpu")
 
 
 # --- comparisons, with processes killed -------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,7 +29,8 @@ log = logging.getLogger("saccade")
 TRIES = 3  # workers that a cell may kill, or that may die before they are ready at one place
 TICK_SECONDS = 0.5  # how often is looked for new and lost nodes
 PATIENCE_SECONDS = 30.0  # without a worker, after which that is said
-STORE_BYTES = 100 * 2**20  # of shared memory; lines are small, and less is refused
+CONNECT_SECONDS = 10.0  # for a cluster to answer
+STORE_BYTES = 100 * 2**20  # of shared memory: lines are small, and Ray refuses less than 75 MiB
 RESUMES = "Finished cells are kept; the same command resumes."
 
 
@@ -70,6 +72,7 @@ class Ray:
         own = {"address": "local", "include_dashboard": False, "object_store_memory": STORE_BYTES}
         where = {"address": self.address} if self.address else own
         try:
+            _answers(self.address or "")
             with _without_reports():
                 self.ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as e:  # Ray has no class of its own for a start that fails
@@ -87,6 +90,13 @@ def _library() -> Any:
     except ImportError as e:
         raise CannotRun("engine 'ray'", "ray is not installed", "Install the extra: pip install 'saccade[ray]'.") from e
     return ray
+
+
+def _answers(address: str) -> None:
+    """Whether anybody does at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 @contextlib.contextmanager
