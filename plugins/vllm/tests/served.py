@@ -43,11 +43,11 @@ def _works(llm: Any, settings: Any) -> list[Any]:
 
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     layers = [m for m in runner.get_model().modules() if hasattr(getattr(m, "impl", None), "work")]
-    method = settings and settings.equipped()
+    method, handed = settings and settings.equipped(), {}
     for layer in layers if settings else ():
         before = layer.impl.work
         site = dataclasses.replace(before.here, budget=Budget.of(settings.budget))
-        layer.impl.work = Work(method, site, before.requests)
+        layer.impl.work = Work(method, site, before.requests, handed)
     return [layer.impl.work for layer in layers]
 
 
@@ -61,17 +61,20 @@ def _generate(llm: Any, prompts: list[list[int]], new_tokens: int) -> dict[str, 
         engine.add_request(str(i), {"prompt_token_ids": prompt}, how)
     manager = engine.engine_core.engine_core.scheduler.kv_cache_manager
     groups, pool = manager.coordinator.single_type_managers, manager.block_pool
+    requests, interrupted = engine.engine_core.engine_core.scheduler.requests, 0
     before = pool.get_num_free_blocks()
     while engine.has_unfinished_requests():
-        for done in engine.step():
+        finished = engine.step()
+        interrupted = max([interrupted, *(request.num_preemptions for request in requests.values())])
+        for done in finished:
             tokens[done.request_id] = list(done.outputs[0].token_ids)
         blocks = [[b for row in group.req_to_blocks.values() for b in row if not b.is_null] for group in groups]
         held.append([before - pool.get_num_free_blocks(), *map(len, blocks)])
     kinds = [type(group).__name__ for group in groups]
     layers = [len(g.layer_names) for g in manager.kv_cache_config.kv_cache_groups]
     rows = [tokens[key] for key in sorted(tokens, key=lambda name: int(name.split("-")[0]))]
-    left = before - pool.get_num_free_blocks()
-    return {"tokens": rows, "held": held, "groups": kinds, "layers": layers, "left": left}
+    found = {"tokens": rows, "held": held, "groups": kinds, "layers": layers, "interrupted": interrupted}
+    return found | {"left": before - pool.get_num_free_blocks()}
 
 
 if __name__ == "__main__":

@@ -27,5 +27,10 @@ def test_blocks_are_freed_while_requests_run(found):
     assert found["left"] == 0
 
 
+def test_requests_that_are_interrupted_for_want_of_blocks_get_the_same_text(serve, own, prompts):
+    found = serve([SETTINGS], prompts(4, 150), NEW, num_gpu_blocks_override=14)[0]
+    assert found["interrupted"] and found["tokens"] == own(SETTINGS, prompts(4, 150), NEW)
+
+
 def test_all_layers_are_one_group(found):
     assert (found["groups"], found["layers"]) == (["FreeingManager"], [30])
