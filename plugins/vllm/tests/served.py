@@ -61,20 +61,17 @@ def _generate(llm: Any, prompts: list[list[int]], new_tokens: int) -> dict[str, 
         engine.add_request(str(i), {"prompt_token_ids": prompt}, how)
     manager = engine.engine_core.engine_core.scheduler.kv_cache_manager
     groups, pool = manager.coordinator.single_type_managers, manager.block_pool
-    requests, interrupted = engine.engine_core.engine_core.scheduler.requests, 0
     before = pool.get_num_free_blocks()
     while engine.has_unfinished_requests():
-        finished = engine.step()
-        interrupted = max([interrupted, *(request.num_preemptions for request in requests.values())])
-        for done in finished:
+        for done in engine.step():
             tokens[done.request_id] = list(done.outputs[0].token_ids)
         blocks = [[b for row in group.req_to_blocks.values() for b in row if not b.is_null] for group in groups]
         held.append([before - pool.get_num_free_blocks(), *map(len, blocks)])
     kinds = [type(group).__name__ for group in groups]
     layers = [len(g.layer_names) for g in manager.kv_cache_config.kv_cache_groups]
     rows = [tokens[key] for key in sorted(tokens, key=lambda name: int(name.split("-")[0]))]
-    found = {"tokens": rows, "held": held, "groups": kinds, "layers": layers, "interrupted": interrupted}
-    return found | {"left": before - pool.get_num_free_blocks()}
+    left = before - pool.get_num_free_blocks()
+    return {"tokens": rows, "held": held, "groups": kinds, "layers": layers, "left": left}
 
 
 if __name__ == "__main__":
