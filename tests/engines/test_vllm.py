@@ -54,8 +54,6 @@ def test_what_vllm_cannot_is_said_with_the_reason(name, reason):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("recycled-attention", vllm.BEGINS),
-        ("tidaldecode", vllm.HANDS),
         ("seer-attention", vllm.TURNS),
         ("s2-attention", vllm.UNSAID),
     ],

@@ -43,11 +43,11 @@ def _works(llm: Any, settings: Any) -> list[Any]:
 
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     layers = [m for m in runner.get_model().modules() if hasattr(getattr(m, "impl", None), "work")]
-    method = settings and settings.equipped()
+    method, handed = settings and settings.equipped(), {}
     for layer in layers if settings else ():
         before = layer.impl.work
         site = dataclasses.replace(before.here, budget=Budget.of(settings.budget))
-        layer.impl.work = Work(method, site, before.requests)
+        layer.impl.work = Work(method, site, before.requests, handed)
     return [layer.impl.work for layer in layers]
 
 

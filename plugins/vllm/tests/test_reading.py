@@ -10,6 +10,8 @@ METHODS = [
     {"method": "quest:group=per-head,dense_layers=0", "budget": "64tok"},
     {"method": "double-sparsity", "budget": "0.25"},
     {"method": "double-sparsity:group=max,dense_layers=0,label_bits=4", "budget": "64tok"},
+    {"method": "recycled-attention:every_tokens=8", "budget": "0.25"},
+    {"method": "tidaldecode", "budget": "0.25"},
     {"method": "minference", "budget": "0.25"},
     {"method": "hip", "budget": "0.25"},
     {"method": "full", "budget": "1"},

@@ -16,9 +16,9 @@ from pathlib import Path
 import openai
 import pytest
 
-SETTINGS = {"method": "streaming", "budget": "64tok"}
-NEW = 24
-START_SECONDS = 500
+SETTINGS = {"method": "streaming", "budget": "32tok"}
+NEW = 8
+START_SECONDS = 1200
 SMALL = ["--dtype", "float32", "--max-model-len", "512", "--block-size", "32", "--max-num-seqs", "16"]
 
 
@@ -59,7 +59,7 @@ def _wait(server, port, log):
 
 
 def test_sixteen_clients_at_once_get_the_texts_of_the_library(client, model, prompts, own):
-    asked = prompts(16, 120)
+    asked = prompts(16, 60)
 
     def complete(prompt):
         given = {"ignore_eos": True, "return_token_ids": True}

@@ -30,8 +30,6 @@ MERGES = "a kept key stands for several, and a block of vLLM has no place for ho
 REREADS = "it has tokens read a second time, and vLLM's scheduler has each read once"
 SHELVES = "it moves keys to host memory, and vLLM's blocks all lie on one device"
 # why the plug-in does not, though vLLM could
-BEGINS = "the plug-in does not yet show it the last queries of the prompt"
-HANDS = "the plug-in does not yet hand on from layer to layer what it chose"
 TURNS = "the plug-in does not yet tell it how queries move along the text"
 UNSAID = "the plug-in frees by first and recent tokens, which this method does not say in numbers"
 OTHER = "the plug-in has no hooks for the part {!r}"
@@ -102,7 +100,6 @@ def _against(method: Method | type[Mixer]) -> tuple[list[str], list[str]]:
             later.append(UNSAID)
     if isinstance(method, Decode):
         never += [REREADS] * bool(method.reread_tokens) + [SHELVES] * method.shelves
-        later += [BEGINS] * bool(method.observe_tokens and not method.shelves) + [HANDS] * method.persistent
     return never, later + [TURNS] * _turns(method)
 
 

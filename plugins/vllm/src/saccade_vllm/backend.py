@@ -22,7 +22,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from saccade.core.budget import Budget
 from saccade.core.errors import CannotRun
-from saccade.core.site import Site
+from saccade.core.method import Method
+from saccade.core.site import Site, State
 from saccade.engines.vllm import KEY, Settings
 from saccade_vllm.freeing import FreeingSpec, freed_together
 from saccade_vllm.working import Row, Work
@@ -99,7 +100,8 @@ class Impl(CPUAttentionBackendImpl):
         super().process_weights_after_loading(act_dtype)
         layers, sites = _sites(self.config, self.settings)
         here = next(i for i, layer in enumerate(layers) if layer.impl is self)
-        self.work = Work(_equipped(self.settings), sites[here], self.config.scheduler_config.max_num_seqs)
+        method, handed = _shared(self.settings)
+        self.work = Work(method, sites[here], self.config.scheduler_config.max_num_seqs, handed)
         reasons = self.work.method.check(dataclasses.replace(sites[here], keys=self._longest, seen=self._longest))
         if reasons:
             raise CannotRun(f"serve {self.settings.method!r} with vLLM", reasons, "See: saccade export --to vllm")
@@ -130,9 +132,9 @@ class Impl(CPUAttentionBackendImpl):
 
 
 @functools.lru_cache(maxsize=1)
-def _equipped(settings: Settings) -> Any:
-    """One for all layers, which share what it caches."""
-    return settings.equipped()
+def _shared(settings: Settings) -> tuple[Method, dict[int, State]]:
+    """One method for all layers, which share what it caches, and what they hand on."""
+    return settings.equipped(), {}
 
 
 def _sites(config: VllmConfig, settings: Settings) -> tuple[list[Attention], tuple[Site, ...]]:
@@ -164,7 +166,7 @@ def _reasons(config: VllmConfig, impl: CPUAttentionBackendImpl) -> list[str]:
         "a layer has ALiBi slopes": impl.alibi_slopes is not None,
         "its softmax has a learned sink logit": impl.sinks is not None,
         "a layer takes the keys of another": impl.kv_sharing_target_layer_name is not None,
-        f"its attention is {impl.attn_type}": impl.attn_type != AttentionType.DECODER,
+        f"its attention is that of an {AttentionType(impl.attn_type).value}": impl.attn_type != AttentionType.DECODER,
         f"keys are stored as {impl.kv_cache_dtype}": impl.is_fp8_kv_cache,
     }
     return [reason for reason, holds in found.items() if holds]

@@ -17,7 +17,7 @@ from saccade import ops
 from saccade.core.errors import CannotRun
 from saccade.core.method import Cache, Decode, Method, Sparse, compose
 from saccade.core.selection import Gather, Selection
-from saccade.core.site import Site, Stage, State
+from saccade.core.site import Seen, Site, Stage, State
 from saccade_vllm.freeing import reach
 from saccade_vllm.paging import Pages, Stored
 
@@ -42,15 +42,16 @@ class Work:
     """A method in one layer. What it remembers of a request is kept by the request's first block.
 
     requests: that run at once, at most; each has a token in every step, so that those of longest ago have ended
+    handed: by first block, what one layer hands to those behind it within a step: one for all layers
     """
 
-    def __init__(self, method: Method, site: Site, requests: int):
+    def __init__(self, method: Method, site: Site, requests: int, handed: dict[int, State]):
         self.method, self.parts = method, compose([method])
         self.here = dataclasses.replace(site, attend=self._attend, partial=self._partial, searched=_uncounted)
         self.pages: Pages | None = None
         self.prompts: dict[int, int] = {}  # first block -> tokens of the prompt
         self.states: OrderedDict[int, State] = OrderedDict()
-        self.requests = requests
+        self.requests, self.handed = requests, handed
         self.read, self.there = 0, 0  # keys that queries after the prompt read, and keys there were; of all heads
 
     # --- storing ----------------------------------------------------------------------------------------------------
@@ -74,6 +75,8 @@ class Work:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: Sequence[Row], output: Tensor) -> None:
         """Of all tokens of a step, into `output` [n h d]."""
+        if self.here.layer == 0:
+            self.handed.clear()
         later = [row for row in rows if not row.prompt]
         for row in rows:
             if row.prompt:
@@ -91,7 +94,11 @@ class Work:
         self.prompts[row.first_block] = n
         self.states.pop(row.first_block, None)
         site = self._site("prefill", n, n, n)
-        out = self._read(q, k, v, site)
+        out, reader = self._read(q, k, v, site), self.parts.get("decode")
+        if isinstance(reader, Decode) and reader.observe_tokens:
+            site = dataclasses.replace(site, queries=0)
+            positions = torch.arange(n).expand(*k.shape[:3])
+            reader.begin(Seen(k, v, positions, q[:, :, -reader.observe_tokens :]), site)
         self._remember(row, site.state)
         return out
 
@@ -136,6 +143,7 @@ class Work:
         owner, n = self.parts.get("decode"), row.seen
         if isinstance(owner, Decode):
             site = self._site("decode", 1, n, n, self._recall(row))
+            site = dataclasses.replace(site, handed=self.handed.setdefault(row.first_block, {}))
             selection = owner.select(q, Stored(self.pages, row.table, n), site)
             self._remember(row, site.state)
             return _listed(selection)
