@@ -115,7 +115,7 @@ class Text:
 
     def before(self, engine: Engine) -> Any:
         """What stands in an attention module for its engine."""
-        return Ring(self, engine) if self.ring else Spread(self, engine)
+        return InRing(self, engine) if self.ring else ByHeads(self, engine)
 
     @property
     def ring(self) -> bool:
@@ -203,7 +203,7 @@ class Text:
         return output
 
 
-class Spread:
+class ByHeads:
     """Before an engine that has some of the heads: tokens come as heads, and go as tokens."""
 
     def __init__(self, text: Text, engine: Engine):
@@ -236,7 +236,7 @@ class Spread:
         return shard.gather(out, 1)
 
 
-class Ring:
+class InRing:
     """In an engine's place: attention by position over a text that nobody has the whole of. Keeps nothing."""
 
     def __init__(self, text: Text, engine: Engine):
