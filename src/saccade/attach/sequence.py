@@ -187,6 +187,9 @@ class Text:
         if self.labels is None:
             return output
         assert self.layout is not None, "few tokens with labels are refused"
+        if getattr(output, "aux_loss", None) is not None:
+            found = "the part of its loss that balances experts is of all tokens together"
+            raise CannotRun(f"train under {self.run.title} on a shared text", found, "Say output_router_logits=False.")
         ahead = nn.functional.pad(self.labels[:, 1:], (0, 1), value=IGNORED)
         counted = (ahead != IGNORED).sum() if self.items is None else self.items
         ahead = self.layout.cut(ahead, 1).contiguous()
