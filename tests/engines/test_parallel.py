@@ -172,8 +172,8 @@ def test_sharing_a_text_needs_processes():
 @pytest.mark.parametrize("name", ["quest", "minference"])
 def test_weights_on_the_disk(folder, written, name):
     """A method that is calibrated is found by weights that are there."""
-    here, there = ("model.rotary_emb", "model.layers.0", "model.norm"), ("model.embed_tokens", "model.layers.1", "lm_head")
-    places = dict.fromkeys(here, "cpu") | dict.fromkeys(there, "disk")
+    places = dict.fromkeys(["model.rotary_emb", "model.layers.0", "model.norm"], "cpu")
+    places |= dict.fromkeys(["model.embed_tokens", "model.layers.1", "lm_head"], "disk")
     model = work.alone(folder, device_map=places, offload_folder=folder / name)
     assert "meta" in {parameter.device.type for parameter in model.parameters()}
     assert all(torch.equal(x, y) for x, y in zip(work.written(name, model), written(name)))
