@@ -181,21 +181,22 @@ def grow(device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]]
         for what, measure in (("prefill", prefill), ("train", train)):
             for way, who in [(way, who) for way, some in GROWN.items() for who in some]:
                 key = (what, way, who)
-                if (what == "prefill" and way == "ring") or key in full or late(until, device):
+                done = (what == "prefill" and way == "ring") or key in full
+                if done or anywhere(time.monotonic() > until, device):
                     continue
                 row = {"what": what, "way": way, "who": who, "tokens": tokens, **measure(model, way, who, ids, device)}
                 rows.append(row)
                 say(shown(row))
-                if not fits(2.2 * row["held"], device):
+                if anywhere(not fits(2.2 * row["held"], device), device):
                     full.add(key)
     return rows
 
 
-def late(until: float, device: torch.device) -> bool:
-    """Whether time is up, for all alike."""
-    over = torch.tensor([float(time.monotonic() > until)], device=device)
-    dist.all_reduce(over, dist.ReduceOp.MAX)
-    return bool(over)
+def anywhere(here: bool, device: torch.device) -> bool:
+    """Whether it is so in some process: what all of them go by."""
+    found = torch.tensor([float(here)], device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
 
 
 def fits(more: float, device: torch.device) -> bool:

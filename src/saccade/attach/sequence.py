@@ -115,7 +115,7 @@ class Text:
 
     def before(self, engine: Engine) -> Any:
         """What stands in an attention module for its engine."""
-        return Ring(self, engine) if self.ring else Spread(self, engine)
+        return InRing(self, engine) if self.ring else ByHeads(self, engine)
 
     @property
     def ring(self) -> bool:
@@ -187,6 +187,9 @@ class Text:
         if self.labels is None:
             return output
         assert self.layout is not None, "few tokens with labels are refused"
+        if getattr(output, "aux_loss", None) is not None:
+            found = "the part of its loss that balances experts is of all tokens together"
+            raise CannotRun(f"train under {self.run.title} on a shared text", found, "Say output_router_logits=False.")
         ahead = nn.functional.pad(self.labels[:, 1:], (0, 1), value=IGNORED)
         counted = (ahead != IGNORED).sum() if self.items is None else self.items
         ahead = self.layout.cut(ahead, 1).contiguous()
@@ -203,7 +206,7 @@ class Text:
         return output
 
 
-class Spread:
+class ByHeads:
     """Before an engine that has some of the heads: tokens come as heads, and go as tokens."""
 
     def __init__(self, text: Text, engine: Engine):
@@ -236,7 +239,7 @@ class Spread:
         return shard.gather(out, 1)
 
 
-class Ring:
+class InRing:
     """In an engine's place: attention by position over a text that nobody has the whole of. Keeps nothing."""
 
     def __init__(self, text: Text, engine: Engine):

@@ -43,7 +43,7 @@ def ring_attend(
     check(q, k, v)
     _check(q, k, selection, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    task = _Task(_kinds(selection, q.shape[1], k.shape[1]), layout, q.shape[1] // k.shape[1], scale, softcap)
+    task = _Task(_kinds(selection, q.shape[1], k.shape[1], q.device), layout, scale, softcap)
     return _Ring.apply(q, k, v, task)
 
 
@@ -62,9 +62,10 @@ def _check(q: Tensor, k: Tensor, selection: Spans, layout: Layout) -> None:
 
 @dataclass(frozen=True)
 class _Kind:
-    """Key/value heads that see the same: the first tokens, and those less than a window behind."""
+    """Heads that see the same: the first tokens, and those less than a window behind. None: these are all heads."""
 
-    heads: Tensor
+    heads: Tensor | None  # of the queries
+    kv_heads: Tensor | None
     sinks: int
     window: int
 
@@ -79,7 +80,7 @@ class _Piece:
     backwards: bool = False
 
 
-def _kinds(selection: Spans, heads: int, kv_heads: int) -> list[_Kind]:
+def _kinds(selection: Spans, heads: int, kv_heads: int, device: torch.device) -> list[_Kind]:
     both = [x.expand(heads).tolist() for x in (selection.sinks, selection.window)]
     pairs = list(zip(*both))
     group = heads // kv_heads
@@ -89,7 +90,13 @@ def _kinds(selection: Spans, heads: int, kv_heads: int) -> list[_Kind]:
     mine: dict[tuple[int, int], list[int]] = {}
     for head, pair in enumerate(pairs[::group]):
         mine.setdefault(pair, []).append(head)
-    return [_Kind(torch.tensor(some, device=selection.window.device), *pair) for pair, some in mine.items()]
+    if len(mine) == 1:
+        return [_Kind(None, None, *pair) for pair in mine]
+    kinds = []
+    for pair, some in mine.items():
+        kv = torch.tensor(some)
+        kinds.append(_Kind((kv[:, None] * group + torch.arange(group)).flatten().to(device), kv.to(device), *pair))
+    return kinds
 
 
 def pieces(queries: Chunk, keys: Chunk, sinks: int, window: int) -> Iterator[_Piece]:
@@ -134,7 +141,6 @@ class _Task:
 
     kinds: Sequence[_Kind]
     layout: Layout
-    group: int
     scale: float
     softcap: float | None
 
@@ -148,23 +154,9 @@ class _Task:
                         yield kind, replace(piece, queries=_moved(piece.queries, at), keys=_moved(piece.keys, there))
 
     def taken(self, q: Tensor, k: Tensor, v: Tensor, kind: _Kind, piece: _Piece) -> list[Tensor]:
-        """What of the tensors a piece is about; copies, but for whole ones."""
-        heads, asking = kind.heads.to(q.device), self.asking(kind).to(q.device)
-        out = []
-        for x, (first, last), mine in ((q, piece.queries, asking), (k, piece.keys, heads), (v, piece.keys, heads)):
-            x = x[:, :, first:last]
-            x = x if len(mine) == x.shape[1] else x.index_select(1, mine)
-            out.append(x.flip(2) if piece.backwards else x)
-        return out
-
-    def put(self, into: Tensor, x: Tensor, heads: Tensor, place: Chunk, piece: _Piece) -> None:
-        """Add to what was there."""
-        x = x.flip(2) if piece.backwards else x
-        into[:, :, slice(*place)].index_add_(1, heads.to(x.device), x.to(into.dtype))
-
-    def asking(self, kind: _Kind) -> Tensor:
-        """Query heads of a kind."""
-        return (kind.heads[:, None] * self.group + torch.arange(self.group, device=kind.heads.device)).flatten()
+        """What of the tensors a piece is about."""
+        some = ((q, kind.heads, piece.queries), (k, kind.kv_heads, piece.keys), (v, kind.kv_heads, piece.keys))
+        return [_taken(*each, piece) for each in some]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, piece: _Piece) -> tuple[Tensor, Tensor]:
         """Of one piece."""
@@ -193,7 +185,7 @@ class _Ring(torch.autograd.Function):
         for rank, (keys, values) in _passing([k, v], task.layout):
             for kind, piece in task.parts(rank):
                 found = task.attend(*task.taken(q, keys, values, kind, piece), piece)
-                _merge(out, lse, found, task.asking(kind).to(q.device), piece)
+                _merge(out, lse, found, kind.heads, piece)
         ctx.task = task
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -209,18 +201,41 @@ class _Ring(torch.autograd.Function):
         for rank, (keys, values, for_keys, for_values) in _passing([k, v, dk, dv], task.layout, changing=2):
             for kind, piece in task.parts(rank):
                 found = _gradients(task, (q, keys, values), own, kind, piece)
-                task.put(dq, found[0], task.asking(kind), piece.queries, piece)
-                task.put(for_keys, found[1], kind.heads, piece.keys, piece)
-                task.put(for_values, found[2], kind.heads, piece.keys, piece)
+                _add(dq, found[0], kind.heads, piece.queries, piece)
+                _add(for_keys, found[1], kind.kv_heads, piece.keys, piece)
+                _add(for_values, found[2], kind.kv_heads, piece.keys, piece)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
 
-def _merge(out: Tensor, lse: Tensor, found: tuple[Tensor, Tensor], heads: Tensor, piece: _Piece) -> None:
+def _taken(x: Tensor, heads: Tensor | None, place: Chunk, piece: _Piece) -> Tensor:
+    """Some heads and tokens, in the order of the piece."""
+    x = x[:, :, slice(*place)]
+    x = x if heads is None else x.index_select(1, heads)
+    return x.flip(2) if piece.backwards else x
+
+
+def _add(into: Tensor, x: Tensor, heads: Tensor | None, place: Chunk, piece: _Piece) -> None:
+    """To what was there, in place."""
+    x, into = (x.flip(2) if piece.backwards else x).to(into.dtype), into[:, :, slice(*place)]
+    if heads is None:
+        into += x
+    else:
+        into.index_add_(1, heads, x)
+
+
+def _merge(
+    out: Tensor, lse: Tensor, found: tuple[Tensor, Tensor], heads: Tensor | None, piece: _Piece
+) -> None:
     """Put what came of a piece to what is there, in place."""
-    here = slice(*piece.queries)
     more, its = (x.flip(2) if piece.backwards else x for x in found)
-    before = out[:, heads, here], lse[:, heads, here]
-    out[:, heads, here], lse[:, heads, here] = merge_lse([before[0], more.to(out.dtype)], [before[1], its.to(lse)])
+    out, lse = (x[:, :, slice(*piece.queries)] for x in (out, lse))
+    before = [x if heads is None else x.index_select(1, heads) for x in (out, lse)]
+    merged = merge_lse([before[0], more.to(out.dtype)], [before[1], its.to(lse.dtype)])
+    for x, new in zip((out, lse), merged):
+        if heads is None:
+            x.copy_(new)
+        else:
+            x.index_copy_(1, heads, new)
 
 
 def _gradients(
@@ -231,9 +246,7 @@ def _gradients(
     out = sum_i w_i out_i with w_i = exp(lse_i - lse), so that  d out_i = w_i d out  and
     d lse_i = w_i <d out, out_i - out>.
     """
-    heads = task.asking(kind).to(inputs[0].device)
-    mine = [x[:, heads, slice(*piece.queries)] for x in (own["grad"], own["out"], own["lse"])]
-    grad, out, lse = (x.flip(2) if piece.backwards else x for x in mine)
+    grad, out, lse = (_taken(own[name], kind.heads, piece.queries, piece) for name in ("grad", "out", "lse"))
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in task.taken(*inputs, kind, piece)]
         part, its = task.attend(*leaves, piece)
