@@ -170,6 +170,14 @@ def test_what_no_graph_could_do_is_refused(name, why):
         attach(tiny(), name, graph_tokens=8)
 
 
+@pytest.mark.usefixtures("on_cpu")
+def test_a_graph_serves_some_tokens_in_one_process():
+    with pytest.raises(CannotRun, match="graph_tokens=-1: a graph serves one token or more"):
+        attach(tiny(), "full", graph_tokens=-1)
+    (why,) = replay.why_not(tiny(), {}, 8, shared=True)
+    assert why.startswith("processes share this model or its texts")
+
+
 def test_a_graph_needs_a_cuda_device():
     with pytest.raises(CannotRun, match="its weights are on cpu, and graphs are of one CUDA device"):
         attach(tiny(), "full", graph_tokens=8)

@@ -46,7 +46,8 @@ def attach(
     chosen = [_equipped(model, m, found) for m in _as_list(methods)]
     reasons = _reasons(model, chosen, budget, found)
     if graph_tokens:
-        reasons += [f"graph_tokens={graph_tokens}: {why}" for why in replay.why_not(model, compose(chosen))]
+        why = replay.why_not(model, compose(chosen), graph_tokens, shared=found.shard.ranks > 1 or bool(found.sharing))
+        reasons += [f"graph_tokens={graph_tokens}: {reason}" for reason in why]
     if reasons:
         title = " + ".join(m.card.name for m in chosen)
         raise CannotRun(f"attach {title!r} to {type(model).__name__}", reasons, "See also: saccade explain")

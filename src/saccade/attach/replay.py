@@ -32,9 +32,14 @@ WORTH = 8  # replays that a capture must serve in the mean, or its user is told
 INPUTS = ("input_ids", "inputs_embeds", "position_ids")
 
 
-def why_not(model: nn.Module, parts: dict[str, Method]) -> list[str]:
-    """Every reason why steps of these methods cannot be replayed; [] means that they can."""
+def why_not(model: nn.Module, parts: dict[str, Method], tokens: int, shared: bool) -> list[str]:
+    """Every reason why steps of these methods cannot be replayed, so many tokens from one capture, in a model that may
+    be shared among processes; [] means that they can."""
     reasons, where = [], devices(model)
+    if tokens < 1:
+        reasons.append("a graph serves one token or more")
+    if shared:
+        reasons.append("processes share this model or its texts, and wait for each other in every layer")
     if len(where) > 1 or not where[0].startswith("cuda"):
         reasons.append(f"its weights are on {', '.join(where)}, and graphs are of one CUDA device")
     if "position_ids" not in inspect.signature(model.forward).parameters:
