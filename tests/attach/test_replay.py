@@ -152,6 +152,10 @@ def test_results_are_the_callers_own_and_the_model_is_left_as_it_was():
 @pytest.mark.usefixtures("on_cpu")
 def test_who_gains_nothing_is_told():
     model, ids = tiny(), tokens(PROMPT)
+    with attach(model, "full", graph_tokens=8):
+        cache = model(ids, use_cache=True)[CACHE]
+        with pytest.warns(UserWarning, match=r"full: steps that keep gradients .* torch\.no_grad"):
+            model(ids[:, :1], **{CACHE: cache})
     with attach(model, "full", graph_tokens=1), pytest.warns(UserWarning, match="16 steps were captured for 15"):
         model.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=0)
 

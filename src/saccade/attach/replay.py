@@ -109,6 +109,7 @@ class Replayer:
         self.signature = inspect.signature(original)
         self.captures = self.replays = 0
         functools.update_wrapper(self, original, updated=())
+        self._said: set[str] = set()
         self._kinds: set[tuple[Any, ...]] = set()  # captured at some time, so that all its kernels are there
         self._drop()
 
@@ -146,7 +147,10 @@ class Replayer:
         cache = next((named.pop(name) for name in compat.CACHES if name in named), None)
         inputs = {name: named.pop(name) for name in INPUTS if name in named}
         first = next(iter(inputs.values()), None)
-        if cache is None or first is None or first.shape[1] != 1 or torch.is_grad_enabled() or not self._is_ours(cache):
+        if cache is None or first is None or first.shape[1] != 1 or not self._is_ours(cache):
+            return None
+        if torch.is_grad_enabled():
+            self._say("steps that keep gradients are computed as ever: call the model under torch.no_grad()")
             return None
         mask, _ = named.pop("attention_mask", None), named.pop("cache_position", None)
         self._check(cache, inputs, mask, named)
@@ -242,8 +246,13 @@ class Replayer:
 
     def _judge(self) -> None:
         if self.captures == 2 * WORTH and self.replays < WORTH * self.captures:
-            found = f"{self.captures} steps were captured for {self.replays} that were replayed"
-            warnings.warn(f"graph_tokens of {self.run.title} does not pay here: {found}", stacklevel=4)
+            self._say(f"{self.captures} steps were captured for {self.replays} that were replayed: it does not pay here")
+
+    def _say(self, text: str) -> None:
+        """Once."""
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(f"graph_tokens of {self.run.title}: {text}", stacklevel=5)
 
 
 def _copied(x: Any) -> Any:
