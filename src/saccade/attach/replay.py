@@ -246,7 +246,7 @@ class Replayer:
 
     def _judge(self) -> None:
         if self.captures == 2 * WORTH and self.replays < WORTH * self.captures:
-            self._say(f"{self.captures} steps were captured for {self.replays} that were replayed: it does not pay here")
+            self._say(f"{self.captures} steps were captured for {self.replays} that were replayed; it does not pay")
 
     def _say(self, text: str) -> None:
         """Once."""
