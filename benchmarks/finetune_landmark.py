@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16, help="of the changes")
     parser.add_argument("--rows", type=int, default=8, help="of a step")
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--rate", type=float, default=2e-3, help="the highest; it falls along a line")
+    parser.add_argument("--rate", type=float, default=1e-3, help="the highest; it falls along a line")
     parser.add_argument("--out", type=Path, required=True, help="folder of the artefact")
     return parser.parse_args()
 

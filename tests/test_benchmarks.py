@@ -200,3 +200,16 @@ def test_ticks_are_around_all_values(plots, low, high):
 def test_the_table_needs_stored_files(gpu):
     with pytest.raises(SystemExit):
         gpu.arguments(["--markdown"])
+
+
+@pytest.mark.slow
+def test_landmarks_of_the_real_model_in_two_steps(gpu, tmp_path, monkeypatch, capsys):
+    tuned = importlib.import_module("finetune_landmark")
+    monkeypatch.setattr(tuned, "cache_dir", lambda *parts: tmp_path.joinpath(*parts))
+    given = ["--tokens", "126", "--rows", "2", "--steps", "2", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["finetune_landmark.py", *given])
+    tuned.main()
+    told = capsys.readouterr()
+    assert "2/2 loss" in told.err and "'nats_of_4_blocks': " in told.out
+    made = json.loads((tmp_path / "out" / "smollm2.json").read_text())
+    assert made["method"] == "landmark" and made["options"] == {"block_tokens": 64, "rank": 16}
