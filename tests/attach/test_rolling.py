@@ -75,7 +75,7 @@ def test_a_step_does_not_wait_for_the_device(method, repeats):
 def test_numbers_say_what_masks_say(method, share, data):
     position = data.draw(st.integers(0, 60))
     prompt = torch.tensor([data.draw(st.integers(0, position))])
-    here = site(share, queries=1, keys=61, state={"prompt": prompt})
+    here = site(share, queries=1, keys=61, stage="decode", state={"prompt": prompt})
     (found,) = method.reach([position], here)
     by_row = dataclasses.replace(here, state={"prompt": prompt.expand(2)})
     keys, head = torch.arange(position + 1).expand(2, -1), torch.arange(2)
