@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 import signal
 import statistics
 import subprocess
@@ -152,8 +153,10 @@ async def drive(url: str, asked: Sequence[list[int]], new: int, together: bool) 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and 95th of a hundred, and of how many."""
     ordered = sorted(values)
-    found = {"median": statistics.median(ordered), "p95": ordered[int(0.95 * (len(ordered) - 1))]} if ordered else {}
-    return found | {"count": len(ordered)}
+    if not ordered:
+        return {"count": 0}
+    last = ordered[math.ceil(0.95 * len(ordered)) - 1]
+    return {"median": statistics.median(ordered), "p95": last, "count": len(ordered)}
 
 
 def summary(rounds: Sequence[Sequence[Told]], answers: Sequence[Sequence[str]]) -> dict[str, Any]:

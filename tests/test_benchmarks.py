@@ -213,3 +213,24 @@ def test_landmarks_of_the_real_model_in_two_steps(gpu, tmp_path, monkeypatch, ca
     assert "2/2 loss" in told.err and "'nats_of_4_blocks': " in told.out
     made = json.loads((tmp_path / "out" / "smollm2.json").read_text())
     assert made["method"] == "landmark" and made["options"] == {"block_tokens": 64, "rank": 16}
+
+
+def test_of_what_clients_were_told_the_times_are_taken(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    load = importlib.import_module("serve_load")
+
+    def told(asked, *came, text="x"):
+        return load.Told(asked, list(came), tokens=len(came), kept=1, text=text)
+
+    rounds = [[told(0, 1, 2, 5), told(0, 2, 3, 4), told(3, 6, 7, text="y")]]
+    row = {"method": "full", "way": "together", **load.summary(rounds, [["x", "z", "y"]])}
+    assert row["tokens_per_second"] == 8 / 7 and row["long_first"] == 3 and row["kept"] == 3 and row["same"] == 2
+    assert row["first"] == {"median": 1.5, "p95": 2, "count": 2}
+    assert row["between"] == {"median": 1, "p95": 3, "count": 4}
+    assert row["meanwhile"] == {"median": 2, "p95": 3, "count": 2}  # from 2 to 5, from 3 to 4
+    alone = {"method": "full", "way": "alone", **load.summary([[told(0, 1), told(2, 3)]], [["x", "x"]])}
+    assert load.line(alone).startswith("| `full` | alone | 0.7 | 1.00 / 1.00 | – | – | 1.0 | 2 | 2 of 2 |")
+    asked = dict(model="m", dtype="d", budget="1", clients=2, alike=1, own=2, long=3, new=3, chunk=1)
+    found = {"asked": asked, "environment": {"device_name": "x", "threads": 1, "torch": "2"}, "date": "today"}
+    page = load.table(found | {"rows": [row] * 4}).splitlines()
+    assert len({x.count("|") for x in page[:6]}) == 1 and page[-1].startswith("m, d, budget 1: 2 requests of 3 prompt")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from saccade import ops
@@ -154,6 +154,7 @@ def test_the_best_heads_of_the_whole_model_are_whole(seed, induction, echo, laye
     assert set((method.need().flatten() < 1).nonzero()[:, 0].tolist()) == wanted
 
 
+@example(share=0.5, n=2, sinks=0, window=0, induction=0.0, compensation="none")
 @given(st.floats(0.02, 1.0), st.integers(1, 80), sizes, sizes, st.floats(0, 1), st.sampled_from(["count", "none"]))
 def test_the_budget_is_never_exceeded_and_nearly_spent(share, n, sinks, window, induction, compensation):
     method = razor(

@@ -170,7 +170,7 @@ class RazorAttention(Cache):
         if held >= prompt:
             return 0, 0, torch.ones(site.kv_heads, dtype=torch.bool)
         heads, mean = need.numel(), int(self.merges)
-        least = min(self.sink_tokens + mean + self.window_tokens, held)
+        least = min(max(1, self.sink_tokens + mean + self.window_tokens), held)
         whole = min(int((need < 1).sum()), heads * (held - least) // (prompt - least))
         room = (heads * held - whole * prompt) // (heads - whole)
         sinks = min(self.sink_tokens, room - mean)
