@@ -22,8 +22,9 @@ def process(*command: str, **changes: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("given", QUICK, ids=" ".join)
 def test_what_must_be_quick_imports_no_torch_and_takes_half_a_second(given):
     code = f"import sys; from saccade.cli import main; main({given}); sys.exit('torch' in sys.modules)"
-    spent = []
-    for _ in range(3):  # the processor's time of the best run: other people's work on the machine counts for nothing
+    spent: list[float] = []
+    # the processor's time of the best of three: other people's work on the machine counts for nothing
+    while len(spent) < 3 and min(spent, default=1.0) >= 0.5:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = process(sys.executable, "-c", code)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)

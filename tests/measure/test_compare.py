@@ -26,7 +26,7 @@ from tests.measure import small
 from tests.measure.validate import problems, schema
 
 TASKS = ("loss", "continuation-loss", "passkey")
-SMALL = {"tasks": TASKS, "tokens": 600, "count": 2, "lengths": (64, 128), "budgets": (0.5, 0.25)}
+SMALL = {"tasks": TASKS, "tokens": 320, "count": 2, "lengths": (64, 128), "budgets": (0.5, 0.25)}
 SMALL |= {"rounds": 2, "dtype": "float32"}
 METHODS = ("knorm", "minference+snapkv:window_tokens=8")
 
@@ -176,7 +176,7 @@ def test_the_command_says_what_was_asked(run):
     assert words[:4] == ["saccade", "compare", "--model", "tiny"]
     asked = " ".join(words)
     assert "--methods knorm minference+snapkv:window_tokens=8 --budgets 0.5 0.25" in asked
-    assert "--tokens 600 --count 2 --lengths 64 128 --rounds 2 --dtype float32 --device cpu --seed 0" in asked
+    assert "--tokens 320 --count 2 --lengths 64 128 --rounds 2 --dtype float32 --device cpu --seed 0" in asked
 
 
 def test_methods_without_their_artefact_are_left_out_with_reasons(tiny, tmp_path):
