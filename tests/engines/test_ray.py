@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -267,11 +268,13 @@ def node(*words: str) -> subprocess.Popen:
 def test_a_killed_worker_and_a_killed_driver_lose_nothing(tiny, local, tmp_path):
     folder, total = tmp_path / "run", len(stored(local))
     driver = start(tiny, folder)
-    wait_for(folder, total // 4, driver)
-    kill(driver.pid, "ray::Actor")
-    wait_for(folder, total // 2, driver)
-    started = below(driver.pid)
-    driver.send_signal(signal.SIGKILL)
+    try:
+        wait_for(folder, total // 4, driver)
+        kill(driver.pid, "ray::Actor")
+        wait_for(folder, total // 2, driver)
+        started = below(driver.pid)
+    finally:
+        driver.send_signal(signal.SIGKILL)
     driver.wait()
     before = stored(folder)
     assert len(before) < total, "it was over before it was killed"
@@ -287,7 +290,7 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing(tiny, local, tmp_path)
 @pytest.mark.timeout(900)
 def test_a_killed_node_loses_nothing(tiny, local, tmp_path):
     folder, total, port = tmp_path / "run", len(stored(local)), 6399
-    nodes = [node("--head", f"--port={port}", "--include-dashboard=false")]
+    nodes, driver = [node("--head", f"--port={port}", "--include-dashboard=false")], None
     try:
         wait_until_up(port)
         nodes.append(node(f"--address=127.0.0.1:{port}"))
@@ -300,9 +303,10 @@ def test_a_killed_node_loses_nothing(tiny, local, tmp_path):
         assert before.items() <= stored(folder).items()
         assert same_as(folder, local)
     finally:
-        for process in nodes:
+        for process in [*nodes, driver] if driver else nodes:
             for pid in [*below(process.pid), process.pid]:
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait()
 
 
