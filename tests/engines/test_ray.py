@@ -255,11 +255,16 @@ def kill(pid: int, name: str) -> int:
 
 
 def node(*words: str) -> subprocess.Popen:
-    """`ray start` as a process that stays, with one processor."""
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=1"]
+    """`ray start` as a process that stays. Ray gives up after 30 seconds, which a busy machine may need."""
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=1", *words]
     command.append(f"--object-store-memory={STORE_BYTES}")
-    env = os.environ | ENV
-    return subprocess.Popen([*command, *words], env=env, stdout=subprocess.DEVNULL, start_new_session=True)
+    env = os.environ | ENV | {"PYTHONUNBUFFERED": "1"}
+    for _ in range(3):
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        if any("Ray runtime started" in line for line in process.stdout):
+            return process
+        process.wait()
+    raise TimeoutError("no node starts here")
 
 
 @needs_ray
@@ -292,7 +297,6 @@ def test_a_killed_node_loses_nothing(tiny, local, tmp_path):
     folder, total, port = tmp_path / "run", len(stored(local)), 6399
     nodes, driver = [node("--head", f"--port={port}", "--include-dashboard=false")], None
     try:
-        wait_until_up(port)
         nodes.append(node(f"--address=127.0.0.1:{port}"))
         driver = start(tiny, folder, "--address", f"127.0.0.1:{port}")
         wait_for(folder, total // 4, driver)
@@ -308,17 +312,6 @@ def test_a_killed_node_loses_nothing(tiny, local, tmp_path):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             process.wait()
-
-
-def wait_until_up(port: int) -> None:
-    import socket
-
-    for _ in range(600):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    raise TimeoutError(port)
 
 
 def wait_for_worker(process: subprocess.Popen) -> None:
