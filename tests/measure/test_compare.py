@@ -268,13 +268,18 @@ def test_killed_at_any_moment_it_ends_with_the_same_summary(run, tiny, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_processes_share_a_folder_and_one_that_is_killed_leaves_its_cell_to_the_others(run, tiny, tmp_path):
     total, target = len(lines(run[0])), tmp_path / "shared"
     processes = [start(tiny, target) for _ in range(3)]
-    assert wait_for(target, total // 3, processes[0])
-    processes[0].send_signal(signal.SIGKILL)
-    before = stored(target)
-    assert [p.wait() for p in processes] == [-signal.SIGKILL, 0, 0]
+    try:
+        assert wait_for(target, total // 3, processes[0])
+        processes[0].send_signal(signal.SIGKILL)
+        before = stored(target)
+        assert [p.wait() for p in processes] == [-signal.SIGKILL, 0, 0]
+    finally:
+        for process in processes:
+            process.kill()
     assert before.items() <= stored(target).items() and len(stored(target)) == total
     assert timeless(read(target, "summary")) == timeless(read(run[0], "summary"))
 

@@ -44,9 +44,10 @@ def claim(names: str | Sequence[str], tier: str = "cpu", progress: Progress | No
 
 
 def check_tier(tier: str) -> None:
-    """
+    """Whether it is one.
+
     Raises:
-        BadOption: there is none of that name.
+        BadOption: it is none.
     """
     if tier not in TIERS:
         raise BadOption(f"tier={tier!r}", f"there are {', '.join(TIERS)}", "Give one of these.")
