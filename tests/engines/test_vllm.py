@@ -15,6 +15,7 @@ from saccade.core.method import Mixer, made
 from saccade.core.paths import SHIPPED
 from saccade.engines import vllm
 from saccade.engines.vllm import Settings, launch, verdict
+from tests.measure import small
 
 PLUGIN = Path(__file__).parents[2] / "plugins" / "vllm"
 
@@ -85,6 +86,12 @@ def test_one_that_is_not_served_is_a_no_with_what_is(capsys):
     assert main(["export", "random", "--to", "vllm"]) == 1
     out = capsys.readouterr().out
     assert out == f"random in vLLM: no\n  - {vllm.SCORES}\nServed as: random:part=prefill\n"
+
+
+def test_what_was_not_calibrated_is_not_yet(capsys, tmp_path):
+    code, found = said(capsys, "duo-attention", "--model", str(small.save(tmp_path / "tiny")))
+    assert (code, found["serves"]) == (1, "not yet")
+    assert found["reasons"] == ["no gates were trained for this model: saccade calibrate duo-attention"]
 
 
 def test_a_model_with_no_method_is_wrong_usage(capsys):

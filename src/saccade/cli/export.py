@@ -19,7 +19,6 @@ from saccade.core import registry
 from saccade.core.errors import BadOption
 
 if TYPE_CHECKING:
-    from saccade.core.method import Method
     from saccade.engines.vllm import Settings, Verdict
 
 EXAMPLE = "saccade export quest --to vllm --budget 0.25"
@@ -72,11 +71,13 @@ def _one(args: argparse.Namespace) -> int:
     from saccade.core.method import made
     from saccade.engines.vllm import Settings, launch, verdict
 
-    method = made(args.method)
+    method, mark = made(args.method), ""
     found = verdict(method)
+    if found.serves == "yes" and method.card.calibrated:
+        found, mark = _calibrated(args, found)
     said: dict[str, Any] = {"method": args.method, **_said(found)}
     if found.serves == "yes":
-        settings = Settings(args.method, str(budget(args)), fingerprint=_fingerprint(args, method))
+        settings = Settings(args.method, str(budget(args)), fingerprint=mark)
         said |= {"LLM": {"model": _place(args), **launch(settings)}, "command": _command(args, settings)}
     if args.json:
         say_json(said)
@@ -85,13 +86,14 @@ def _one(args: argparse.Namespace) -> int:
     return 0 if found.serves == "yes" else 1
 
 
-def _fingerprint(args: argparse.Namespace, method: Method) -> str:
-    """Of the model, for a method with an artefact."""
-    if not method.card.calibrated:
-        return ""
-    from saccade.attach import fingerprint
+def _calibrated(args: argparse.Namespace, found: Verdict) -> tuple[Verdict, str]:
+    """Whether the model has what the method learns from it, and which model it is."""
+    from saccade.attach import explain, fingerprint
+    from saccade.engines.vllm import Verdict
 
-    return fingerprint(load(args)[0])
+    model, _ = load(args)
+    reasons = explain(model, args.method, budget=budget(args))
+    return (Verdict("not yet", reasons=tuple(reasons)) if reasons else found), fingerprint(model)
 
 
 def _place(args: argparse.Namespace) -> str:
