@@ -24,6 +24,7 @@ from tests.engines import parallel_work as work
 from tests.helpers import assert_within, rounding
 
 ROOT = Path(__file__).parent.parent.parent
+pytestmark = pytest.mark.timeout(900)  # the first test waits for both processes
 
 
 @pytest.fixture(scope="module")
