@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
 
 from saccade import models
 from saccade.core.errors import BadInput, BadOption, CannotRun
@@ -21,30 +23,43 @@ from saccade.core.shard import WHOLE, Shard
 from saccade.engines import parallel
 from saccade.ops.ring_attend.api import pieces, ring_attend
 from tests.engines import parallel_work as work
-from tests.helpers import assert_within, rounding
 
 ROOT = Path(__file__).parent.parent.parent
+pytestmark = pytest.mark.timeout(900)  # the first test waits for both processes
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model that two processes can share, and one that they cannot."""
-    at = tmp_path_factory.mktemp("parallel")
+    """A model that two processes can share, and one that they cannot; the same folder for all workers of pytest."""
+    base = tmp_path_factory.getbasetemp()
+    at = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "parallel"
+    with FileLock(f"{at}.lock"):
+        if not at.exists():
+            _fill(at)
+    return at
+
+
+def _fill(at):
     models.tiny("llama", heads=work.HEADS, kv_heads=work.KV_HEADS, head_size=work.SIZE).save_pretrained(at / "model")
     models.tiny("llama", heads=3, kv_heads=1).config.save_pretrained(at / "uneven")
-    return at
 
 
 @pytest.fixture(scope="module")
 def found(folder):
-    """What two processes came to."""
+    """What two processes came to, started once."""
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "found.pt").exists():
+            _start(folder)
+    return torch.load(folder / "found.pt", weights_only=True)
+
+
+def _start(folder):
     path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", work.__file__]
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*start, str(folder)], env=environment, capture_output=True, text=True)
     if done.returncode:
         pytest.fail(done.stderr[-4000:], pytrace=False)
-    return torch.load(folder / "found.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -58,29 +73,23 @@ def written(model):
     return functools.cache(lambda name: work.written(name, model))
 
 
-def assert_equal(found, expected):
-    """Up to the order of sums in float64, which losses leave in float32."""
-    for x, y in zip(found, expected):
-        assert_within(x, y, 50 * rounding(y.double(), y.dtype) if y.is_floating_point() else 0.0)
-
-
 @pytest.mark.parametrize("name", work.METHODS)
 def test_heads_of_the_model_shared(found, written, name):
     (tokens, logits, table, _), expected = found["tensor"][name], written(name)
     assert torch.equal(tokens, expected[0]) and torch.equal(table, expected[2])
-    assert_equal([logits], [expected[1]])
+    assert_close(logits, expected[1])
 
 
 @pytest.mark.parametrize("name", work.BY_HEADS)
 def test_texts_shared_by_heads(found, written, name):
     (tokens, logits, *_), expected = found["heads"][name], written(name)
     assert torch.equal(tokens, expected[0])
-    assert_equal([logits], [expected[1]])
+    assert_close(logits, expected[1])
 
 
-@pytest.mark.parametrize("way", ["tensor", "heads"])
-def test_of_the_cache_each_process_holds_its_part(found, written, way):
-    for name in ("full", "quest", "streaming"):
+@pytest.mark.parametrize("way, names", [("tensor", ("full", "quest", "streaming")), ("heads", ("full", "tova"))])
+def test_of_the_cache_each_process_holds_its_part(found, written, way, names):
+    for name in names:
         mine, whole = found[way][name][3], written(name)[3]
         assert abs(2 * mine - whole) <= 0.1 * whole, f"{name}: {mine} of {whole} bytes"
 
@@ -88,8 +97,7 @@ def test_of_the_cache_each_process_holds_its_part(found, written, way):
 @pytest.mark.parametrize("way, name", [("heads", n) for n in work.TRAINED] + [("ring", n) for n in work.RINGS])
 def test_forward_and_backward_of_a_shared_text(found, model, way, name):
     (loss, gradients, logits, kept), expected = found[f"{way}, trained"][name], work.trained(name, model)
-    assert_equal([loss, logits], [expected[0].float(), expected[2]])
-    assert_equal([gradients], [expected[1]])
+    assert_close([loss, gradients, logits], expected[:3])
     assert kept < 0.6 * expected[3], "half of what is held for the backward, and what does not grow with the text"
 
 
@@ -106,16 +114,16 @@ def test_what_cannot_be_shared_is_refused_in_words(found):
 
 def test_weights_shared_in_training_by_fsdp(found, tmp_path):
     """As `accelerate launch` with FSDP does it; broken off after step 3, it goes on from the checkpoint of step 2."""
-    assert found["weights"]["steps"] == [1, 2, 3, 3, 4, 5]
+    assert found["weights"]["steps"] == [1, 2, 3, 3, 4]
     one = work.loop.run(work.cell(tmp_path, work.Accelerator(cpu=True), lambda step, loss: None))["losses"]
-    assert_equal([torch.tensor(found["weights"]["losses"])], [torch.tensor(one)])
+    assert_close(torch.tensor(found["weights"]["losses"]).double(), torch.tensor(one).double())
 
 
 # --- in one process ---------------------------------------------------------------------------------------------------
 
 
 @given(data=st.data())
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 def test_pieces_of_a_ring_make_up_the_selection(data):
     tokens, ranks = data.draw(st.integers(2, 30)), data.draw(st.integers(1, 5))
     sinks, window, folded = data.draw(st.tuples(st.integers(0, tokens), st.integers(0, tokens + 2), st.booleans()))
@@ -133,7 +141,7 @@ def test_pieces_of_a_ring_make_up_the_selection(data):
 
 
 @given(tokens=st.integers(1, 30), ranks=st.integers(1, 6), folded=st.booleans())
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 def test_a_text_is_cut_and_joined(tokens, ranks, folded):
     text, each = torch.arange(tokens)[None], [Layout(tokens, rank, ranks, folded) for rank in range(ranks)]
     parts = [layout.cut(text, 1) for layout in each]
