@@ -27,7 +27,7 @@ def test_every_verb_has_a_line_in_the_overview_and_an_example_that_parses(verb):
 @pytest.mark.parametrize(
     ("given", "code", "said"),
     [
-        (["compair"], 2, "UnknownName: no verb 'compair': 16 are known. Did you mean 'compare' or"),
+        (["compair"], 2, "UnknownName: no verb 'compair': 17 are known. Did you mean 'compare' or"),
         (["show", "snapkw"], 2, "Did you mean 'snapkv'? See them with: saccade list"),
         (["list", "--family", "chache"], 2, "WrongUsage: saccade list: argument --family: invalid choice: 'chache'"),
         (["list", "--jsn"], 2, "unrecognized arguments: --jsn"),
