@@ -152,6 +152,7 @@ def _is_path(name: str) -> bool:
 
 def _from_pretrained(name: str, dtype: torch.dtype, spread: Spread):
     """Without remote code: a model's folder must not run programs."""
-    spread.check(AutoConfig.from_pretrained(name, trust_remote_code=False), name)
+    if spread.given:
+        spread.check(AutoConfig.from_pretrained(name, trust_remote_code=False), name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **spread.given)
     return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
