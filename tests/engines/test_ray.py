@@ -32,7 +32,7 @@ except ImportError:
 
 needs_ray = pytest.mark.skipif(ray is None, reason="ray is not installed: pip install 'saccade[ray]'")
 ENV = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]), "OMP_NUM_THREADS": "1"}
-ENV |= {"RAY_USAGE_STATS_ENABLED": "0"}
+ENV |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5" * 64}
 ENV |= {"RAY_worker_niceness": "0"}  # a busy machine would starve them else
 
 
