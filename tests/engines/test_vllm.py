@@ -76,7 +76,8 @@ def test_one_method_comes_with_what_to_start(capsys):
     config = {"additional_config": {"saccade": told}, "enable_chunked_prefill": False, "enable_prefix_caching": False}
     assert code == 0 and found["LLM"] == {"model": "some/model", **config}
     assert found["command"] == (
-        f"vllm serve some/model --additional-config '{json.dumps(config['additional_config'])}'"
+        "python -m vllm.entrypoints.openai.api_server --model some/model"
+        f" --additional-config '{json.dumps(config['additional_config'])}'"
         " --no-enable-chunked-prefill --no-enable-prefix-caching"
     )
     assert Settings.read(told) == Settings("quest:page_tokens=32", "64tok")

