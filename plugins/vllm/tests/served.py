@@ -56,7 +56,7 @@ def _generate(llm: Any, prompts: list[list[int]], new_tokens: int) -> dict[str, 
     from vllm import SamplingParams
 
     engine, held, tokens = llm.llm_engine, [], {}
-    how = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+    how = SamplingParams(temperature=0, max_tokens=new_tokens, min_tokens=new_tokens)
     for i, prompt in enumerate(prompts):
         engine.add_request(str(i), {"prompt_token_ids": prompt}, how)
     manager = engine.engine_core.engine_core.scheduler.kv_cache_manager

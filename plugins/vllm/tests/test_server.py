@@ -62,7 +62,7 @@ def test_sixteen_clients_at_once_get_the_texts_of_the_library(client, model, pro
     asked = prompts(16, 60)
 
     def complete(prompt):
-        given = {"ignore_eos": True, "return_token_ids": True}
+        given = {"min_tokens": NEW, "return_token_ids": True}
         got = client.completions.create(model="smollm2", prompt=prompt, max_tokens=NEW, temperature=0, extra_body=given)
         return got.choices[0].token_ids
 
