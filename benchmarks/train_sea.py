@@ -13,20 +13,15 @@ On two threads of a CPU `--tokens 64 --rows 4 --steps 3` shows in half a minute 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from distilled import WITHOUT, distil, rows_between
 
 from saccade import models
-from saccade.attach.calibration import Subject
 from saccade.claims.sea import measured_places
-from saccade.core.paths import cache_dir
 from saccade.methods.sparse.sea import Sea
-from saccade.tasks import moby_dick
 
 
 def arguments() -> argparse.Namespace:
@@ -45,28 +40,15 @@ def arguments() -> argparse.Namespace:
 
 def spared(tokenizer: Any, tokens: int, most: int) -> list[torch.Tensor]:
     """Rows of token ids of the shipped text, evenly over it, but for what the claim measures."""
-    ids = tokenizer(moby_dick(), add_special_tokens=False, verbose=False)["input_ids"]
-    taken = sorted(measured_places(tokenizer))
-    parts = [ids[a:z] for a, z in zip([0, *(z for _, z in taken)], [*(a for a, _ in taken), len(ids)])]
-    rows = [torch.tensor([p[i : i + tokens]]) for p in parts for i in range(0, len(p) - tokens + 1, tokens)]
+    rows = rows_between(tokenizer, None, measured_places(tokenizer), tokens, tokens)
     return [rows[i * len(rows) // most] for i in range(most)] if len(rows) > most else rows
 
 
 def main() -> None:
-    given, start = arguments(), time.perf_counter()
+    given = arguments()
     model, tokenizer = models.load(given.model, dtype=given.dtype, device=given.device)
-    rows = spared(tokenizer, given.tokens, given.rows)
-
-    def progress(done: int, total: int, what: str) -> None:
-        if done % 10 == 0 or done == total or done < len(rows):
-            print(f"{done}/{total} {what}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-
     method = Sea(pixels=given.pixels, train_steps=given.steps, train_texts=given.texts)
-    artefact = method.calibrate(Subject(model, cache_dir("drafts")), rows, progress)
-    source = "the shipped text, without the passages that the claim measures"
-    artefact = dataclasses.replace(artefact, data=f"{source}: {artefact.data}, {given.dtype}")
-    path = artefact.save(given.out / artefact.model)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {dict(artefact.figures)}")
+    distil(method, model, spared(tokenizer, given.tokens, given.rows), WITHOUT, given)
 
 
 if __name__ == "__main__":

@@ -14,20 +14,15 @@ the end to stdout. OUT then holds NAME.safetensors and NAME.json, NAME being the
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from distilled import WITHOUT, distil, rows_between
 
 from saccade import models
-from saccade.attach.calibration import Subject
 from saccade.claims.seer_attention import measured_places
-from saccade.core.paths import cache_dir
 from saccade.methods.sparse.seer_attention import SeerAttention
-from saccade.tasks import moby_dick
 
 STRIDE = 7  # rows are taken so many apart, then those between, so that a few come from all over the text
 
@@ -51,32 +46,18 @@ def arguments() -> argparse.Namespace:
 
 def spared(tokenizer: Any, text: str | None, tokens: int, apart: int) -> list[torch.Tensor]:
     """Rows of token ids, `apart` from each other: of a text, or of the shipped one but for what the claim measures."""
-    ids = tokenizer(text or moby_dick(), add_special_tokens=False, verbose=False)["input_ids"]
-    taken = [] if text else sorted(measured_places(tokenizer))
-    starts, ends = [0, *(z for _, z in taken)], [*(a for a, _ in taken), len(ids)]
-    parts = [ids[a:z] for a, z in zip(starts, ends)]
-    rows = [torch.tensor([p[i : i + tokens]]) for p in parts for i in range(0, len(p) - tokens + 1, apart)]
+    rows = rows_between(tokenizer, text, [] if text else measured_places(tokenizer), tokens, apart)
     return [row for first in range(STRIDE) for row in rows[first::STRIDE]]
 
 
 def main() -> None:
     given = arguments()
-    start = time.perf_counter()
     model, tokenizer = models.load(given.model, dtype=given.dtype, device=given.device)
     text = given.text.read_text(encoding="utf-8") if given.text else None
     rows = spared(tokenizer, text, given.tokens, given.apart or given.tokens)[: given.rows]
     options = {"train_parts": given.parts, "train_steps": given.steps, "train_texts": given.texts}
     method = SeerAttention(block_tokens=given.block, **options)
-
-    def progress(done: int, total: int, what: str) -> None:
-        if done % 10 == 0 or done == total or done < len(rows):
-            print(f"{done}/{total} {what}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-
-    artefact = method.calibrate(Subject(model, cache_dir("drafts")), rows, progress)
-    source = given.text.stem if given.text else "the shipped text, without the passages that the claim measures"
-    artefact = dataclasses.replace(artefact, data=f"{source}: {artefact.data}, {given.dtype}")
-    path = artefact.save(given.out / artefact.model)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {dict(artefact.figures)}")
+    distil(method, model, rows, given.text.stem if given.text else WITHOUT, given)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,11 @@ def devices(model: nn.Module) -> list[str]:
     return sorted({str(p.device) for p in model.parameters()})
 
 
+def ours(cache: Any) -> list[SaccadeLayer]:
+    """The layers of a cache that an engine works on."""
+    return [layer for layer in cache.layers if isinstance(layer, SaccadeLayer)]
+
+
 @dataclass
 class Step:
     """One forward of one token of each sequence."""
@@ -76,7 +81,7 @@ class Step:
     @property
     def layers(self) -> list[SaccadeLayer]:
         """Those of the cache that are ours."""
-        return [layer for layer in self.cache.layers if isinstance(layer, SaccadeLayer)]
+        return ours(self.cache)
 
 
 class Graph:
@@ -158,7 +163,7 @@ class Replayer:
         return Step(cache, inputs, named)
 
     def _is_ours(self, cache: Any) -> bool:
-        layers = [layer for layer in cache.layers if isinstance(layer, SaccadeLayer)]
+        layers = ours(cache)
         ready = all(layer.prompt_done and not layer.recording and layer.engine.run is self.run for layer in layers)
         return bool(layers) and ready and not self.run.more_prompt and not self.run.note_reads
 

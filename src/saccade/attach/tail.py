@@ -76,10 +76,6 @@ class Tail:
             torch.zeros(1, dtype=torch.double, device=keys.device),
         )
 
-    def tensors(self) -> list[Tensor]:
-        """All that is held."""
-        return [self.keys, self.values, self.pairs] + [self.queries] * (self.queries is not None)
-
 
 def forward(
     engine: Engine,

@@ -11,7 +11,7 @@ from saccade.claims import _found, run
 from saccade.claims._contract import Progress as Within
 from saccade.core.paths import cache_dir
 from saccade.measure.environment import digest, sources
-from saccade.measure.runner import Engine, Event, Local, Progress, Queue
+from saccade.measure.runner import Engine, Local, Progress, Queue, unwatched
 from saccade.measure.store import Store
 
 SECONDS = 120.0  # that a claim is taken to need before it has been measured once
@@ -82,7 +82,7 @@ def sweep(
     folder = cache_dir("sweeps", digest([cell.key for cell in cells]))
     if (folder / FINISHED).exists():  # whoever asks again after the end wants it measured again
         shutil.rmtree(folder)
-    told, tell = _InOrder(cells, found), progress or _unwatched
+    told, tell = _InOrder(cells, found), progress or unwatched
     with Store(folder) as store:
 
         def begin(about: About) -> Queue[Measurement]:
@@ -97,10 +97,6 @@ def sweep(
     for cell in cells:
         told.add(store.read(cell.key))  # what other processes measured
     (folder / FINISHED).touch()
-
-
-def _unwatched(event: Event) -> None:
-    """Nobody is watching."""
 
 
 def _kept(line: Any) -> dict[str, Any]:

@@ -240,7 +240,13 @@ class Spans(Selection):
     def dense(self) -> bool:
         """Whether it is known, without asking a device, that every pair is in it."""
         plain = not self.grid and self.dilation == 1 and self.window.device.type == "cpu"
-        return plain and min(self.window.tolist()) >= max(self.queries, self.keys)
+        return plain and min(self.window.tolist()) >= self.widest
+
+    @property
+    def widest(self) -> int:
+        """A window of so many keys sees all: where it is not causal a query may lie before all keys, if there are more.
+        """
+        return max(self.queries, self.keys)
 
     def _pairs(self) -> Tensor:
         return self._neighbours() if self.grid else self._line()

@@ -22,7 +22,7 @@ from saccade.measure.contestants import Spec
 from saccade.measure.environment import deciding, digest, environment, sources
 from saccade.measure.planning import Plan, estimate, weigh
 from saccade.measure.program import Entry, all_cells, entrants, everybody, not_exercised, timed
-from saccade.measure.runner import Engine, Event, Local, Progress, Queue
+from saccade.measure.runner import Engine, Event, Local, Progress, Queue, unwatched
 from saccade.measure.score import Subject, quality
 from saccade.measure.speed import speed_round
 from saccade.measure.store import Store, write_json
@@ -72,7 +72,7 @@ def compare(
     """
     given = (model, methods, budgets, tasks, tokens, quick, seed, lengths, count, rounds, dtype, device, families)
     config = Config.of(*given)
-    return execute(config, _folder(config, out), progress or _unwatched, engine or Local())
+    return execute(config, _folder(config, out), progress or unwatched, engine or Local())
 
 
 def plan(
@@ -99,10 +99,6 @@ def plan(
     given = (model, methods, budgets, tasks, tokens, quick, seed, lengths, count, rounds, dtype, device, families)
     config = Config.of(*given)
     return estimate(config, all_cells(config, everybody(config)))
-
-
-def _unwatched(event: Event) -> None:
-    """Nobody is watching."""
 
 
 def _folder(config: Config, out: str | Path | None) -> Path:

@@ -47,6 +47,10 @@ Progress = Callable[[Event], None]
 Work = Callable[[P], dict[str, Any]]
 
 
+def unwatched(event: Event) -> None:
+    """Nobody is watching."""
+
+
 def finished(line: dict[str, Any] | None) -> bool:
     """Whether a cell is done. One that failed, or in which a timing failed, is tried again by the next sweep."""
     return line is not None and not line["error"] and not any(m["error"] for m in line.get("measures", ()))

@@ -101,7 +101,7 @@ class Share:
         s = self.selection
         if type(s) is not Spans or s.dilation > 1:
             return False
-        return int(s.window[_at(s.window, self.row[1])]) >= max(s.queries, s.keys)
+        return int(s.window[_at(s.window, self.row[1])]) >= s.widest
 
     def rows(self, tile: Tile, heads: int, queries: int, by_token: bool = False) -> list[slice]:
         """The tile's rows in a [b h q], or [b q h], flattened to one axis: those of one query head after the other."""

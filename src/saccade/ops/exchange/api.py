@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,15 +12,17 @@ from torch import Tensor
 
 from saccade.core.layout import Layout
 
+Exchange = Callable[[Tensor, Layout], Tensor]
+
 
 def to_heads(x: Float[Tensor, "b h m d"], layout: Layout) -> Float[Tensor, "b l n d"]:
     """From all heads of the tokens here to the heads here of all tokens; rank i has the i-th of equal parts of them."""
-    return _ToHeads.apply(x, layout)
+    return _Exchange.apply(x, layout, _to_heads, _to_tokens)
 
 
 def to_tokens(x: Float[Tensor, "b l n d"], layout: Layout) -> Float[Tensor, "b h m d"]:
     """The way back."""
-    return _ToTokens.apply(x, layout)
+    return _Exchange.apply(x, layout, _to_tokens, _to_heads)
 
 
 def all_tokens(x: Float[Tensor, "b m *rest"], layout: Layout) -> Float[Tensor, "b n *rest"]:
@@ -37,26 +39,15 @@ def all_heads(x: Float[Tensor, "b l n d"], layout: Layout) -> Float[Tensor, "b h
     return torch.cat(there, 1)
 
 
-class _ToHeads(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
-        ctx.layout = layout
-        return _to_heads(x, layout)
+    def forward(ctx: Any, x: Tensor, layout: Layout, go: Exchange, back: Exchange) -> Tensor:
+        ctx.layout, ctx.back = layout, back
+        return go(x, layout)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _to_tokens(grad, ctx.layout), None
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
-        ctx.layout = layout
-        return _to_tokens(x, layout)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _to_heads(grad, ctx.layout), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return ctx.back(grad, ctx.layout), None, None, None
 
 
 class _AllTokens(torch.autograd.Function):

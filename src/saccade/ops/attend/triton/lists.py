@@ -120,8 +120,7 @@ def _lists(s: Selection, device: torch.device) -> Lists:
         case Lines():
             return _drawn(s, device, shape)
         case Spans():
-            wide = max(s.queries, s.keys)  # not causal: a query may lie before all keys
-            sinks, window = (x.clamp(max=wide).to(device, torch.int32).contiguous() for x in (s.sinks, s.window))
+            sinks, window = (x.clamp(max=s.widest).to(device, torch.int32).contiguous() for x in (s.sinks, s.window))
             most = max(len(sinks), len(window))
             both = (x.expand(most).contiguous() for x in (sinks, window))
             return Lists(**dict(zip(("sinks", "window"), both)), q_block=MOST, **shape)
