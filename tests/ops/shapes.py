@@ -27,7 +27,7 @@ def drawn(shape, low: int, high: int, seed: int) -> Tensor:
     return torch.randint(low, max(high, low + 1), shape, generator=rng.generator("drawn", seed, *shape))
 
 
-def free(kind: str, queries: int = 50, keys: int = 30) -> Selection:
+def free(kind: str, queries: int = 90, keys: int = 30) -> Selection:
     """One of `FREE`, not causal, with more queries than keys."""
     if kind == "dense":
         return dense(queries, keys, causal=False)

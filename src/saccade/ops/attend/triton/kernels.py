@@ -757,11 +757,11 @@ def over_queries(
             if n0 < sinks:
                 high = keys
                 if not CAUSAL:
-                    low = 0
+                    low = offset  # also of queries that lie before all keys
             if n1 <= sinks:
                 full_high = keys
                 if not CAUSAL:
-                    full_low = 0
+                    full_low = offset
             low = tl.maximum(low - offset, 0) // BM * BM
             high = tl.minimum(high, keys) - offset
             inner = tl.maximum((tl.maximum(full_low - offset, 0) + BM - 1) // BM * BM, low)
