@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "docs")]
 
+import parallel_page  # noqa: E402
 import scale_page  # noqa: E402
 
 from saccade.claims._found import lines  # noqa: E402
@@ -37,6 +38,7 @@ RUN_FILES = ("run.json", "env.json", "summary.json")
 NOTE = "<!-- made by docs/make.py from the card, the docstring and the results of claims; do not edit -->\n"
 FILLED = ("README.md", "docs/index.md")
 SCALE = "docs/explanation/scale.md"
+PARALLEL = "docs/parallel.md"
 
 # properties of the conformance suite, in words
 WORDS = {
@@ -234,6 +236,17 @@ def many_gpus(prefix: str) -> str:
     return "\n\n".join(parts)
 
 
+def several(prefix: str) -> str:
+    """What docs/parallel.md shows of texts shared among GPUs."""
+    path, data = parallel_page.found()
+    parts = [
+        f"Measured with {data['ranks']} GPUs ({_machine(data['environment'])})"
+        f" ([all numbers]({prefix}benchmarks/results/{path.name})). {parallel_page.equal(data['check'])}",
+        table(*parallel_page.table(data["grow"])),
+    ]
+    return "\n\n".join(parts)
+
+
 def pages() -> dict[Path, str]:
     """path -> what should be there."""
     made = {ROOT / "docs" / "methods" / f"{stem(n)}.md": page(n) for n in registry.list_methods()}
@@ -243,6 +256,8 @@ def pages() -> dict[Path, str]:
         made[ROOT / name] = _fill(_fill(text, "methods", methods, prefix), "comparison", comparison, prefix)
     text = (ROOT / SCALE).read_text(encoding="utf-8")
     made[ROOT / SCALE] = _fill(text, "scale", many_gpus, "../")
+    text = (ROOT / PARALLEL).read_text(encoding="utf-8")
+    made[ROOT / PARALLEL] = _fill(text, "parallel", several, "../")
     made[ROOT / "docs" / "img" / "scale.svg"] = scale_page.drawn()
     for name, folder in RUNS.items():
         if (folder / "summary.json").is_file():
