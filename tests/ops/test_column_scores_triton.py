@@ -91,6 +91,21 @@ def test_sums_of_the_softmax(keys, queries, dtype, causal, softcap, size):
 
 
 @interpreter
+@pytest.mark.parametrize("dtype, softcap", [(torch.float32, None), (torch.bfloat16, 5.0)])
+@pytest.mark.parametrize("keys", (1, 130))
+def test_a_single_query(keys, dtype, softcap):
+    """Whose logits become its weights, in one pass over the keys."""
+    q, k, _ = tensors(2, 6, 2, 1, keys, 16, dtype)
+    check(q, k, softcap, True)
+    at = torch.tensor([keys // 2])
+    theirs = [p[..., 0, :] for p in yardsticks(q, k[:, :, : keys // 2 + 1], None, True)]
+    exact = weights(q.double(), k[:, :, : keys // 2 + 1].double(), None, True)[..., 0, :]
+    found = ops.column_scores(q, k, at=at, impl="triton")
+    assert_no_worse(found[..., : keys // 2 + 1], exact, theirs)
+    assert not found[..., keys // 2 + 1 :].any()
+
+
+@interpreter
 def test_as_many_queries_as_it_takes_and_strided_keys():
     q, k, _ = tensors(1, 2, 1, 128, 200, 16)
     room = torch.full((1, 256, 1, 32), torch.nan)
@@ -141,7 +156,8 @@ def test_lines_in_plain_torch(softcap):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", HEAD_SIZES)
 def test_values_on_a_gpu(size, dtype):
-    for queries, keys, softcap, causal in ((64, 3001, None, True), (128, 500, 5.0, True), (7, 1000, None, False)):
+    some = ((1, 5003, None, True), (1, 700, 5.0, False), (64, 3001, None, True), (128, 500, 5.0, True))
+    for queries, keys, softcap, causal in (*some, (7, 1000, None, False)):
         q, k, _ = (x.cuda() for x in tensors(1, 8, 2, queries, keys, size, dtype))
         if dtype == torch.float32 and (size > 128 or (size > 64 and queries > 64)):
             with pytest.raises(CannotRun, match="more than a multiprocessor holds"):

@@ -4,6 +4,8 @@ First every row's largest logit and its sum of exponentials, by parts of the key
 weights of all rows, added up over each column and, where asked, over each diagonal. A tile of keys is read once for all
 query heads of its key/value head, and no weight leaves the chip. float32 is multiplied as three products of 19-bit
 floats (tf32x3), which is as right to a few units in the last place.
+
+A single query, as in decoding, needs one pass: its logits are few beside the keys, and become weights where they lie.
 """
 
 from __future__ import annotations
@@ -21,15 +23,18 @@ from saccade.ops.decode.triton import far, grow
 from saccade.ops.tanh import tanh
 
 MOST_QUERIES = 128  # a diagonal then crosses two tiles at most
+WEIGHED = 2048  # logits of a program
 
 
 # fmt: off
 @triton.jit
-def _normalise(Q, K, STAT, AT, q_b, q_h, q_q, q_d, k_b, k_h, k_t, k_d, scale, cap, keys, chunk, parts, heads,
+def _normalise(Q, K, STAT, LOGITS, AT, q_b, q_h, q_q, q_d, k_b, k_h, k_t, k_d, scale, cap, keys, chunk, parts, heads,
                queries, GROUP: tl.constexpr, CAUSAL: tl.constexpr, PLACED: tl.constexpr, CAPPED: tl.constexpr,
-               WIDE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+               WIDE: tl.constexpr, KEPT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
+               BN: tl.constexpr):
 # fmt: on
-    """Largest logit and sum of exponentials of some rows of a key/value head over one part of the keys."""
+    """Largest logit and sum of exponentials of some rows of a key/value head over one part of the keys; where KEPT, of
+    one query, the logits themselves."""
     part, job, group = tl.program_id(0), tl.program_id(1), heads // GROUP
     b, kv = job // group, job % group
     r = tl.program_id(2) * BM + tl.arange(0, BM)
@@ -51,7 +56,11 @@ def _normalise(Q, K, STAT, AT, q_b, q_h, q_q, q_d, k_b, k_h, k_t, k_d, scale, ca
         s = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
         if CAPPED:
             s = cap * tanh(s / cap, True)
-        _, _, m, l = grow(tl.where(at[None, :] <= last[:, None], s, -float("inf")), m, l)
+        s = tl.where(at[None, :] <= last[:, None], s, -float("inf"))
+        _, _, m, l = grow(s, m, l)
+        if KEPT:
+            line = (b * heads + head).to(tl.int64) * keys
+            tl.store(LOGITS + line[:, None] + at[None, :], s, mask=live[:, None] & (at < keys)[None, :])
     row = ((b * heads + head) * queries + query) * parts + part
     tl.store(STAT + row * 2, m, mask=live)
     tl.store(STAT + row * 2 + 1, l, mask=live)
@@ -69,6 +78,17 @@ def _join(STAT, TOP, SHARE, parts, BS: tl.constexpr):
     total = tl.sum(l * tl.math.exp2((m - base) * 1.4426950408889634), 0)
     tl.store(TOP + row, base)
     tl.store(SHARE + row, 1.0 / total)
+
+
+@triton.jit
+def _weigh(LOGITS, TOP, SHARE, keys, BN: tl.constexpr):
+    """Logits of a row, turned into its weights where they lie."""
+    row = tl.program_id(1)
+    at = tl.program_id(0) * BN + tl.arange(0, BN)
+    place = LOGITS + row.to(tl.int64) * keys + at
+    s = tl.load(place, mask=at < keys, other=-float("inf"))
+    p = tl.math.exp2((s - tl.load(TOP + row)) * 1.4426950408889634) * tl.load(SHARE + row)
+    tl.store(place, p, mask=at < keys)
 
 
 @triton.jit
@@ -192,8 +212,11 @@ def line_sums(
     meta |= {"DP": max(16, triton.next_power_of_2(d)), "PLACED": at is not None}
     places = q if at is None else at.contiguous()
     shape = [*q.stride(), *k.stride(), scale, softcap or 1.0, keys]
-    top, share = _rows(q, k, places, shape, meta, how)
-    columns = torch.empty(b, h, keys, **sizes)
+    columns, single = torch.empty(b, h, keys, **sizes), w == 1 and not lines
+    top, share = _rows(q, k, columns if single else None, places, shape, meta, how)
+    if single:
+        _weigh[(triton.cdiv(keys, WEIGHED), b * h)](columns, top, share, keys, BN=WEIGHED, num_warps=4)
+        return columns, columns
     diagonals = torch.zeros(b, h, keys, **sizes) if lines else columns
     _add_up[(triton.cdiv(keys, how.tile), b * g)](
         q, k, top, share, columns, diagonals, places, *shape, h, w, LINES=lines, WP=max(16, triton.next_power_of_2(w)),
@@ -203,9 +226,9 @@ def line_sums(
 
 
 def _rows(
-    q: Tensor, k: Tensor, places: Tensor, shape: list[float], meta: dict[str, int], how: Plan
+    q: Tensor, k: Tensor, logits: Tensor | None, places: Tensor, shape: list[float], meta: dict[str, int], how: Plan
 ) -> tuple[Float[Tensor, "b h w"], Float[Tensor, "b h w"]]:
-    """Largest logit and one over the sum of exponentials of every row."""
+    """Largest logit and one over the sum of exponentials of every row; all `logits`, if they are asked for."""
     (b, h, w, _), (g, keys) = q.shape, k.shape[1:3]
     blocks = triton.cdiv(h // g * w, how.rows)
     parts = 2 * device.multiprocessors(q.device.index) // (b * g * blocks)
@@ -215,8 +238,8 @@ def _rows(
     stat = torch.empty(b * h * w, parts, 2, **sizes)
     top, share = torch.empty(b, h, w, **sizes), torch.empty(b, h, w, **sizes)
     _normalise[(parts, b * g, blocks)](
-        q, k, stat, places, *shape, chunk, parts, h, w, BM=how.rows, BN=how.keys, num_warps=how.warps,
-        num_stages=how.stages, **meta,
+        q, k, stat, stat if logits is None else logits, places, *shape, chunk, parts, h, w, KEPT=logits is not None,
+        BM=how.rows, BN=how.keys, num_warps=how.warps, num_stages=how.stages, **meta,
     )  # fmt: skip
     _join[(b * h * w,)](stat, top, share, parts, BS=triton.next_power_of_2(parts), num_warps=1)
     return top, share
