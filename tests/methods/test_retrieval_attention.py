@@ -237,7 +237,8 @@ def test_what_cannot_run_says_why():
     for name in ("window_tokens", "beam_keys", "probes", "neighbours", "query_tokens"):
         with pytest.raises(BadOption, match=rf"retrieval-attention\.{name}=0: it takes at least 1\. Leave it away"):
             RetrievalAttention(**{name: 0})
-    with pytest.raises(BadOption, match=r"search='tree': it takes 'graph' or 'hnsw' or 'ivf' or 'flat'"):
+    kinds = " or ".join(repr(kind) for kind in ("graph", "graph-faiss", "hnsw", "ivf", "flat"))
+    with pytest.raises(BadOption, match=f"search='tree': it takes {kinds}"):
         RetrievalAttention(search="tree")
     with pytest.raises(DoesNotCompose, match=r"'retrieval-attention' counts on all keys being there in every layer"):
         attach(tiny(), ["retrieval-attention", "snapkv"], budget=0.5)

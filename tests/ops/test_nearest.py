@@ -120,10 +120,11 @@ def test_a_search_follows_the_best_keys_first(g, seed, count, beam, degree):
     torch.testing.assert_close(found.score, torch.where(there, products, -torch.inf))
 
 
-def test_a_graph_from_queries_finds_more_than_it_visits():
+@pytest.mark.parametrize("kind", ["graph", pytest.param("graph-faiss", marks=needs_faiss)])
+def test_a_graph_from_queries_finds_more_than_it_visits(kind):
     """Of keys that queries elsewhere want: nearly all, of few that are looked at."""
     keys, queries = noise(1, 4000, 16, name="keys"), noise(1, 600, 16, name="queries") + 1.5
-    made = ops.index_keys(keys, queries[:, :500], "graph", beam=32)
+    made = ops.index_keys(keys, queries[:, :500], kind, beam=32)
     found = made.search(queries[:, 500:], 10)
     best = ops.index_keys(keys, queries, "flat").search(queries[:, 500:], 10)
     recall = (found.index[..., None] == best.index[..., None, :]).any(-1).float().mean()
@@ -145,7 +146,19 @@ def test_all_clusters_and_the_widest_beam_are_exact(size, count):
 
 
 @needs_faiss
-@pytest.mark.parametrize("kind", ["hnsw", "ivf"])
+@given(sizes, st.integers(1, 30), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(1, 40))
+@settings(max_examples=20, deadline=None)
+def test_faiss_follows_our_graph_to_every_key(size, count, dtype, degree):
+    keys, queries = (x.to(dtype) for x in drawn(*size))
+    best = ops.index_keys(keys, queries, "flat").search(queries, count)
+    found = ops.index_keys(keys, queries, "graph-faiss", beam=1000, degree=degree).search(queries, count)
+    torch.testing.assert_close(found.score, best.score.to(found.score.dtype), rtol=1e-3, atol=1e-3)
+    there = (found.index >= 0).sum(-1)
+    assert torch.equal(there, (best.index >= 0).sum(-1)) and found.index.dtype == torch.int32
+
+
+@needs_faiss
+@pytest.mark.parametrize("kind", ["hnsw", "ivf", "graph-faiss"])
 def test_what_moves_finds_the_same(kind):
     keys, queries = (x.float() for x in drawn(2, 300, 20, 1))
     made = ops.index_keys(keys, queries, kind, beam=8, probes=3)
@@ -175,7 +188,8 @@ def test_a_library_that_is_missing_is_said():
 
 def test_what_cannot_be_indexed_says_why():
     keys, queries = drawn(2, 4, 4, 0)
-    with pytest.raises(BadOption, match=r"kind='tree': there is no such index\. Take one of: graph, flat, hnsw, ivf\."):
+    text = r"kind='tree': there is no such index\. Take one of: graph, graph-faiss, flat, hnsw, ivf\."
+    with pytest.raises(BadOption, match=text):
         ops.index_keys(keys, queries, "tree")
     for name in ("beam", "probes", "degree"):
         with pytest.raises(BadOption, match=rf"index keys with {name}=0: it takes at least 1\. Give such a number\."):

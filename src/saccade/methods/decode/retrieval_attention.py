@@ -39,15 +39,16 @@ class RetrievalAttention(Decode):
     queries of the prompt want them, and a search goes where queries go.
 
     sink_tokens, window_tokens: of W, and what stays on the device
-    search: the index: that "graph"; "hnsw", of near keys, and "ivf", clusters of keys, both by faiss; "flat", every key
-    beam_keys: of "graph" and "hnsw": the best keys so far that a search goes on from, at least K
+    search: the index: that "graph", or "graph-faiss", which faiss searches; "hnsw", of near keys, and "ivf", clusters
+        of keys, both by faiss; "flat", every key
+    beam_keys: of the graphs: the best keys so far that a search goes on from, at least K
     probes: of "ivf": clusters that a search looks into
-    neighbours: of "graph" and "hnsw": most neighbours of a key
-    query_tokens: last tokens of the prompt whose queries build the graph
+    neighbours: of the graphs: most neighbours of a key
+    query_tokens: last tokens of the prompt whose queries build our graph
 
     Raises:
         BadOption: a number that is 0.
-        CannotRun: "hnsw" or "ivf" without faiss; tokens taken back that lie in host memory.
+        CannotRun: "graph-faiss", "hnsw" or "ivf" without faiss; tokens taken back that lie in host memory.
     Source: arXiv 2409.10516, version 3, section 3; the graph after RoarGraph, arXiv 2408.08933. The authors' graph is
     not public, and microsoft/MInference, retr_attn.py (a flat index), could not be had: not compared with.
     """
@@ -79,7 +80,7 @@ class RetrievalAttention(Decode):
             " Keys that no query listed hang on at the nearest that one did.",
             "What was found is copied to the device and attended to there; the paper attends on the CPU, beside.",
             "The graph is searched in plain PyTorch, step by step: it visits few keys, and among some thousands still"
-            " takes longer than one product with all of them (flat).",
+            " takes longer than one product with all of them (flat). search=graph-faiss has faiss follow it.",
             "All layers search, as in the paper; the authors' code leaves some first layers whole.",
         ),
         lacks={"backward": "it reads a cache, which training does not have"},
@@ -87,7 +88,7 @@ class RetrievalAttention(Decode):
 
     sink_tokens: int = 128
     window_tokens: int = 512
-    search: Literal["graph", "hnsw", "ivf", "flat"] = "graph"
+    search: Literal["graph", "graph-faiss", "hnsw", "ivf", "flat"] = "graph"
     beam_keys: int = 128
     probes: int = 32
     neighbours: int = 35

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -12,8 +12,11 @@ from torch import Tensor
 
 from saccade.core.errors import BadInput, BadOption, CannotRun
 
-KINDS = ("graph", "flat", "hnsw", "ivf")
-LIBRARY = ("hnsw", "ivf")  # by faiss, which is found, never required
+if TYPE_CHECKING:
+    from saccade.ops.nearest.graph import Graph
+
+KINDS = ("graph", "graph-faiss", "flat", "hnsw", "ivf")
+LIBRARY = ("graph-faiss", "hnsw", "ivf")  # by faiss, which is found, never required
 
 
 class Found(NamedTuple):
@@ -60,7 +63,8 @@ def index_keys(
     """An index over these keys.
 
     "flat": none, every key is looked at: the oracle. "graph": keys that the same queries want are neighbours, so that
-    a search goes where queries go; in plain torch, built where the keys lie. "hnsw", "ivf": a graph of near keys, and
+    a search goes where queries go; in plain torch, built where the keys lie. "graph-faiss": the same graph, searched by
+    faiss on the CPU. "hnsw", "ivf": a graph of near keys, and
     clusters of keys, both by faiss on the CPU, and blind to the queries.
 
     beam: of "graph" and "hnsw": the best keys so far that a search holds, at least as many as are asked for
@@ -83,14 +87,20 @@ def index_keys(
 
         return Flat(keys)
     if kind == "graph":
-        from saccade.ops.nearest import graph
-
-        return graph.build(keys, queries, beam, degree)
+        return _graph(keys, queries, beam, degree)
     if reasons := index_reasons(kind):
         raise CannotRun(f"index keys with kind={kind!r}", reasons, "Or take 'graph' or 'flat'.")
     from saccade.ops.nearest import library
 
+    if kind == "graph-faiss":
+        return library.followed(_graph(keys, queries, beam, degree))
     return library.build(keys, kind, beam, probes, degree)
+
+
+def _graph(keys: Tensor, queries: Tensor, beam: int, degree: int) -> Graph:
+    from saccade.ops.nearest import graph
+
+    return graph.build(keys, queries, beam, degree)
 
 
 def index_reasons(kind: str) -> list[str]:
