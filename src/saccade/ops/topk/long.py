@@ -27,6 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from saccade.ops import device
 from saccade.ops.topk.triton import TILE, _keys, _pick, _search, _thirds, warps
 
+VARYING = ("every", "wanted", "most", "parts", "keep")  # from step to step of decoding: compiled once for all values
 SURE = 4.5  # standard deviations of a sample's count between what is aimed at and what is too few, or too many
 
 
@@ -57,7 +58,7 @@ def plan(n: int, keep: int) -> Plan:
     return Plan(sample, tile, sample_warps=warps(sample), tile_warps=warps(tile))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _sample(X, BOUND, COUNT, n, every, wanted, most, parts, S: tl.constexpr, P: tl.constexpr, PDL: tl.constexpr):
     """Of one row: a key that `wanted` to `most` of its sample reach, 1 where it has fewer; no part has counted yet."""
     if PDL:
@@ -72,7 +73,7 @@ def _sample(X, BOUND, COUNT, n, every, wanted, most, parts, S: tl.constexpr, P: 
     tl.store(BOUND + row, tl.where(there < wanted, 1, bound).to(tl.uint32).to(tl.int32, bitcast=True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _sieve(X, BOUND, COUNT, KEYS, PLACES, n, parts, room, N: tl.constexpr, STEP: tl.constexpr, P: tl.constexpr,
            PDL: tl.constexpr):  # fmt: skip
     """Of one part of a row: the keys that reach the bound and their places, behind those of the parts before it."""
@@ -84,11 +85,11 @@ def _sieve(X, BOUND, COUNT, KEYS, PLACES, n, parts, room, N: tl.constexpr, STEP:
     KEYS += row * room
     PLACES += row * room
     COUNT += row * parts
-    u = _keys(X, first + tl.arange(0, N), n)
+    whole = _keys(X, first + tl.arange(0, N), n)
     if PDL:
         gdc_wait()
     bound = tl.load(BOUND + row).to(tl.uint32, bitcast=True)
-    tl.atomic_xchg(COUNT + part, tl.sum((u >= bound).to(tl.int32), 0) + 1, sem="relaxed")  # 0 is: not yet counted
+    tl.atomic_xchg(COUNT + part, tl.sum((whole >= bound).to(tl.int32), 0) + 1, sem="relaxed")  # 0 is: not yet counted
     said = tl.load(COUNT + other, mask=other < part, other=1, volatile=True)
     while tl.min(said, 0) == 0:  # programs start in their order: those waited for run, or have ended
         said = tl.load(COUNT + other, mask=other < part, other=1, volatile=True)
@@ -144,7 +145,7 @@ def _edge(X, n, keep, bound, N: tl.constexpr):
     return low.to(tl.uint32), wanted, tl.where(more == wanted, n, wanted - above)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _finish(X, BOUND, COUNT, KEYS, PLACES, OUT, n, keep, parts, N: tl.constexpr, P: tl.constexpr, STEP: tl.constexpr,
             PDL: tl.constexpr):  # fmt: skip
     """One row, from what reached the bound, or from all of it where that was too few or too many."""
