@@ -21,7 +21,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from saccade.ops.decode import quantised
 from saccade.ops.decode import triton as decoding
 from saccade.ops.page_bounds import triton as bounds
 from saccade.ops.pool_and_select import triton as pooling
+from saccade.ops.topk import long
 from saccade.ops.topk import triton as choosing
 
 HEADS, KV, SIZE, PAGE = 32, 8, 128, 16
@@ -241,19 +242,37 @@ def pages(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def top(args: argparse.Namespace) -> Iterator[Row]:
-    for rows, n, keep in ((8, 8192, 256), (64, 8192, 256), (32, 131072, 2048), (32768, 1024, 64)):
+    shapes = [(8, 8192, 256), (64, 8192, 256), (32, 131072, 2048), (32768, 1024, 64)]
+    shapes += [(rows, n, 4096) for n in (131072, 524288) for rows in (8, 64)] + [(64, 131072, 8192)]
+    for rows, n, keep in shapes:
         x = draw(rows, n, dtype=torch.float32)
         exact = ops.topk(x, keep, impl="reference")
         check = {"exact": exact, "allowed": 0.0, "found": lambda i: i, "moved": x.nbytes}
-        if n <= choosing.TILE:
-            yield timed(f"top {keep} of {rows} x {n}", "triton", lambda: ops.topk(x, keep, impl="triton"), **check)
+        yield timed(f"top {keep} of {rows} x {n}", "triton", lambda: ops.topk(x, keep, impl="triton"), **check)
         if n == 8192:
             yield timed(f"top {n} of {rows} x {n}", "triton, no search", lambda: ops.topk(x, n, impl="triton"))
         for few in (2, 4, 8) if args.tune and n <= choosing.TILE else ():
             work = functools.partial(choosing.topk, x, keep, few=few)
             yield timed(f"top {keep} of {rows} x {n}", f"warps={few}", work, **check)
+        for how in long_cuts(n, keep) if args.tune and n > choosing.TILE else ():
+            work = functools.partial(long.topk, x, keep, how)
+            yield timed(f"top {keep} of {rows} x {n}", describe(how), work, **check)
         yield timed(f"top {keep} of {rows} x {n}", "torch.topk alone", lambda: x.topk(keep, -1, sorted=False))
-        yield timed(f"top {keep} of {rows} x {n}", "torch, ascending", lambda: ops.topk(x, keep, impl="torch"), **check)
+        # not compared: of equal scores at the edge it takes any
+        yield timed(f"top {keep} of {rows} x {n}", "torch, ascending", lambda: ops.topk(x, keep, impl="torch"))
+
+
+def long_cuts(n: int, keep: int) -> Iterator[long.Plan]:
+    """Other plans for long rows: each size by itself, beside those of the plan in use."""
+    own = long.plan(n, keep)
+    cuts = ((2048, 512, 4), (4096, 512, 4), (4096, 1024, 8), (4096, 256, 8), (8192, 512, 8), (8192, 1024, 16))
+    for part, step, warps in cuts:
+        yield replace(own, part=part, step=step, part_warps=warps)
+    for sample, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 16), (8192, 8), (8192, 16)):
+        yield replace(own, sample=sample, sample_warps=warps)
+    for tile, warps in ((8192, 4), (8192, 16), (16384, 8), (16384, 16)):
+        if tile > keep:
+            yield replace(own, tile=tile, tile_warps=warps)
 
 
 def step(args: argparse.Namespace) -> Iterator[Row]:

@@ -232,7 +232,8 @@ CLASSES = {
                   "softmax"),
     "matrix products": ("gemm", "nvjet", "cutlass", "gemv", "splitk", "matmul", "cublas"),
     "growing the cache": ("CatArray",),
-    "choosing": ("topk", "sort", "radix", "select", "column_scores", "scan", "index", "gather", "scatter"),
+    "choosing": ("topk", "sort", "radix", "select", "column_scores", "scan", "index", "gather", "scatter",
+                 "_choose", "_sample", "_sieve", "_finish"),
 }  # fmt: skip  # the first class that fits
 
 

@@ -124,8 +124,11 @@ class DoubleSparsity(Decode):
             behind = keys[site.offset :, None] - keys
             score = score.masked_fill(behind < 0, -torch.inf)
             score = score.masked_fill((behind >= 0) & (behind < room.clamp(max=self.recent_tokens)), torch.inf)
-        index = score.topk(max(counts), -1, sorted=not one).indices
-        index = index.masked_fill(torch.arange(max(counts), device=q.device) >= room, -1).int()
+        if one:
+            index = ops.topk(score, counts[0])
+        else:
+            index = score.topk(max(counts), -1).indices
+            index = index.masked_fill(torch.arange(max(counts), device=q.device) >= room, -1).int()
         shared = site.heads // index.shape[1]
         index = index.repeat_interleave(shared, 1) if shared > 1 else index
         return Gather(index=index, queries=site.queries, keys=site.keys, shared=shared)

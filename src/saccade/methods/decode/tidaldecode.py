@@ -129,12 +129,13 @@ class TidalDecode(Decode):
         if not ranks:
             assert "index" in site.handed, "a layer before this one has chosen"
             return Gather(index=site.handed["index"].to(q.device), queries=site.queries, keys=site.keys)
-        order = self._order(q, stored["keys"], max(few if many == seen else many), site)
+        score = self._scores(q, stored["keys"], site)
         if site.layer in self.choosing:
-            site.handed["index"] = _first(order, few)
+            site.handed["index"] = _best(score, few, site)
         if many == seen:
             return dense(site.queries, site.keys)
-        return Gather(index=_first(order, many), queries=site.queries, keys=site.keys)
+        index = site.handed["index"] if few == many and site.layer in self.choosing else _best(score, many, site)
+        return Gather(index=index, queries=site.queries, keys=site.keys)
 
     def calibrate(self, model: Any, samples: Sequence[Tensor], progress: Any = None) -> Artefact:
         total = torch.zeros(model.layers, model.heads, model.layers, dtype=torch.float64)
@@ -183,10 +184,10 @@ class TidalDecode(Decode):
             return [budget.tokens(n, site.bytes_per_token) for n in each]
         return [budget.layer_tokens(n, layer, site.layers, self._whole_layers) for n in each]
 
-    def _order(
-        self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], count: int, site: Site
-    ) -> Int[Tensor, "b h q l"]:
-        """The best keys of each query, best first; those ahead of it come last."""
+    def _scores(
+        self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site
+    ) -> Float[Tensor, "b g s q k"]:
+        """Of the keys for each list of a key/value head; -inf for those ahead of a query."""
         at = torch.arange(site.keys, device=q.device)
         behind = at[site.offset :, None] - at
         if site.queries == 1:  # without a copy of the keys in float32
@@ -201,8 +202,7 @@ class TidalDecode(Decode):
         score = score.masked_fill(behind < 0, -torch.inf)
         if self.force_current:
             score = score.masked_fill(behind == 0, torch.inf)
-        best = score.topk(count, -1).indices
-        return best.expand(-1, -1, site.group, -1, -1).flatten(1, 2)
+        return score
 
 
 def _probabilities(score: Float[Tensor, "b g s q k"], site: Site) -> Float[Tensor, "b g s q k"]:
@@ -212,10 +212,15 @@ def _probabilities(score: Float[Tensor, "b g s q k"], site: Site) -> Float[Tenso
     return logits.softmax(-1)
 
 
-def _first(order: Int[Tensor, "b h q l"], counts: list[int]) -> Int[Tensor, "b h q m"]:
-    """The first `counts` of each query's keys, -1 behind them."""
-    rank = torch.arange(max(counts), device=order.device)
-    return order[..., : max(counts)].masked_fill(rank >= column(counts, order.device), -1).int()
+def _best(score: Float[Tensor, "b g s q k"], counts: list[int], site: Site) -> Int[Tensor, "b h q m"]:
+    """The best `counts` keys of each query, -1 behind them."""
+    if site.queries == 1:
+        index = ops.topk(score, counts[0])
+    else:
+        index = score.topk(max(counts), -1).indices
+        rank = torch.arange(max(counts), device=score.device)
+        index = index.masked_fill(rank >= column(counts, score.device), -1).int()
+    return index.expand(-1, -1, site.group, -1, -1).flatten(1, 2)
 
 
 def best_keys(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"]) -> Bool[Tensor, "b h w n"]:

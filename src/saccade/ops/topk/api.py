@@ -12,7 +12,9 @@ from saccade.core.errors import BadInput
 from saccade.ops import device, dispatch
 from saccade.ops.topk import torch as plain
 
-LONGEST = 16384  # scores of a row that Triton chooses from
+LONG = 16384  # scores of a row that Triton reads with one program; longer ones it shares among many, within limits:
+MOST = 12288  # places that are kept, since what is chosen from at last stays in registers
+ROWS = 2048  # rows, since what is left of each is stored
 
 
 @torch.no_grad()
@@ -24,7 +26,8 @@ def topk(
     -inf is never chosen: -1 stands at the end of a row that has fewer others. NaN counts as the largest. Of equal
     scores at the edge the first are taken ("torch": any).
 
-    impl: "auto", "torch", "reference" (a stable sort, the oracle), "triton" (CUDA, rows of 16,384 at most; first there)
+    impl: "auto", "torch", "reference" (a stable sort, the oracle), "triton" (CUDA, first there; of rows longer than
+        16,384 it takes 2,048 at most, and keeps 12,288 at most)
     report: is told which back end ran, as "topk:torch"
 
     Raises:
@@ -35,7 +38,7 @@ def topk(
         asked = f"the {keep} largest of scores {tuple(scores.shape)} {scores.dtype}"
         raise BadInput(asked, "it takes rows of one float or more, and keeps one or more", "Give those.")
     keep = min(keep, scores.shape[-1])
-    name = dispatch.pick("topk", impl, _back_ends(scores), report)
+    name = dispatch.pick("topk", impl, _back_ends(scores, keep), report)
     if name == "triton":
         from saccade.ops.topk import triton as kernels
 
@@ -43,15 +46,15 @@ def topk(
     return plain.topk(scores, keep) if name == "torch" else plain.stable(scores, keep)
 
 
-def _back_ends(scores: Tensor) -> dict[str, Callable[[], dispatch.Reasons]]:
+def _back_ends(scores: Tensor, keep: int) -> dict[str, Callable[[], dispatch.Reasons]]:
     def by_triton() -> list[str]:
         why = device.triton_reasons(scores.detach())
         if scores.dtype == torch.float64:
             why.append("it compares in float32, and the scores are float64")
-        if scores.dim() and scores.shape[-1] > LONGEST:
-            why.append(
-                f"rows of {scores.shape[-1]}; it takes up to {LONGEST}, and longer ones are faster by torch.topk"
-            )
+        if scores.shape[-1] > LONG:
+            rows, long = scores.numel() // scores.shape[-1], f"of rows longer than {LONG}, and these have"
+            why += [f"it takes up to {ROWS} {long} {scores.shape[-1]} and are {rows}"] * (rows > ROWS)
+            why += [f"it keeps up to {MOST} {long} {scores.shape[-1]} and keep {keep}"] * (keep > MOST)
         return why + ([] if scores.numel() else ["there is nothing to read"])
 
     return dispatch.with_triton(scores, by_triton, {"torch": list, "reference": list})

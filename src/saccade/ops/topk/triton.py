@@ -1,4 +1,4 @@
-"""The places of the best scores by Triton, one program for each row, with no sort.
+"""The places of the best scores by Triton, one program for each row, with no sort. Rows of more than `TILE`: `long.py`.
 
 Floats are turned into whole numbers of the same order. A threshold is searched for between the least and the largest of
 a row, in three parts a step, until as many as are wanted lie at or above it (or it can go no further: then equal scores
@@ -46,17 +46,23 @@ def _key(value):
 
 
 @triton.jit
-def _search(u, low, high, there, wanted):
-    """The threshold, and whether just as many as are wanted lie at or above it; else it is the last one's key."""
+def _thirds(low, high, turn):
+    """Where the part between the two is cut next: equal parts as values and as whole numbers by turns."""
+    third = (high - low + 2) // 3
+    a, z = low + third, high - third
+    if turn % 2 == 0:
+        bottom, top = _value(low), _value(high)
+        a, z = _key(bottom + (top - bottom) * 0.3333), _key(top - (top - bottom) * 0.3333)
+    a = tl.minimum(tl.maximum(a, low + 1), high - 1)
+    return a, tl.minimum(tl.maximum(z, a), high - 1)
+
+
+@triton.jit
+def _search(u, low, high, there, wanted, most):
+    """A threshold that `wanted` to `most` keys reach, and how many do; more only where it is the last one's key."""
     more, turn = there, 0
-    while (more != wanted) & (high - low > 1):
-        third = (high - low + 2) // 3
-        a, z = low + third, high - third
-        if turn % 2 == 0:
-            least, most = _value(low), _value(high)
-            a, z = _key(least + (most - least) * 0.3333), _key(most - (most - least) * 0.3333)
-        a = tl.minimum(tl.maximum(a, low + 1), high - 1)
-        z = tl.minimum(tl.maximum(z, a), high - 1)
+    while (more > most) & (high - low > 1):
+        a, z = _thirds(low, high, turn)
         # 16 bits for each count
         both = tl.sum((u >= a.to(tl.uint32)).to(tl.int32) + ((u >= z.to(tl.uint32)).to(tl.int32) << 16), 0)
         at_a, at_z = both & 0xFFFF, both >> 16
@@ -67,7 +73,25 @@ def _search(u, low, high, there, wanted):
         else:
             high = a
         turn += 1
-    return low, more == wanted
+    return low, more
+
+
+@triton.jit
+def _pick(u, keep, N: tl.constexpr):
+    """Which keys are the best, and where each of them goes in an ascending list; how many there are."""
+    there = tl.sum((u > 0).to(tl.int32), 0)
+    wanted = tl.minimum(there, keep)
+    low, high = tl.min(tl.where(u > 0, u, 0xFFFFFFFF), 0).to(tl.int64), tl.max(u, 0).to(tl.int64) + 1
+    threshold, more = _search(u, low, high, there, wanted, wanted)
+    edge = threshold.to(tl.uint32)
+    same = (u == edge) & (u > 0)
+    counts = ((u > edge) & (u > 0)).to(tl.int32) + (same.to(tl.int32) << 16)
+    before = tl.cumsum(counts, 0) - counts
+    # how many of the equal ones are taken
+    spare = tl.where(more == wanted, N, wanted - (tl.sum(counts, 0) & 0xFFFF))
+    equal = before >> 16
+    chosen = ((counts & 0xFFFF) > 0) | (same & (equal < spare))
+    return chosen, (before & 0xFFFF) + tl.minimum(equal, spare), wanted
 
 
 @triton.jit
@@ -93,18 +117,8 @@ def _choose(X, OUT, START, SEEN, n, keep, rows, total, N: tl.constexpr, PACKED: 
     if WAIT:
         gdc_wait()
     u = _keys(X, i, n)
-    there = tl.sum((u > 0).to(tl.int32), 0)
-    wanted = tl.minimum(there, keep)
-    least, most = tl.min(tl.where(u > 0, u, 0xFFFFFFFF), 0).to(tl.int64), tl.max(u, 0).to(tl.int64) + 1
-    threshold, exact = _search(u, least, most, there, wanted)
-    edge = threshold.to(tl.uint32)
-    same = (u == edge) & (u > 0)
-    counts = ((u > edge) & (u > 0)).to(tl.int32) + (same.to(tl.int32) << 16)
-    before = tl.cumsum(counts, 0) - counts
-    spare = tl.where(exact, N, wanted - (tl.sum(counts, 0) & 0xFFFF))  # how many of the equal ones are taken
-    equal = before >> 16
-    chosen = ((counts & 0xFFFF) > 0) | (same & (equal < spare))
-    tl.store(OUT + (before & 0xFFFF) + tl.minimum(equal, spare), i, mask=chosen)
+    chosen, place, wanted = _pick(u, keep, N)
+    tl.store(OUT + place, i, mask=chosen)
     if not PACKED:
         tl.store(OUT + i, -1, mask=(i >= wanted) & (i < keep))
 
@@ -120,6 +134,10 @@ def topk(scores: Float[Tensor, "*rows n"], keep: int, follows: bool = False, few
     follows: the kernel before this one says itself when this one may start (dependent launch)
     few: warps, for benchmarks
     """
+    if scores.shape[-1] > TILE:
+        from saccade.ops.topk import long
+
+        return long.topk(scores, keep)
     flat, n = scores.contiguous(), scores.shape[-1]
     out = torch.empty(*scores.shape[:-1], keep, dtype=torch.int32, device=scores.device)
     early = device.dependent_launch(scores.device.index)
