@@ -63,9 +63,9 @@ class Pair:
         """All that is trained for it."""
         return list(contestants([self.mixer], self.against))
 
-    def command(self) -> str:
-        """As one would type it."""
-        given = {"task": "", **SETTINGS[self.setting]}
+    def command(self, steps: int | None = None) -> str:
+        """As one would type it; steps: other than of the setting."""
+        given = SETTINGS[self.setting] | ({} if steps is None else {"steps": steps})
         sizes = " ".join(f"--{name} {value}" for name, value in given.items())
         return f"saccade train {sizes} --mixer {self.mixer} --against {' '.join(self.against)}"
 
@@ -131,7 +131,7 @@ def main() -> int:
     args = _arguments()
     pairs = tuple(pair for pair in PAIRS if not args.only or pair.method in args.only)
     if args.commands:
-        print("\n".join(pair.command() for pair in pairs))
+        print("\n".join(pair.command(args.steps) for pair in pairs))
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         print("This was to run on a CUDA device, and there is none.", file=sys.stderr)
@@ -204,7 +204,7 @@ def judged(run: Run, pair: Pair) -> dict[str, Any]:
         some = [loop.finished(run.work(pair.setting, label, seed)) for label in pair.contestants]
         if all(some):
             found += some
-    row = {"method": pair.method, "setting": pair.setting, "what": pair.what, "command": pair.command()}
+    row = {"method": pair.method, "setting": pair.setting, "what": pair.what, "command": pair.command(run.steps)}
     row |= {"plan": dataclasses.asdict(plan), "seeds": len(found) // len(pair.contestants)}
     if found:
         summary = summarise(plan, found)
