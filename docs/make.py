@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "docs")]
 
+import orderings_page  # noqa: E402
 import parallel_page  # noqa: E402
 import scale_page  # noqa: E402
 
@@ -39,6 +40,7 @@ NOTE = "<!-- made by docs/make.py from the card, the docstring and the results o
 FILLED = ("README.md", "docs/index.md")
 SCALE = "docs/explanation/scale.md"
 PARALLEL = "docs/parallel.md"
+TRAINING = "docs/train.md"
 
 # properties of the conformance suite, in words
 WORDS = {
@@ -247,6 +249,14 @@ def several(prefix: str) -> str:
     return "\n\n".join(parts)
 
 
+def ordered(prefix: str) -> str:
+    """What docs/train.md shows of methods against the baselines of their papers."""
+    there = f"{prefix}benchmarks/results"
+    runs = [f"{_machine(env)} ([all numbers]({there}/{name}))" for name, env in orderings_page.measured()]
+    parts = [table(*orderings_page.table()), *([f"Measured on: {'; '.join(runs)}."] if runs else [])]
+    return "\n\n".join([*parts, f"```bash\n{orderings_page.commands()}\n```"])
+
+
 def pages() -> dict[Path, str]:
     """path -> what should be there."""
     made = {ROOT / "docs" / "methods" / f"{stem(n)}.md": page(n) for n in registry.list_methods()}
@@ -258,6 +268,8 @@ def pages() -> dict[Path, str]:
     made[ROOT / SCALE] = _fill(text, "scale", many_gpus, "../")
     text = (ROOT / PARALLEL).read_text(encoding="utf-8")
     made[ROOT / PARALLEL] = _fill(text, "parallel", several, "../")
+    text = (ROOT / TRAINING).read_text(encoding="utf-8")
+    made[ROOT / TRAINING] = _fill(text, "orderings", ordered, "../")
     made[ROOT / "docs" / "img" / "scale.svg"] = scale_page.drawn()
     for name, folder in RUNS.items():
         if (folder / "summary.json").is_file():

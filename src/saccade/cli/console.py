@@ -48,6 +48,8 @@ STYLES = {
     "in part": "yellow",
     "unclear": "yellow",
     "not reproduced": "red",
+    "held": "green",
+    "not held": "red",
     "ok": "green",
     "todo": "yellow",
     "warn": "yellow",

@@ -1,8 +1,9 @@
 """train mixers and selections from scratch in one small net, against full and random
 
-A mixer is a registered layer, or a method whose selection an attention layer then uses. What is finished in --out is
-not trained again, and what was broken off goes on from its checkpoint. Runs on several processes:
-accelerate launch --num_processes 2 -m saccade train ...
+A mixer is a registered layer, or a method whose selection an attention layer then uses. With --against, each is held
+against its baselines: held, unclear or not held, by the interval over the seeds. What is finished in --out is not
+trained again, and what was broken off goes on from its checkpoint. The same command in several shells shares the
+trainings; accelerate launch --num_processes 2 -m saccade train ... shares each of them.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from saccade.cli.console import Bar, note, say_json, say_table
 from saccade.cli.options import METHOD, add_budget, add_json
 from saccade.tasks import training
 
-EXAMPLE = "saccade train --task digits --mixer streaming hip --budget 0.25 --seeds 2"
+EXAMPLE = "saccade train --task digits --mixer halonet:block=2,halo=1 --against halonet:block=2,halo=0 --seeds 2"
 AFTER_INTERRUPT = "Checkpoints and finished trainings are kept; the same command resumes."
 HEADS = ("mixer", "score", "low", "high", "minus full", "low", "high", "pairs", "seconds", "against full")
+ORDER_HEADS = ("mixer", "against", "better by", "low", "high", "ordering")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +29,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", required=True, metavar="TASK", help=tasks)
     form = METHOD.split(", or")[0]
     parser.add_argument("--mixer", nargs="*", default=[], metavar="MIXER", help=f"each {form}, beside full and random")
+    said = "baselines, trained too: is each --mixer better than each of these?"
+    parser.add_argument("--against", nargs="*", default=[], metavar="MIXER", help=said)
     add_budget(parser)
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="trainings of each mixer (5)")
     own = "of the task's own"
@@ -50,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
     first = os.environ.get("RANK", "0") == "0"  # the others of `accelerate launch` say nothing
     out = args.out or Path("saccade-runs") / f"train-{args.task}"
-    names = ("budget", "seeds", "steps", "rows", "tokens", "channels", "layers", "heads", "learning_rate")
+    names = ("against", "budget", "seeds", "steps", "rows", "tokens", "channels", "layers", "heads", "learning_rate")
     given = {name: getattr(args, name) for name in (*names, "dtype", "device")}
     if first:
         _announce(args.task)
@@ -76,6 +80,9 @@ def _show(found: dict[str, Any], out: Path, as_json: bool) -> None:
     better = "higher" if found["higher_is_better"] else "lower"
     print(f"{plan['task']}, {plan['steps']} steps of {plan['rows']} rows, {seeds} seeds; {unit}, {better} is better")
     say_table(HEADS, [_row(line, found["higher_is_better"]) for line in found["mixers"]], right=HEADS[1:-1])
+    if found["orderings"]:
+        print()
+        say_table(ORDER_HEADS, [_ordering(line) for line in found["orderings"]], right=ORDER_HEADS[2:-1])
     note(f"All numbers: {out / 'summary.json'}")
 
 
@@ -84,11 +91,20 @@ def _row(line: dict[str, Any], higher: bool) -> list[str]:
     figures = [found[name] for found in (line["score"], less) for name in ("mean", "low", "high")]
     return [
         line["mixer"],
-        *["–" if x is None else f"{x:.4g}" for x in figures],
+        *map(_short, figures),
         "–" if line["density"] is None else f"{line['density']:.2f}",
         f"{line['seconds']:.0f}",
         "" if line["minus_full"] is None else _against(less["low"], less["high"], higher),
     ]
+
+
+def _ordering(line: dict[str, Any]) -> list[str]:
+    figures = [line["better_by"][name] for name in ("mean", "low", "high")]
+    return [line["mixer"], line["against"], *map(_short, figures), line["verdict"]]
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
 
 
 def _against(low: float | None, high: float | None, higher: bool) -> str:

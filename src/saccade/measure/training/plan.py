@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from saccade.core.budget import Budget
 from saccade.core.errors import BadOption
 from saccade.measure.environment import digest
+from saccade.measure.store import CELLS
 from saccade.methods.nets import LanguageModel, Spec, VisionModel
 from saccade.tasks import training
 from saccade.tasks.training import TrainingTask
@@ -76,16 +78,27 @@ class Plan:
         return digest(dataclasses.asdict(self) | {"mixer": mixer, "seed": seed})
 
 
-def contestants(mixers: Sequence[str] | Mapping[str, Spec]) -> dict[str, Spec]:
-    """Label -> mixer: `full`, those that were asked for, then `random` unless one of its forms was."""
-    asked = dict(mixers) if isinstance(mixers, Mapping) else {_label(text): text for text in mixers}
+def contestants(mixers: Sequence[str] | Mapping[str, Spec], against: Sequence[str] = ()) -> dict[str, Spec]:
+    """Label -> mixer: `full`, those that were asked for, their baselines, then `random` unless one of its forms was."""
+    given = mixers if isinstance(mixers, Mapping) else {}
+    asked = dict(given) or dict(zip(labels(mixers), mixers))
+    asked |= {label: text for label, text in zip(labels(against, given), against) if label not in asked}
     last = {} if any(label.partition(":")[0] == "random" for label in asked) else {"random": "random"}
     return {"full": "full"} | asked | last
 
 
-def _label(text: str) -> str:
-    name, colon, given = text.partition(":")
-    return name.replace("_", "-") + colon + given
+def labels(names: Iterable[str], given: Container[str] = ()) -> list[str]:
+    """What mixers are called in the table: labels as they were given, names with hyphens."""
+    return [name if name in given else _hyphened(*name.partition(":")) for name in names]
+
+
+def _hyphened(name: str, colon: str, options: str) -> str:
+    return name.replace("_", "-") + colon + options
+
+
+def cell_folder(out: str | Path, mixer: str, seed: int) -> Path:
+    """Of a training's own."""
+    return Path(out) / CELLS / file_name(mixer, seed)
 
 
 def file_name(mixer: str, seed: int) -> str:

@@ -13,17 +13,20 @@ from accelerate import Accelerator
 from saccade.core.budget import Budget
 from saccade.core.errors import BadOption
 from saccade.measure.environment import environment
-from saccade.measure.stats import Estimate, mean_interval, paired
+from saccade.measure.stats import mean_interval, paired
 from saccade.measure.store import write_json
-from saccade.measure.training import loop, sharded
+from saccade.measure.training import sharded
 from saccade.measure.training.loop import Work
-from saccade.measure.training.plan import Plan, contestants, file_name
+from saccade.measure.training.orderings import figures, orderings
+from saccade.measure.training.plan import Plan, cell_folder, contestants, labels
+from saccade.measure.training.turns import Turns
 from saccade.methods.nets import Spec
 from saccade.tasks.training import TrainingTask
 from saccade.tasks.training._base import Progress
 
 SUMMARY = "summary.json"
 LAST = 0.1  # of the steps, over which the training loss is averaged
+POLL_SECONDS = 0.5
 
 
 def train(
@@ -31,6 +34,7 @@ def train(
     mixers: Sequence[str] | Mapping[str, Spec],
     out: str | Path,
     *,
+    against: Sequence[str] = (),
     budget: float | str | Budget = 0.25,
     seeds: int = 5,
     steps: int | None = None,
@@ -48,10 +52,12 @@ def train(
     """Train every mixer from every seed, `full` and `random` among them, and return what `summary.json` then holds.
 
     mixers: names as `make_mixer` takes them, or label -> mixer for layers of your own
+    against: baselines, names or labels: whether each mixer is better than each of them stands in `orderings`
     budget: of the methods that select, `random` included; seeds: 0, 1, ... so many
     out: the folder. What is finished there is not trained again, and what was broken off goes on from its checkpoint,
         which is written every `checkpoint_steps` steps
-    Other values are the task's own where they are None. Under `accelerate launch` every process calls this.
+    Other values are the task's own where they are None. Under `accelerate launch` every process calls this. Processes
+    that were started each by itself and have one folder train what none of the others does, and wait for the rest.
 
     Raises:
         UnknownName: no such task or mixer. BadOption: a number that cannot be used. CannotRun: a mixer that cannot be
@@ -60,26 +66,41 @@ def train(
     sizes = {"rows": rows, "steps": steps, "channels": channels, "layers": layers, "heads": heads}
     plan = Plan.of(task, budget, tokens, dtype, learning_rate=learning_rate, **sizes)
     accelerator = sharded.accelerator(device)
+    given = mixers if isinstance(mixers, Mapping) else ()
+    asked, others = labels(mixers, given), labels(against, given)
     _check(plan, accelerator, seeds, checkpoint_steps)
-    who = contestants(mixers)
+    _check_orderings(asked, others)
+    who = contestants(mixers, against)
     for mixer in who.values():
         plan.net(mixer, 0)  # a mixer that cannot be trained is said before the first one is
     _prepare(plan.source(), accelerator, progress)
     told = _Told(len(who) * seeds, plan.steps, progress if accelerator.is_main_process else _silent)
-    found = []
-    for seed in range(seeds):
-        for label, mixer in who.items():
-            tell = told.cell(f"{label}, seed {seed}")
-            folder = Path(out) / "cells" / file_name(label, seed)
-            work = Work(plan, label, mixer, seed, folder, accelerator, checkpoint_steps, tell)
-            done = loop.finished(work)
-            if done:
-                told.skip()
-            found.append(done or loop.run(work))
-    summary = summarise(plan, found) | {"processes": accelerator.num_processes, "environment": environment(device)}
+    cells = [
+        Work(plan, label, mixer, seed, cell_folder(out, label, seed), accelerator, checkpoint_steps, _untold)
+        for seed in range(seeds)
+        for label, mixer in who.items()
+    ]
+    summary = summarise(plan, _trained(cells, told))
+    ordered = list(orderings(summary["mixers"], asked, others, summary["higher_is_better"]))
+    summary |= {"orderings": ordered, "processes": accelerator.num_processes, "environment": environment(device)}
     if accelerator.is_main_process:
         write_json(Path(out) / SUMMARY, summary)
     return summary
+
+
+def _trained(cells: Sequence[Work], told: _Told) -> list[dict[str, Any]]:
+    """All results, in the order of the cells; those that other processes work on come last."""
+    found: dict[str, dict[str, Any]] = {}
+    with Turns() as turns:
+        while len(found) < len(cells):
+            before = len(found)
+            for work in cells:
+                if work.mark not in found and (done := turns.take(told.cell(work))):
+                    found[work.mark] = done
+                    told.over()
+            if len(found) == before:
+                time.sleep(POLL_SECONDS)
+    return [found[work.mark] for work in cells]
 
 
 def _check(plan: Plan, accelerator: Accelerator, seeds: int, checkpoint_steps: int) -> None:
@@ -89,6 +110,12 @@ def _check(plan: Plan, accelerator: Accelerator, seeds: int, checkpoint_steps: i
     if plan.rows % accelerator.num_processes:
         asked = f"{plan.rows} rows over {accelerator.num_processes} processes"
         raise BadOption(asked, "they cannot be shared out evenly", "Give --rows a multiple of the processes.")
+
+
+def _check_orderings(mixers: Sequence[str], against: Sequence[str]) -> None:
+    if against and not set(mixers) - set(against):
+        asked = f"judge {', '.join(mixers) or 'nothing'} against {', '.join(against)}"
+        raise BadOption(asked, "there is no other mixer to be judged", "Give --mixer one that is not among these.")
 
 
 def _prepare(task: TrainingTask, accelerator: Accelerator, progress: Progress) -> None:
@@ -101,6 +128,10 @@ def _silent(done: int, total: int, text: str) -> None:
     """What other processes than the first say."""
 
 
+def _untold(step: int, loss: float) -> None:
+    """Steps of a cell before its turn, which there are none of."""
+
+
 class _Told:
     """Progress over all cells, with the time that is left at the speed so far; what was finished before costs none."""
 
@@ -108,20 +139,21 @@ class _Told:
         self.steps, self.progress, self.total = steps, progress, cells * steps
         self.before, self.trained, self.began = 0, 0, time.perf_counter()
 
-    def skip(self) -> None:
-        """A cell that was finished already."""
+    def over(self) -> None:
+        """One more cell is finished."""
         self.before += self.steps
 
-    def cell(self, title: str):
-        """What is told of every step of a cell."""
-        first = self.before
+    def cell(self, work: Work) -> Work:
+        """The same, and every step of it is told."""
+        title = f"{work.label}, seed {work.seed}"
 
         def tell(step: int, loss: float) -> None:
-            self.before, self.trained = first + step, self.trained + 1
-            left = (time.perf_counter() - self.began) / self.trained * (self.total - self.before)
-            self.progress(self.before, self.total, f"{title}, step {step}: loss {loss:.3f}, {left:.0f} s left")
+            self.trained += 1
+            done = self.before + step
+            left = (time.perf_counter() - self.began) / self.trained * (self.total - done)
+            self.progress(done, self.total, f"{title}, step {step}: loss {loss:.3f}, {left:.0f} s left")
 
-        return tell
+        return dataclasses.replace(work, tell=tell)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -141,24 +173,18 @@ def summarise(plan: Plan, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _line(label: str, cells: Sequence[Mapping[str, Any]], base: Sequence[float]) -> dict[str, Any]:
     scores = [cell["score"] for cell in cells]
-    less = None if label == "full" else _figures(paired(scores, base, hits=False))
+    less = None if label == "full" else figures(paired(scores, base, hits=False))
     return {
         "mixer": label,
         "seeds": len(cells),
         "scores": scores,
-        "score": _figures(mean_interval(scores)),
+        "score": figures(mean_interval(scores)),
         "minus_full": less,
         "train_loss": _mean([_end(cell["losses"]) for cell in cells]),
         "density": None if cells[0]["density"] is None else _mean([cell["density"] for cell in cells]),
         "parameters": cells[0]["parameters"],
         "seconds": _mean([cell["seconds"] for cell in cells]),
     }
-
-
-def _figures(found: Estimate) -> dict[str, float | None]:
-    """Mean and interval; of one seed there is no interval."""
-    alone = found.n < 2
-    return {"mean": found.mean, "low": None if alone else found.low, "high": None if alone else found.high}
 
 
 def _end(losses: Sequence[float]) -> float:
