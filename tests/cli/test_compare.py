@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from saccade import tasks
 from saccade.cli import compare, main, parser
 from saccade.measure.config import Config
+from saccade.measure.contestants import of_families
 from saccade.models.loading import DTYPES
 
 METHODS = ["snapkv", "snapkv:window_tokens=16,pooling=avg", "minference+snapkv", "hip:rep=oracle", "random:part=decode"]
@@ -41,7 +42,9 @@ def requests(draw: st.DrawFn) -> dict:
         "families": st.lists(st.sampled_from(["sparse", "cache", "decode"]), max_size=2, unique=True),
         "model": st.sampled_from(["smollm2", "owner/some-model"]),
     }
-    return {name: draw(strategy) for name, strategy in some.items()}
+    request = {name: draw(strategy) for name, strategy in some.items()}
+    there = of_families(request["families"])
+    return request | {"without": draw(st.lists(st.sampled_from(there), max_size=2, unique=True)) if there else []}
 
 
 @given(requests())

@@ -46,6 +46,7 @@ class Config:
     contestants: tuple[Contestant, ...]
     asked: tuple[str, ...] | None  # labels of the methods that were named; None: those of the families, or the usual
     families: tuple[str, ...]  # all of whose methods take part, beside those that were named
+    without: tuple[str, ...]  # methods of these families that do not
     budgets: tuple[Budget, ...]
     counts: dict[str, int]  # task -> samples
     tokens: int
@@ -73,6 +74,7 @@ class Config:
         dtype: str | None = None,
         device: str = "cpu",
         families: Sequence[str] = (),
+        without: Sequence[str] = (),
     ) -> Config:
         """Fill in what was left open.
 
@@ -82,7 +84,7 @@ class Config:
         dtype = dtype or usual_dtype(device)
         size = _size(quick, dtype, device)
         named = [parse(m) for m in methods or ()]
-        whole = [parse(m) for m in of_families(families)]
+        whole = [parse(m) for m in of_families(families, without)]
         chosen = usual() if methods is None and not families else [*named, *whole]
         names = list(tasks) if tasks is not None else list(size.counts)
         counts = {all_tasks.get(t).name: size.counts.get(t, COUNT) if count is None else count for t in names}
@@ -91,6 +93,7 @@ class Config:
             contestants=tuple(with_baselines(chosen, BASELINES)),
             asked=None if methods is None else tuple(c.label for c in named),
             families=tuple(families),
+            without=tuple(without),
             budgets=tuple(map(_as_written, size.budgets if budgets is None else budgets)),
             counts=counts,
             tokens=size.tokens if tokens is None else tokens,
@@ -145,6 +148,7 @@ class Config:
         if self.asked is not None:
             parts += ["--methods", *self.asked]
         parts += ["--family", *self.families] if self.families else []
+        parts += ["--without", *self.without] if self.without else []
         parts += ["--budgets", *map(str, self.budgets), "--tasks", *self.counts, "--tokens", str(self.tokens)]
         parts += [] if self.count is None else ["--count", str(self.count)]
         parts += ["--quick"] if self.quick else []
