@@ -308,6 +308,7 @@ def wait_for(folder: Path, count: int, process: subprocess.Popen) -> bool:
         ({"budgets": []}, BadOption, r"budgets=\(\): nothing to compare at\. Give at least one"),
         ({"lengths": [8]}, BadOption, r"lengths=\[8\]: that is too short to be timed\. Give 32 or more"),
         ({"count": 0}, BadOption, r"compare\(\{'count of .*': there is nothing to measure|nothing to measure"),
+        ({"tasks": ["passkey=few"]}, BadOption, r"'passkey=few': that is no number of samples\. Say passkey or"),
         ({"rounds": 0}, BadOption, r"compare\(\{'rounds': 0\}\): there is nothing to measure"),
         ({"dtype": "float8"}, BadOption, "dtype 'float8'"),
         ({"tokens": 5000}, BadInput, "compare at 5,000 tokens: tiny was trained for 4,096"),

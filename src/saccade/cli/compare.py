@@ -31,7 +31,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", nargs="+", metavar="FAMILY", help=families)
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="methods of these to leave out")
     parser.add_argument("--budgets", nargs="+", metavar="BUDGET", help=f"each {BUDGET} (0.5 0.25 0.1)")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="see: saccade list (continuation-loss passkey)")
+    tasks = "see: saccade list; NAME=8: 8 samples of this one (continuation-loss passkey)"
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=tasks)
     parser.add_argument("--tokens", type=int, metavar="N", help="length of a sample")
     parser.add_argument("--count", type=int, metavar="N", help="samples of each task")
     parser.add_argument("--lengths", type=int, nargs="*", metavar="N", help="lengths to time, in tokens")

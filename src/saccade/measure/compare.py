@@ -58,7 +58,7 @@ def compare(
         (once per part in use) and `streaming` always take part, and `oracle-topk` up to 4,096 tokens
     families: "sparse", "cache", "decode": all their methods take part too; what cannot run is left out, with the reason
     without: methods of these families that are left out, say for their cost; one with other options may be named
-    budgets, tasks, tokens, count: what is kept; what on, its length and number of samples
+    budgets, tasks, tokens, count: what is kept; what on, its length and number of samples ("NAME=N": N of this task)
     lengths, rounds: tokens at which to time, and how often
     quick: one budget, less of all. What is None ends within 5 minutes on 2 cores, quick within 90 seconds
     out: the folder; asked for the same again, finished cells are not computed anew, and asked for the same by several
