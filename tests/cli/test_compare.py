@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from saccade import tasks
 from saccade.cli import compare, main, parser
 from saccade.measure.config import Config
+from saccade.measure.contestants import of_families
 from saccade.models.loading import DTYPES
 
+TASKS = st.builds(str.__add__, st.sampled_from(tasks.list_tasks()), st.sampled_from(["", "=7"]))
 METHODS = ["snapkv", "snapkv:window_tokens=16,pooling=avg", "minference+snapkv", "hip:rep=oracle", "random:part=decode"]
 BUDGETS = st.one_of(
     st.floats(0.001, 1.0), st.integers(1, 9999).map("{}tok".format), st.sampled_from(["25%", "1.5MiB", "1"])
@@ -29,7 +31,7 @@ def requests(draw: st.DrawFn) -> dict:
     some = {
         "methods": maybe(st.lists(st.sampled_from(METHODS), max_size=3, unique=True)),
         "budgets": maybe(st.lists(BUDGETS, min_size=1, max_size=3)),
-        "tasks": st.lists(st.sampled_from(tasks.list_tasks()), min_size=1, max_size=3, unique=True),
+        "tasks": st.lists(TASKS, min_size=1, max_size=3, unique_by=lambda spec: spec.partition("=")[0]),
         "tokens": maybe(st.integers(1, 9999)),
         "lengths": maybe(st.lists(st.integers(32, 9999), max_size=3)),
         "count": maybe(st.integers(1, 99)),
@@ -41,7 +43,9 @@ def requests(draw: st.DrawFn) -> dict:
         "families": st.lists(st.sampled_from(["sparse", "cache", "decode"]), max_size=2, unique=True),
         "model": st.sampled_from(["smollm2", "owner/some-model"]),
     }
-    return {name: draw(strategy) for name, strategy in some.items()}
+    request = {name: draw(strategy) for name, strategy in some.items()}
+    there = of_families(request["families"])
+    return request | {"without": draw(st.lists(st.sampled_from(there), max_size=2, unique=True)) if there else []}
 
 
 @given(requests())

@@ -189,8 +189,9 @@ def test_methods_without_their_artefact_are_left_out_with_reasons(tiny, tmp_path
 
 
 def test_a_family_takes_part_as_far_as_it_can_and_the_rest_is_said(tiny, tmp_path):
-    out = compare(tiny, families=["cache", "decode"], out=tmp_path / "f", tasks=["continuation-loss"], tokens=64,
-                  count=1, budgets=(0.5,), lengths=(), dtype="float32")  # fmt: skip
+    small = {"tokens": 64, "count": 1, "budgets": (0.5,), "lengths": (), "dtype": "float32"}
+    out = compare(tiny, families=["cache", "decode"], without=["quest"], out=tmp_path / "f",
+                  tasks=["continuation-loss"], **small)  # fmt: skip
     summary = read(out, "summary")
     there = {(x["label"], x["budget"]) for x in summary["transfer"]}
     left = {x["label"]: x["reasons"][0] for x in summary["left_out"]}
@@ -198,6 +199,7 @@ def test_a_family_takes_part_as_far_as_it_can_and_the_rest_is_said(tiny, tmp_pat
     for name in of_families(["cache", "decode"]):
         assert (name in left) == ((name, "0.5") not in there), name
     assert "saccade calibrate double-sparsity" in left["double-sparsity"] and "it takes no budget" in left["kivi"]
+    assert left["quest"] == "that was asked for"
     assert summary["failed"] == [] and problems(summary, schema("summary")) == []
     assert problems(read(out, "run"), schema("run")) == []
     standing = {(x["label"], x["budget"]): x["standing"] for x in summary["transfer"]}
@@ -306,6 +308,7 @@ def wait_for(folder: Path, count: int, process: subprocess.Popen) -> bool:
         ({"budgets": []}, BadOption, r"budgets=\(\): nothing to compare at\. Give at least one"),
         ({"lengths": [8]}, BadOption, r"lengths=\[8\]: that is too short to be timed\. Give 32 or more"),
         ({"count": 0}, BadOption, r"compare\(\{'count of .*': there is nothing to measure|nothing to measure"),
+        ({"tasks": ["passkey=few"]}, BadOption, r"'passkey=few': that is no number of samples\. Say passkey or"),
         ({"rounds": 0}, BadOption, r"compare\(\{'rounds': 0\}\): there is nothing to measure"),
         ({"dtype": "float8"}, BadOption, "dtype 'float8'"),
         ({"tokens": 5000}, BadInput, "compare at 5,000 tokens: tiny was trained for 4,096"),

@@ -74,6 +74,9 @@ def test_a_family_is_all_of_its_methods_but_baselines():
     assert "streaming" not in names and "minference" not in names
     with pytest.raises(UnknownName, match="family to compare"):
         of_families(["probes"])
+    assert of_families(["cache", "decode"], ["h2o"]) == [name for name in names if name != "h2o"]
+    with pytest.raises(UnknownName, match="method of these families to leave out 'quest'"):
+        of_families(["cache"], ["quest"])
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="*", metavar="METHOD", help=f"each {METHOD} (some usual ones)")
     families = "all methods of these: sparse, cache, decode (or sparse,cache)"
     parser.add_argument("--family", nargs="+", metavar="FAMILY", help=families)
+    parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="methods of these to leave out")
     parser.add_argument("--budgets", nargs="+", metavar="BUDGET", help=f"each {BUDGET} (0.5 0.25 0.1)")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="see: saccade list (continuation-loss passkey)")
+    tasks = "see: saccade list; NAME=8: 8 samples of this one (continuation-loss passkey)"
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=tasks)
     parser.add_argument("--tokens", type=int, metavar="N", help="length of a sample")
     parser.add_argument("--count", type=int, metavar="N", help="samples of each task")
     parser.add_argument("--lengths", type=int, nargs="*", metavar="N", help="lengths to time, in tokens")
@@ -46,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def request(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `saccade.compare`, of `plan` and of `Config.of`."""
-    names = ("budgets", "tasks", "tokens", "count", "lengths", "rounds", "quick", "seed")
+    names = ("budgets", "tasks", "tokens", "count", "lengths", "rounds", "quick", "seed", "without")
     families = [name for words in args.family or () for name in words.split(",") if name]
     families = families or args.family or []  # what names nothing is refused as a name
     given = {name: getattr(args, name) for name in (*names, "dtype", "device")}

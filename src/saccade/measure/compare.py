@@ -49,6 +49,7 @@ def compare(
     dtype: str | None = None,
     device: str = "cpu",
     families: Sequence[str] = (),
+    without: Sequence[str] = (),
     engine: Engine | None = None,
 ) -> Path:
     """Measure, and return the folder that holds run.json, env.json, summary.json and the folder of cells.
@@ -56,7 +57,8 @@ def compare(
     methods: names, "name:option=value", "a+b", or Methods; None: the usual ones (`Card.usual`). `full`, `random`
         (once per part in use) and `streaming` always take part, and `oracle-topk` up to 4,096 tokens
     families: "sparse", "cache", "decode": all their methods take part too; what cannot run is left out, with the reason
-    budgets, tasks, tokens, count: what is kept; what on, its length and number of samples
+    without: methods of these families that are left out, say for their cost; one with other options may be named
+    budgets, tasks, tokens, count: what is kept; what on, its length and number of samples ("NAME=N": N of this task)
     lengths, rounds: tokens at which to time, and how often
     quick: one budget, less of all. What is None ends within 5 minutes on 2 cores, quick within 90 seconds
     out: the folder; asked for the same again, finished cells are not computed anew, and asked for the same by several
@@ -71,7 +73,7 @@ def compare(
         CorruptResult: the folder holds a broken cell.
     """
     given = (model, methods, budgets, tasks, tokens, quick, seed, lengths, count, rounds, dtype, device, families)
-    config = Config.of(*given)
+    config = Config.of(*given, without)
     return execute(config, _folder(config, out), progress or unwatched, engine or Local())
 
 
@@ -90,6 +92,7 @@ def plan(
     dtype: str | None = None,
     device: str = "cpu",
     families: Sequence[str] = (),
+    without: Sequence[str] = (),
 ) -> Plan:
     """What the same call of `compare` will cost: minutes, memory, downloads and cells; nothing heavy is loaded.
 
@@ -97,7 +100,7 @@ def plan(
         UnknownName, BadOption, BadBudget, DoesNotCompose: as `compare` would.
     """
     given = (model, methods, budgets, tasks, tokens, quick, seed, lengths, count, rounds, dtype, device, families)
-    config = Config.of(*given)
+    config = Config.of(*given, without)
     return estimate(config, all_cells(config, everybody(config)))
 
 

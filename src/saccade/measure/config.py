@@ -46,6 +46,7 @@ class Config:
     contestants: tuple[Contestant, ...]
     asked: tuple[str, ...] | None  # labels of the methods that were named; None: those of the families, or the usual
     families: tuple[str, ...]  # all of whose methods take part, beside those that were named
+    without: tuple[str, ...]  # methods of these families that do not
     budgets: tuple[Budget, ...]
     counts: dict[str, int]  # task -> samples
     tokens: int
@@ -73,6 +74,7 @@ class Config:
         dtype: str | None = None,
         device: str = "cpu",
         families: Sequence[str] = (),
+        without: Sequence[str] = (),
     ) -> Config:
         """Fill in what was left open.
 
@@ -82,15 +84,15 @@ class Config:
         dtype = dtype or usual_dtype(device)
         size = _size(quick, dtype, device)
         named = [parse(m) for m in methods or ()]
-        whole = [parse(m) for m in of_families(families)]
+        whole = [parse(m) for m in of_families(families, without)]
         chosen = usual() if methods is None and not families else [*named, *whole]
-        names = list(tasks) if tasks is not None else list(size.counts)
-        counts = {all_tasks.get(t).name: size.counts.get(t, COUNT) if count is None else count for t in names}
+        counts = dict(_counted(t, size, count) for t in (size.counts if tasks is None else tasks))
         config = cls(
             model=str(model),
             contestants=tuple(with_baselines(chosen, BASELINES)),
             asked=None if methods is None else tuple(c.label for c in named),
             families=tuple(families),
+            without=tuple(without),
             budgets=tuple(map(_as_written, size.budgets if budgets is None else budgets)),
             counts=counts,
             tokens=size.tokens if tokens is None else tokens,
@@ -139,13 +141,20 @@ class Config:
         """The same for the same request; the folder of a run is called so."""
         return f"compare-{digest(self.public())[:8]}"
 
+    def _tasks(self) -> list[str]:
+        """As `--tasks` takes them."""
+        size = _size(self.quick, self.dtype, self.device)
+        usual = dict(_counted(name, size, self.count) for name in self.counts)
+        return [name if n == usual[name] else f"{name}={n}" for name, n in self.counts.items()]
+
     def command(self) -> str:
         """The line that repeats it."""
         parts = ["saccade", "compare", "--model", self.model_name]
         if self.asked is not None:
             parts += ["--methods", *self.asked]
         parts += ["--family", *self.families] if self.families else []
-        parts += ["--budgets", *map(str, self.budgets), "--tasks", *self.counts, "--tokens", str(self.tokens)]
+        parts += ["--without", *self.without] if self.without else []
+        parts += ["--budgets", *map(str, self.budgets), "--tasks", *self._tasks(), "--tokens", str(self.tokens)]
         parts += [] if self.count is None else ["--count", str(self.count)]
         parts += ["--quick"] if self.quick else []
         parts += ["--lengths", *map(str, self.lengths), "--rounds", str(self.rounds)]
@@ -159,6 +168,19 @@ def _size(quick: bool, dtype: str, device: str) -> Size:
     if (device, dtype) != SLOW:
         return size
     return replace(size, tokens=size.tokens // 2, lengths=tuple(n // 2 for n in size.lengths), rounds=1)
+
+
+def _counted(spec: str, size: Size, count: int | None) -> tuple[str, int]:
+    """A task, and how many samples of it: those of "NAME=N", else `count`, else the usual ones.
+
+    Raises:
+        UnknownName, BadOption: there is no such task, or N is no number.
+    """
+    name, sign, own = spec.partition("=")
+    name = all_tasks.get(name).name
+    if sign and not own.isdecimal():
+        raise BadOption(f"compare on {spec!r}", "that is no number of samples", f"Say {name} or {name}=8.")
+    return name, int(own) if sign else size.counts.get(name, COUNT) if count is None else count
 
 
 def _as_written(budget: float | str | Budget) -> Budget:

@@ -148,18 +148,22 @@ def usual() -> list[Contestant]:
     return [parse(card.name) for card in cards if card.usual]
 
 
-def of_families(families: Sequence[str]) -> list[str]:
-    """Names of all methods of those families that attach to a model, baselines apart.
+def of_families(families: Sequence[str], without: Sequence[str] = ()) -> list[str]:
+    """Names of all methods of those families that attach to a model, but for baselines and `without`.
 
     Raises:
-        UnknownName: a family that none of them is of.
+        UnknownName: a family that none of them is of, or a method to leave out that is of none of them.
     """
     cards = [registry.card(name) for name in registry.list_methods()]
     there = [card for card in cards if card.family in ATTACHED and not card.baseline]
     for family in families:
         if family not in ATTACHED:
             raise UnknownName("family to compare", family, ATTACHED, "See: saccade list")
-    return [card.name for card in there if card.family in families]
+    names = [card.name for card in there if card.family in families]
+    for name in without:
+        if name not in names:
+            raise UnknownName("method of these families to leave out", name, names, "See: saccade list")
+    return [name for name in names if name not in without]
 
 
 def with_baselines(chosen: Sequence[Contestant], baselines: Sequence[str]) -> list[Contestant]:

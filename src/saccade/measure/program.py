@@ -14,7 +14,7 @@ from saccade.core.budget import Budget
 from saccade.core.errors import CannotRun
 from saccade.measure.cells import Cell
 from saccade.measure.config import ORACLE, Config
-from saccade.measure.contestants import Contestant
+from saccade.measure.contestants import Contestant, parse
 from saccade.measure.environment import digest
 
 ORACLE_TOKENS = 4096  # of a sample; beyond, its 3 x 10^8 pairs a layer to choose from take minutes a sample on a CPU
@@ -55,6 +55,9 @@ def entrants(config: Config, model: Any) -> tuple[list[Entry], list[dict[str, An
         CannotRun: one that was asked for by name can run at no budget.
     """
     mark, found, present, left_out = fingerprint(model), probe(model), [], []
+    for who in map(parse, config.without):
+        if who not in config.contestants:  # it may be named beside
+            left_out += _refusals(who, {b: ["that was asked for"] for b in config.budgets})
     for who in config.contestants:
         reasons = _too_long(config, who) or _without_budget(who)
         left_out += _refusals(who, {b: reasons for b in config.budgets if who.takes_budget or b != WHOLE})
