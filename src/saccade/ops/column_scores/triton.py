@@ -53,7 +53,7 @@ def _normalise(Q, K, STAT, LOGITS, AT, q_b, q_h, q_q, q_d, k_b, k_h, k_t, k_d, s
         at = t + tl.arange(0, BN)
         place = at.to(tl.int64) if WIDE else at
         k = tl.load(K + place[:, None] * k_t + d[None, :] * k_d, mask=(at < keys)[:, None] & in_d, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
+        s = tl.dot(q, tl.trans(k), input_precision="ieee" if KEPT else "tf32x3") * scale  # few rows: memory bounds it
         if CAPPED:
             s = cap * tanh(s / cap, True)
         s = tl.where(at[None, :] <= last[:, None], s, -float("inf"))
@@ -175,7 +175,8 @@ def plan(q: Tensor, rows: int, lines: bool) -> Plan:
     rows = max(16, triton.next_power_of_2(rows))
     if bytes_of_row > 256 or q.element_size() > 2:
         tile = max(64, triton.next_power_of_2(q.shape[2]))
-        return Plan(min(64, rows), 32 if q.element_size() > 2 else 64, 4, 2, tile, 8)
+        single = q.shape[2] == 1 and not lines  # multiplied without tensor cores, which takes more registers
+        return Plan(min(64, rows), 64 if q.element_size() == 2 else 16 if single else 32, 4, 2, tile, 8)
     narrow = lines and q.shape[2] <= 64
     return Plan(min(128, rows), 64, 4, 3, 64 if narrow else 128, 4 if q.shape[2] <= 64 else 8)
 
