@@ -24,6 +24,14 @@ def test_a_table_with_the_baselines_and_the_same_as_json(capsys, tmp_path):
     assert json.loads(out) == json.loads((tmp_path / "summary.json").read_text()) and not err
 
 
+def test_a_baseline_gets_a_verdict(capsys, tmp_path):
+    assert main([*GIVEN, *SIZES, "--against", "full", "--out", str(tmp_path), "--quiet"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3] == "" and lines[-2].split() == ["mixer", "against", "better", "by", "low", "high", "ordering"]
+    (told,) = json.loads((tmp_path / "summary.json").read_text())["orderings"]
+    assert lines[-1].split()[:2] == ["streaming", "full"] and lines[-1].endswith(told["verdict"])
+
+
 def test_what_is_better_goes_by_the_metric():
     from saccade.cli.train import _against
 

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from saccade.core.errors import BadOption, CannotRun, CorruptResult, UnknownName
 from saccade.measure.stats import mean_interval, paired
 from saccade.measure.training import Plan, checkpoint, loop, train
-from saccade.measure.training.plan import contestants, file_name
+from saccade.measure.training.orderings import orderings
+from saccade.measure.training.plan import cell_folder, contestants, file_name
 from saccade.measure.training.train import summarise
+from saccade.measure.training.turns import Turns
 from tests import processes
 from tests.helpers import assert_within, rounding
 from tests.mixers import Fading
@@ -143,11 +145,59 @@ def test_the_table_is_the_scores_over_seeds_and_their_differences_seed_by_seed(s
         assert line["score"] == {"mean": own[0], "low": None, "high": None}
 
 
+@given(scores=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=6), higher=st.booleans())
+@settings(max_examples=20)
+def test_an_ordering_is_judged_by_the_whole_interval_and_turns_with_its_sides(scores, higher):
+    lines = [{"mixer": who, "scores": list(own)} for who, own in zip("ab", zip(*scores))]
+    one, two = (next(orderings(lines, [x], [y, x], higher)) for x, y in ("ab", "ba"))
+    meant = paired(*(line["scores"] for line in (lines if higher else lines[::-1])), False)
+    assert math.isclose(one["better_by"]["mean"], meant.mean, abs_tol=1e-12)
+    if len(scores) == 1:
+        assert one["verdict"] == two["verdict"] == "unclear" and one["better_by"]["low"] is None
+    else:
+        assert (one["verdict"] == "held") == (meant.low > 0) and (one["verdict"] == "not held") == (meant.high <= 0)
+        assert one["verdict"] != "held" or two["verdict"] == "not held"
+
+
+def test_mixers_are_judged_against_their_baselines_which_take_part(tmp_path):
+    found = small(tmp_path, ["streaming"], against=["streaming:sink_tokens=0", "full"], seeds=2, steps=2)
+    assert [line["mixer"] for line in found["mixers"]] == ["full", "streaming", "streaming:sink_tokens=0", "random"]
+    pairs = [(line["mixer"], line["against"]) for line in found["orderings"]]
+    assert pairs == [("streaming", "streaming:sink_tokens=0"), ("streaming", "full")]
+    by_full = found["mixers"][1]["minus_full"]["mean"]
+    assert found["orderings"][1]["better_by"]["mean"] == by_full, "of accuracies more is better"
+
+
+def test_what_another_process_trains_is_left_to_it_and_waited_for(tmp_path, monkeypatch):
+    """The child has its turn at `full`."""
+    steps = 30
+    child = processes.start("saccade.cli:main", command(tmp_path, "--steps", str(steps), "--checkpoint", "1"))
+    theirs = cell_folder(tmp_path, "full", 0)
+    until = time.monotonic() + 200
+    while not (theirs / checkpoint.NAME).is_file() and time.monotonic() < until:
+        time.sleep(0.01)
+    ours = []
+    found = small(tmp_path, steps=steps, progress=lambda done, total, text: ours.append(text.partition(",")[0]))
+    code, said = child.wait(200)
+    assert code == 0 and "full" not in ours, said
+    assert [line["mixer"] for line in found["mixers"]] == ["full", "random"]
+
+
+def test_a_cell_has_one_owner_until_that_one_ends(tmp_path):
+    plan = Plan.of("mqar", "4tok", dtype="float64", learning_rate=None, **SMALL)
+    here, one = cell_folder(tmp_path, "full", 0), Accelerator(cpu=True)
+    mine = loop.Work(plan, "full", "full", 0, here, one, 9, lambda *_: None)
+    with Turns() as turns:
+        done = turns.take(mine)
+    assert done == json.loads((mine.folder / loop.RESULT).read_text()) == Turns().take(mine)
+
+
 def test_full_and_random_are_always_there():
     assert list(contestants([])) == ["full", "random"]
     assert list(contestants(["hip", "full"])) == ["full", "hip", "random"]
     assert list(contestants(["random:block_tokens=8"])) == ["full", "random:block_tokens=8"]
-    assert contestants({"full": "full", "a": Fading})["a"] is Fading
+    assert contestants({"full": "full", "a_b": Fading}, ["a_b", "random"])["a_b"] is Fading
+    assert list(contestants(["hip"], ["razor_x", "hip"])) == ["full", "hip", "razor-x", "random"]
 
 
 def test_the_learning_rate_rises_and_falls():
@@ -166,6 +216,8 @@ def test_the_learning_rate_rises_and_falls():
         ({"mixers": ["knorm"]}, CannotRun, "train 'knorm' in a net: it selects nothing while a text is read"),
         ({"steps": 0}, BadOption, r"steps=0: it must be above zero\. Give such a number"),
         ({"seeds": 0}, BadOption, "seeds=0: it must be 1 or more"),
+        ({"against": ["hop"], "mixers": ["hip"]}, UnknownName, "no method 'hop'"),
+        ({"against": ["random"]}, BadOption, "judge nothing against random: there is no other mixer"),
         ({"checkpoint_steps": 0}, BadOption, "checkpoint_steps=0: it must be 1 or more"),
         ({"dtype": "float8"}, BadOption, "dtype='float8': it takes float32 or float64"),
         ({"channels": 9}, BadOption, "9 channels in 2 heads: the channels are not shared out evenly"),

@@ -21,7 +21,7 @@ from saccade.tasks.training._base import IGNORED
 from saccade.tasks.training.listops import WORDS
 
 HERE = [name for name in training.list_training_tasks() if training.get(name).missing() is None]
-MADE = ["digits", "listops", "mobydick", "mqar"]
+MADE = ["digits", "listops", "mobydick", "mqar", "needle"]
 names = st.sampled_from(MADE)
 FEW = settings(max_examples=12, deadline=None)
 
@@ -80,6 +80,16 @@ def test_recall_is_solved_by_looking_up(pairs, seed):
         assert len(known) == pairs == len(set(known.values())) and max(known) < half <= min(known.values())
         answers = {place: known[key] for place, key in enumerate(row) if place >= 2 * pairs and key}
         assert {i: value for i, value in enumerate(wanted) if value != IGNORED} == answers and len(answers) == pairs
+
+
+@given(seed=st.integers(0, 99), tokens=st.integers(16, 200))
+@FEW
+def test_a_needle_stands_once_in_prose_and_is_asked_for_at_the_end(seed, tokens):
+    batch = training.get("needle", tokens).batch(0, 3, seed)
+    for row, wanted in zip(batch.inputs.tolist(), batch.targets.tolist()):
+        assert row[-4:] == [1] * 4 and wanted == [IGNORED] * (tokens - 4) + [wanted[-1]] * 4
+        found = [place for place, token in enumerate(row) if token in (3, 4, 5, 6)]
+        assert [row[place] for place in found] == wanted[-4:] and found == list(range(found[0], found[0] + 4))
 
 
 @given(seed=st.integers(0, 99), tokens=st.integers(16, 200))
