@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "docs")]
 
+import choosing_page  # noqa: E402
 import orderings_page  # noqa: E402
 import parallel_page  # noqa: E402
 import scale_page  # noqa: E402
@@ -40,6 +41,7 @@ NOTE = "<!-- made by docs/make.py from the card, the docstring and the results o
 FILLED = ("README.md", "docs/index.md")
 SCALE = "docs/explanation/scale.md"
 PARALLEL = "docs/parallel.md"
+SPEED = "docs/speed-gpu.md"
 TRAINING = "docs/train.md"
 
 # properties of the conformance suite, in words
@@ -249,6 +251,13 @@ def several(prefix: str) -> str:
     return "\n\n".join(parts)
 
 
+def single_layers(prefix: str) -> str:
+    """What docs/speed-gpu.md shows of choosing and of growth."""
+    env = choosing_page.newest("sparse")["environment"]
+    parts = [table(*choosing_page.choosing()), table(*choosing_page.growth()), f"Measured on: {_machine(env)}."]
+    return "\n\n".join(parts)
+
+
 def ordered(prefix: str) -> str:
     """What docs/train.md shows of methods against the baselines of their papers."""
     there = f"{prefix}benchmarks/results"
@@ -268,6 +277,8 @@ def pages() -> dict[Path, str]:
     made[ROOT / SCALE] = _fill(text, "scale", many_gpus, "../")
     text = (ROOT / PARALLEL).read_text(encoding="utf-8")
     made[ROOT / PARALLEL] = _fill(text, "parallel", several, "../")
+    text = (ROOT / SPEED).read_text(encoding="utf-8")
+    made[ROOT / SPEED] = _fill(text, "layers", single_layers, "../")
     text = (ROOT / TRAINING).read_text(encoding="utf-8")
     made[ROOT / TRAINING] = _fill(text, "orderings", ordered, "../")
     made[ROOT / "docs" / "img" / "scale.svg"] = scale_page.drawn()
