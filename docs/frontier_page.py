@@ -21,8 +21,7 @@ from saccade.report.words import MISSING, say  # noqa: E402
 LEAST_LOSS = 1e-3  # nats above full: what loses less is drawn here
 COLUMNS = 3
 FORMS = ("circle", "square", "diamond", "triangle")
-DASHES = ("2 3", "6 3", "8 3 2 3")
-BASELINES = ("full", "random", "streaming", "oracle-topk")
+DASHES = {"random": "2 3", "streaming": "6 3", "oracle-topk": "8 3 2 3"}
 # part -> what a picture of it is called, and the stage of which the time is drawn beside
 PARTS = {"cache": ("Keys dropped or packed after the prompt", "decode"),
          "decode": ("Keys left unread while decoding", "decode"),
@@ -33,7 +32,7 @@ Row = list[str]
 
 def parts(run: Run) -> list[str]:
     """Those that are drawn of a run: what its methods, baselines apart, do first."""
-    mine = {_part(row) for row in run.rows if row["method"] not in BASELINES}
+    mine = {_part(row) for row in run.rows if not row["baseline"]}
     return [part for part in PARTS if part in mine]
 
 
@@ -59,9 +58,11 @@ def _shown(row: dict[str, Any], part: str) -> bool:
 
 def _looks(rows: Sequence[dict[str, Any]]) -> dict[str, Look]:
     chosen = zip(itertools.cycle(COLOURS[:-1]), itertools.cycle(FORMS))
-    dashes = iter(DASHES)
-    labels = {row["label"]: row["baseline"] for row in rows}
-    return {x: Look(MUTED, "", dash=next(dashes)) if base else Look(*next(chosen)) for x, base in labels.items()}
+    methods = {row["label"]: row["method"] for row in rows}
+    return {
+        label: Look(MUTED, "cross", dash=DASHES[name]) if name in DASHES else Look(*next(chosen))
+        for label, name in methods.items()
+    }
 
 
 def _panel(run: Run, task: str, rows: Sequence[dict[str, Any]], looks: dict[str, Look]) -> Panel:
