@@ -24,7 +24,10 @@ FILE = "maps.json"
 SCHEMA = 1
 TOKENS, LATER_TOKENS = 256, 12  # of the text, and of those the last, which are read one by one
 NEAR = 3  # stretches of a text before a query that are near it
-RULE = "of all heads, the one that in full attention has most mass neither at the beginning nor near the query"
+RULE = (
+    "of the heads in the second half of the layers, the one that in full attention has most mass neither at the"
+    " beginning nor near the query"
+)
 
 
 def pictures(
@@ -93,8 +96,10 @@ def _field(run: Mapping[str, Any], summary: Mapping[str, Any]) -> list[tuple[str
 
 def furthest(layers: Sequence[Maps]) -> tuple[int, int]:
     """Layer and head of `RULE`. The beginning is the first stretch of the text, as it is divided for the maps."""
-    far = torch.stack([_far(maps.mass) for maps in layers])
-    return divmod(int(far.argmax()), far.shape[1])
+    first = len(layers) // 2  # some methods leave the first ones dense
+    far = torch.stack([_far(maps.mass) for maps in layers[first:]])
+    layer, head = divmod(int(far.argmax()), far.shape[1])
+    return first + layer, head
 
 
 def _far(mass: Tensor) -> Tensor:

@@ -345,7 +345,6 @@ def _by_head(values: list[list[float]], name: str) -> dict[str, Any]:
 
 # --- what a method attends to --------------------------------------------------------------------------------------
 
-SHOWN = {"prefill": "of the prompt", "decode": "after the prompt"}
 
 
 def attended_maps(found: Attended) -> Plots:
@@ -358,7 +357,7 @@ def attended_maps(found: Attended) -> Plots:
                 chosen[key], mass[key] = _chosen(stretch, maps, head), _mass(stretch, maps, head)
     layers = found.stretches[0].layers
     choosers = [
-        Chooser("Queries", [(s.stage, SHOWN[s.stage]) for s in found.stretches]),
+        Chooser("Queries", [(s.stage, tables.STAGES[s.stage]) for s in found.stretches]),
         Chooser("Layer", [(str(i), str(i)) for i in range(len(layers))]),
         Chooser("Head", [(str(i), str(i)) for i in range(len(layers[0].covered))]),
     ]
