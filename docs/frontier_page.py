@@ -106,8 +106,8 @@ def _time(run: Run, part: str, rows: Sequence[dict[str, Any]], looks: dict[str, 
 
 
 def _timed(run: Run) -> dict[str, dict[str, Any]]:
-    """label -> its row of the longest text."""
-    rows = run.summary["speed"]
+    """label -> its row of the longest text, at the budget that the run timed."""
+    rows = [r for r in run.summary["speed"] if r["budget"] in ("1", run.run["timed_budget"])]
     longest = max((r["tokens"] for r in rows), default=0)
     return {r["label"]: r for r in rows if r["tokens"] == longest}
 

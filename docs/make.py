@@ -214,8 +214,8 @@ def comparison(prefix: str) -> str:
     run = Run.read(RUN)
     budgets = [b for b in dict.fromkeys(row["budget"] for row in run.rows) if b != "1"]
     shown = tables.transfer(run, budgets[len(budgets) // 2 : len(budgets) // 2 + 1])
-    families = (RUNS["transfer"] / "summary.json").is_file()
-    others = f"; all methods of two families are in [another]({prefix}transfer.md)" if families else ""
+    families = any((RUNS[name] / "summary.json").is_file() for name in FAMILIES)
+    others = f"; whole families at several budgets: [the frontier]({prefix}frontier.md)" if families else ""
     parts = [
         f"Paired difference to `full`, with its interval, at one of the budgets; the rest is in [the whole"
         f" report]({prefix}comparison.md){others}.",
