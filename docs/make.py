@@ -3,10 +3,11 @@
     python docs/make.py                 write what has changed
     python docs/make.py --check         write nothing; end with 1 where a page is not up to date
     python docs/make.py --run RUN_DIR   show this finished run of `saccade compare` (copied, without its cells)
-    python docs/make.py --run RUN_DIR --page transfer    the same for docs/transfer.md, a run over whole families
+    python docs/make.py --run RUN_DIR --page transfer    the same for docs/transfer.md, a run over cache and decode
+    python docs/make.py --run RUN_DIR --page sparse      the same for docs/sparse.md; docs/frontier.md shows both
 
-Cards, docstrings, results of claims, the runs in docs/run and docs/run-transfer and what `saccade plan` reckons are all
-that is read: nothing here is written by hand.
+Cards, docstrings, results of claims, the runs in docs/run, docs/run-transfer and docs/run-sparse, and what `saccade
+plan` reckons, are all that is read: nothing here is written by hand.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "docs")]
 
 import choosing_page  # noqa: E402
+import frontier_page  # noqa: E402
 import orderings_page  # noqa: E402
 import parallel_page  # noqa: E402
 import scale_page  # noqa: E402
@@ -35,7 +37,9 @@ from saccade.report import markdown, tables  # noqa: E402
 from saccade.report.run import Run  # noqa: E402
 
 RUN = ROOT / "docs" / "run"
-RUNS = {"comparison": RUN, "transfer": ROOT / "docs" / "run-transfer"}  # page -> the run that it shows
+FAMILIES = {"transfer": ("cache and decode", ROOT / "docs" / "run-transfer"),
+            "sparse": ("sparse", ROOT / "docs" / "run-sparse")}  # fmt: skip
+RUNS = {"comparison": RUN} | {name: folder for name, (_, folder) in FAMILIES.items()}  # page -> the run that it shows
 RUN_FILES = ("run.json", "env.json", "summary.json")
 NOTE = "<!-- made by docs/make.py from the card, the docstring and the results of claims; do not edit -->\n"
 FILLED = ("README.md", "docs/index.md")
@@ -214,8 +218,8 @@ def comparison(prefix: str) -> str:
     run = Run.read(RUN)
     budgets = [b for b in dict.fromkeys(row["budget"] for row in run.rows) if b != "1"]
     shown = tables.transfer(run, budgets[len(budgets) // 2 : len(budgets) // 2 + 1])
-    families = (RUNS["transfer"] / "summary.json").is_file()
-    others = f"; all methods of two families are in [another]({prefix}transfer.md)" if families else ""
+    families = any((RUNS[name] / "summary.json").is_file() for name in FAMILIES)
+    others = f"; whole families at several budgets: [the frontier]({prefix}frontier.md)" if families else ""
     parts = [
         f"Paired difference to `full`, with its interval, at one of the budgets; the rest is in [the whole"
         f" report]({prefix}comparison.md){others}.",
@@ -266,6 +270,27 @@ def ordered(prefix: str) -> str:
     return "\n\n".join([*parts, f"```bash\n{orderings_page.commands()}\n```"])
 
 
+def frontier(runs: dict[str, Run]) -> str:
+    """What whole families keep of the quality, budget by budget."""
+    words = [
+        "# The frontier: quality against what is kept",
+        "All methods of a family at several budgets, with `full`, `random` in the same part of the work, `streaming`"
+        " and `oracle-topk`, the exact best keys. *Hits* are the mean over the tasks that count them (higher is better)"
+        ", *loss* is nats per token above `full` (lower is better). *Below random*: in so many of its cells (tasks x"
+        " budgets) it does worse, on average, than the same budget spent at random; intervals are in the whole tables.",
+    ]
+    for name, run in runs.items():
+        tokens, counts = run.run["tokens"], run.run["counts"]
+        samples = ", ".join(f"{task} {n}" for task, n in counts.items())
+        words += [f"## {FAMILIES[name][0]}", f"{run.summary['model']}, texts of {tokens:,} tokens; samples: {samples}."]
+        words += [f"![{frontier_page.PARTS[p][0]}](img/frontier-{p}.svg)" for p in frontier_page.parts(run)]
+        words += [table(*frontier_page.table(run))]
+        words += ["Left out, and why:\n\n" + _bullets(frontier_page.absent(run))] if run.summary["left_out"] else []
+        words += [f"Every cell with its interval: [the whole table]({name}.md). Measured on: {_machine(run.env)}."]
+        words += [f"```bash\n{command}\n```" for command in run.summary["repeat"]]
+    return f"{NOTE}\n" + "\n\n".join(words) + "\n"
+
+
 def pages() -> dict[Path, str]:
     """path -> what should be there."""
     made = {ROOT / "docs" / "methods" / f"{stem(n)}.md": page(n) for n in registry.list_methods()}
@@ -285,6 +310,11 @@ def pages() -> dict[Path, str]:
     for name, folder in RUNS.items():
         if (folder / "summary.json").is_file():
             made[ROOT / "docs" / f"{name}.md"] = f"{NOTE}\n{markdown.render(Run.read(folder))}"
+    runs = {name: Run.read(RUNS[name]) for name in FAMILIES if (RUNS[name] / "summary.json").is_file()}
+    made[ROOT / "docs" / "frontier.md"] = frontier(runs)
+    for run in runs.values():
+        for part in frontier_page.parts(run):
+            made[ROOT / "docs" / "img" / f"frontier-{part}.svg"] = frontier_page.drawn(run, part)
     return made
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
+from random import Random
 
 from saccade.core import rng
 from saccade.measure.summary import summarise
@@ -54,6 +56,28 @@ def make(
         (folder / "cells" / f"{key}.json").write_text(json.dumps(line))
     (folder / "summary.json").write_text(json.dumps(summarise(run, lines)))
     return folder
+
+
+def add_maps(folder: Path, seed: int = 0, text: str = "") -> dict:
+    """Maps as `saccade.measure.pictures` leaves them, of some of the methods; what they say."""
+    some = {"snapkv": ["decode"], "hip": ["prefill"], "streaming": ["prefill", "decode"]}
+    draw = rng.python("test", seed)
+    pictures = [{"label": label + text, "budget": "0.25", "stretches": [_stretch(draw, s) for s in stages]}
+                for label, stages in {"full": ["prefill"], **some}.items()]  # fmt: skip
+    said = {"schema": 1, "text": "Moby-Dick", "tokens": 256, "layer": 3, "head": 5, "rule": "the one that looks afar"}
+    said |= {"pictures": pictures, "without": [{"label": "kivi" + text, "budget": "1", "why": "it cannot" + text}]}
+    (folder / "maps.json").write_text(json.dumps(said))
+    return said
+
+
+def _stretch(draw: Random, stage: str) -> dict:
+    high, wide = (48, 48) if stage == "prefill" else (12, 48)
+    there = [[j <= i + wide - high for j in range(wide)] for i in range(high)]
+    codes = {name: bytes(draw.randrange(most) if ok else 255 for row in there for ok in row)
+             for name, most in (("chosen", 101), ("mass", 251))}  # fmt: skip
+    shares = {f"{name}{here}": draw.random() for name in ("density", "covered") for here in ("", "_here")}
+    places = {"stage": stage, "first": 0, "queries": 200, "shape": [high, wide]}
+    return places | shares | {name: base64.b64encode(code).decode() for name, code in codes.items()}
 
 
 def _again(cell: dict) -> dict:

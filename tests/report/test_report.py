@@ -7,6 +7,8 @@ import html.parser
 import itertools
 import json
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -20,10 +22,10 @@ from saccade.core.errors import BadInput, BadOption, CorruptResult
 from saccade.report import figures, tables, words
 from saccade.report.run import SUMMARY_PARTS, Run
 from tests.measure.validate import problems, schema
-from tests.report.synthetic import BUDGETS, make
+from tests.report.synthetic import BUDGETS, add_maps, make
 
 HOSTILE = "</script><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>|`*&"
-SECTIONS = ("claims", "quality", "speed", "transfer", "tasks", "kept", "breaks", "repeat")
+SECTIONS = ("claims", "quality", "speed", "transfer", "tasks", "kept", "maps", "breaks", "repeat")
 MOST_BYTES = 6 * 10**6
 
 
@@ -431,3 +433,55 @@ def test_public_names_stay_functions():
     import saccade.report
 
     assert callable(saccade.report) and callable(saccade.attach)
+
+
+# --- maps -------------------------------------------------------------------------------------------------------------
+
+
+def pixels(address: str) -> tuple[int, int, bytes, bytes]:
+    """Of an image of ours: width, height, codes and palette."""
+    data = base64.b64decode(address.removeprefix("data:image/png;base64,"))
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks, at = {}, 8
+    while at < len(data):
+        (size,) = struct.unpack(">I", data[at : at + 4])
+        body = data[at + 4 : at + 8 + size]
+        assert struct.unpack(">I", data[at + 8 + size : at + 12 + size]) == (zlib.crc32(body),)
+        chunks[body[:4]], at = body[4:], at + 12 + size
+    wide, high = struct.unpack(">II", chunks[b"IHDR"][:8])
+    lines = zlib.decompress(chunks[b"IDAT"])
+    rows = [lines[i * (wide + 1) : (i + 1) * (wide + 1)] for i in range(high)]
+    assert chunks[b"tRNS"][255] == 0 and set(chunks[b"tRNS"][:255]) == {255} and all(row[0] == 0 for row in rows)
+    return wide, high, b"".join(row[1:] for row in rows), chunks[b"PLTE"]
+
+
+def test_maps_are_images_within_the_page(tmp_path):
+    said = add_maps(make(tmp_path))
+    page = page_of(tmp_path)
+    found = [pixels(attrs["src"]) for tag, attrs in page.tags if tag == "img"]
+    stretches = [s for p in said["pictures"] for s in p["stretches"]]
+    codes = [base64.b64decode(s[name]) for s in stretches for name in ("chosen", "mass")]
+    shapes = [tuple(s["shape"]) for s in stretches for _ in range(2)]
+    assert [(high, wide) for wide, high, _, _ in found] == shapes and [x[2] for x in found] == codes
+    for palette, (least, most) in zip([x[3] for x in found], itertools.cycle([(0, 100), (50, 250)])):
+        blue, yellow = (palette[3 * code : 3 * code + 3] for code in (least, most))
+        assert blue == bytes((0, 34, 78)) and yellow == bytes((254, 232, 56)) and len(palette) == 768
+    words = page.text("maps")
+    assert "layer 3, head 5, the one that looks afar" in words and "No map of kivi at 1: it cannot" in words
+    for s in stretches:
+        assert words.count(words_of_share(s["covered_here"])) and words.count(words_of_share(s["density"]))
+
+
+def words_of_share(share: float) -> str:
+    return words.say(share, "share")
+
+
+def test_strangers_words_in_maps_stay_words(tmp_path):
+    add_maps(make(tmp_path), text=HOSTILE)
+    page = page_of(tmp_path)
+    assert all(a["src"].startswith("data:image/png;base64,") for tag, a in page.tags if tag == "img")
+    assert HOSTILE in page.text("maps") and not any("alert(" in s for s in page.scripts if len(s) < 200)
+
+
+def test_a_run_without_maps_says_how_to_make_them(page):
+    assert "saccade report RUN_DIR --pictures makes them" in page.text("maps")

@@ -95,10 +95,12 @@ def attended(
     budget: float | str | Budget = FULL,
     seed: int = 0,
     progress: Progress | None = None,
+    later_tokens: int = LATER_TOKENS,
 ) -> Attended:
     """Let a method read a text, and draw where it looks.
 
-    who: as `compare` takes it. Of a method that is at work after the prompt the end of the text is read one by one
+    who: as `compare` takes it. Of a method that is at work after the prompt the end of the text is read one by one:
+        `later_tokens`, or half of a short text
 
     Raises:
         CannotRun: with every reason; of what only looks on, or is a layer to be trained, there is no such map.
@@ -108,7 +110,7 @@ def attended(
     who, budget = who if isinstance(who, Contestant) else parse(who), Budget.of(budget)
     stages = _stages(who)
     _check_length(model, ids)
-    later = min(LATER_TOKENS, ids.shape[1] // 2) if "decode" in stages else 0
+    later = min(later_tokens, ids.shape[1] // 2) if "decode" in stages else 0
     said, prompt = progress or _silent, ids.shape[1] - later
     methods = list(who.methods) or [made("full")]
     ids = ids.to(model.get_input_embeddings().weight.device)

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from saccade.measure.codes import mass_code, share_code
 from saccade.report import tables
 from saccade.report.heads import Heads
 from saccade.report.run import Run
@@ -344,9 +345,6 @@ def _by_head(values: list[list[float]], name: str) -> dict[str, Any]:
 
 # --- what a method attends to --------------------------------------------------------------------------------------
 
-SHOWN = {"prefill": "of the prompt", "decode": "after the prompt"}
-# a map is one byte a cell, which page.js unfolds: 255 is a cell without pairs; of a mass, steps of a logarithm
-NO_PAIRS, WHOLE_MASS, STEPS_PER_DECADE = 255, 250, 50
 
 
 def attended_maps(found: Attended) -> Plots:
@@ -359,7 +357,7 @@ def attended_maps(found: Attended) -> Plots:
                 chosen[key], mass[key] = _chosen(stretch, maps, head), _mass(stretch, maps, head)
     layers = found.stretches[0].layers
     choosers = [
-        Chooser("Queries", [(s.stage, SHOWN[s.stage]) for s in found.stretches]),
+        Chooser("Queries", [(s.stage, tables.STAGES[s.stage]) for s in found.stretches]),
         Chooser("Layer", [(str(i), str(i)) for i in range(len(layers))]),
         Chooser("Head", [(str(i), str(i)) for i in range(len(layers[0].covered))]),
     ]
@@ -368,7 +366,7 @@ def attended_maps(found: Attended) -> Plots:
 
 
 def _chosen(stretch: Stretch, maps: Maps, head: int) -> dict[str, Any]:
-    codes = [[NO_PAIRS if math.isnan(x) else round(100 * x) for x in row] for row in maps.chosen[head].tolist()]
+    codes = [[share_code(x) for x in row] for row in maps.chosen[head].tolist()]
     trace = {"zmin": 0, "zmax": 100, "colorbar": {"ticksuffix": " %"}, "meta": "share"}
     trace |= {"hovertemplate": "query %{y:.0f}, key %{x:.0f}: %{z} % of the pairs<extra></extra>"}
     said = f"{say(float(maps.density[head]), 'share')} of the pairs"
@@ -377,16 +375,12 @@ def _chosen(stretch: Stretch, maps: Maps, head: int) -> dict[str, Any]:
 
 def _mass(stretch: Stretch, maps: Maps, head: int) -> dict[str, Any]:
     pairs = zip(maps.mass[head].tolist(), maps.chosen[head].tolist())
-    codes = [[NO_PAIRS if math.isnan(c) else _code(x) for x, c in zip(*rows)] for rows in pairs]
+    codes = [[mass_code(x, c) for x, c in zip(*rows)] for rows in pairs]
     ticks = {"tickvals": [-4, -3, -2, -1, 0], "ticktext": ["0.01 %", "0.1 %", "1 %", "10 %", "100 %"]}
     trace = {"zmin": -4, "zmax": 0, "colorbar": ticks, "meta": "mass"}
     trace |= {"hovertemplate": "query %{y:.0f}, key %{x:.0f}: %{customdata:.3~f} % of the mass<extra></extra>"}
     said = f"{say(float(maps.covered[head]), 'share')} of this mass lies on what was chosen"
     return _map(stretch, codes, trace, said)
-
-
-def _code(mass: float) -> int:
-    return max(0, WHOLE_MASS + round(STEPS_PER_DECADE * math.log10(mass))) if mass > 0 else 0
 
 
 def _map(stretch: Stretch, codes: list[list[int]], trace: dict[str, Any], said: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from saccade.report import figures, tables
+from saccade.report import figures, images, tables
 from saccade.report.heads import Heads
 from saccade.report.run import Run
 from saccade.report.verdicts import verdicts
@@ -41,6 +41,9 @@ def render(run: Run) -> str:
         speeds=figures.speeds(run, looks),
         kept=figures.heat_map(run),
         undrawn=undrawn(run),
+        maps=images.cards(run),
+        map_table=tables.maps(run) if run.maps else None,
+        map_colours=images.scale(),
         absent=tables.absent(run),
         transfer=tables.transfer(run),
         signs=tables.SIGNS.values(),
@@ -73,7 +76,7 @@ def render_attended(found: Attended, facts: list[tuple[str, str]]) -> str:
         found=found,
         looks={},
         facts=facts,
-        shown=figures.SHOWN,
+        shown=tables.STAGES,
         maps=figures.attended_maps(found),
         say=say,
         style=_source("style.css"),

@@ -29,17 +29,22 @@ SUMMARY_PARTS = (
     "breaks",
     "repeat",
 )
+MAPS = "maps.json"
 AGAIN = "Start the run again: finished cells are kept."
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run. `summary` holds all numbers that are shown; `cells` only pictures of what was kept."""
+    """A run. `summary` holds all numbers that are shown; `cells` and `maps` only pictures and the shares beside them.
+
+    maps: of `saccade report --pictures`, None where it was not asked for
+    """
 
     run: Mapping[str, Any]
     env: Mapping[str, Any]
     cells: list[dict]
     summary: Mapping[str, Any]
+    maps: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, folder: str | Path) -> Run:
@@ -58,8 +63,9 @@ class Run:
         missing = [part for part in SUMMARY_PARTS if part not in summary]
         if missing:
             raise CorruptResult(f"{folder / 'summary.json'}", f"it lacks {', '.join(missing)}", AGAIN)
-        store = Store(folder)
-        return cls(run, env, [line for key in run["cells"] if (line := store.read(key))], summary)
+        store, maps = Store(folder), folder / MAPS
+        cells = [line for key in run["cells"] if (line := store.read(key))]
+        return cls(run, env, cells, summary, _load(maps) if maps.is_file() else None)
 
     @property
     def rows(self) -> list[dict]:

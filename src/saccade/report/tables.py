@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from saccade.measure.attended import Attended
 
 FULL = "full"
+STAGES = {"prefill": "of the prompt", "decode": "after the prompt"}  # queries
 # marks of a cell: grey, red, or none of them
 NOISE, BELOW, BASE = "noise", "below", "base"
 # how a cell stands to random at the same budget: its sign, and what that says
@@ -230,6 +231,21 @@ def absent(run: Run) -> Table:
         for out in run.summary["not_exercised"]
     ]
     return Table("What has no number, and why", ("Method", "Where", "Why"), [[cell(c) for c in line] for line in lines])
+
+
+MAP_HEADS = ("Method", "Budget", "Queries", "Pairs chosen", "Exact mass on them", "Pairs, this head", "Mass, this head")
+
+
+def maps(run: Run) -> Table:
+    """What was chosen against where the exact mass lies, mean over all heads and in the one that is drawn."""
+    assert run.maps is not None, "asked for only where there are maps"
+    shares = ("density", "covered", "density_here", "covered_here")
+    lines = [
+        [cell(found["label"]), cell(found["budget"]), cell(STAGES[s["stage"]]), *(cell(s[x], "share") for x in shares)]
+        for found in run.maps["pictures"]
+        for s in found["stretches"]
+    ]
+    return Table("Chosen pairs, and exact mass on them", MAP_HEADS, lines)
 
 
 POINT_HEADS = ("Method", "Budget", "Task", "Kept", "Bytes held", "Prefill", "Difference to full")
