@@ -35,14 +35,16 @@ UNSAID = "the plug-in frees by first and recent tokens, which this method does n
 OTHER = "the plug-in has no hooks for the part {!r}"
 
 SERVED = {"prefill", "decode", "evict"}
-Answer = Literal["yes", "not yet", "no"]
+Answer = Literal["yes", "untried", "not yet", "no"]
+# what is true of CUDA, for every method that is served
+UNTRIED = "the plug-in's code is the same as on the CPU, where its tests run, but nobody has run it in a vLLM on CUDA"
 
 
 @dataclass(frozen=True)
 class Verdict:
     """Whether the plug-in serves a method in vLLM on CPU, what that saves there, or every reason why not.
 
-    "not yet": vLLM could, the plug-in does not. "no": vLLM cannot
+    "untried": should run, and nobody has seen it. "not yet": vLLM could, the plug-in does not. "no": vLLM cannot
     served_as: of one that is not served, the same with other options that is
     """
 
@@ -53,8 +55,8 @@ class Verdict:
 
     @property
     def on_cuda(self) -> Answer:
-        """There the plug-in has not been tried, and refuses to start."""
-        return "not yet" if self.serves == "yes" else self.serves
+        """There the same code is at work, and has not been tried."""
+        return "untried" if self.serves == "yes" else self.serves
 
 
 def verdict(method: Method | type[Mixer]) -> Verdict:
@@ -130,6 +132,12 @@ class Settings:
     budget: str = "1"
     seed: int = 0
     fingerprint: str = ""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any] | None) -> Settings | None:
+        """From vLLM's additional_config; None: nothing is said of saccade there."""
+        given = (config or {}).get(KEY)
+        return None if given is None else cls.read(given)
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> Settings:
