@@ -25,12 +25,19 @@ def said(capsys, *given: str):
     return code, json.loads(capsys.readouterr().out)
 
 
+def run_by_the_plug_in():
+    """Methods that the plug-in's tests serve with a real vLLM, by their names there, under their own options."""
+    text = "".join((PLUGIN / "tests" / f"test_{name}.py").read_text() for name in ("reading", "groups", "streaming"))
+    return {name for name in re.findall(r'"method": "([a-z0-9-]+)', text) if verdict(made(name)).serves == "yes"}
+
+
 def test_the_table_holds_every_method_with_what_it_saves_or_why_not(capsys):
     code, rows = said(capsys)
     assert (code, [row["method"] for row in rows]) == (0, registry.list_methods())
     for row in rows:
         assert bool(row["reasons"]) == (row["serves"] != "yes")
         assert row["on_cuda"] == ("untried" if row["serves"] == "yes" else row["serves"])
+    assert {row["method"] for row in rows if row["serves"] == "yes"} == run_by_the_plug_in()
         if row["served_as"]:
             assert row["serves"] != "yes" and verdict(made(row["served_as"])).serves == "yes"
 
@@ -63,6 +70,14 @@ def test_what_the_plug_in_lacks_is_not_yet(name, reason):
     assert verdict(made(name)) == vllm.Verdict("not yet", reasons=(reason,))
 
 
+def test_what_learns_and_has_nothing_shipped_is_untried_until_somebody_does(capsys, tmp_path):
+    found = verdict(made("sea"))
+    assert (found.serves, found.reasons, found.starts) == ("untried", (vllm.UNLEARNED,), True)
+    code, found = said(capsys, "sea", "--model", str(small.save(tmp_path / "tiny")))
+    assert (code, found["serves"]) == (1, "not yet")
+    assert found["reasons"] == ["no estimator was trained for this model: saccade calibrate sea"]
+
+
 def test_layers_that_are_trained_are_no():
     kinds = [registry.get(name) for name in registry.list_methods()]
     for kind in kinds:
@@ -84,9 +99,9 @@ def test_one_method_comes_with_what_to_start(capsys):
 
 
 def test_what_was_run_where_is_said(capsys):
-    assert main(["export", "minference", "--to", "vllm", "--model", "some/model"]) == 0
+    assert main(["export", "quest", "--to", "vllm", "--model", "some/model"]) == 0
     assert capsys.readouterr().out.startswith(
-        f"minference in vLLM: yes, on its CPU build; on CUDA untried: {vllm.UNTRIED}\n  saves prefill"
+        f"quest in vLLM: yes, on its CPU build; on CUDA untried: {vllm.UNTRIED}\n  saves reads"
     )
 
 

@@ -19,7 +19,6 @@ METHODS = [
     {"method": "moba", "budget": "0.25"},
     {"method": "hyperattention", "budget": "0.25"},
     {"method": "scatterbrain", "budget": "0.25"},
-    {"method": "sea", "budget": "0.25"},
     {"method": "masformer", "budget": "0.25"},
     {"method": "oracle-topk", "budget": "0.25"},
     {"method": "random:part=prefill", "budget": "0.25"},
