@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from saccade_vllm import paging, working
 from saccade_vllm.working import Row, Work
 
+from saccade import ops
 from saccade.core.budget import Budget
 from saccade.core.method import made
 from saccade.core.site import Site
+from saccade.ops.device import interpreted
 
 HEADS, KV_HEADS, SIZE, BLOCK, BLOCKS = 4, 2, 32, 16, 40
 PROMPTS, STEPS = (200, 130), 3
@@ -68,6 +71,13 @@ def test_whatever_is_made_says_on_which_device(module):
     for call in ast.walk(ast.parse(inspect.getsource(module))):
         if isinstance(call, ast.Call) and ast.unparse(call.func) in {f"torch.{name}" for name in makes}:
             assert "device" in {keyword.arg for keyword in call.keywords}, ast.unparse(call)
+
+
+@pytest.mark.skipif(not interpreted(), reason="needs Triton, and TRITON_INTERPRET=1")
+def test_the_kernels_of_cuda_read_a_prompt_the_same_in_the_interpreter(monkeypatch):
+    here = worked("minference", "cpu")[0]
+    monkeypatch.setattr(ops, "attend", functools.partial(ops.attend, impl="triton"))
+    torch.testing.assert_close(worked("minference", "cpu")[0], here)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
