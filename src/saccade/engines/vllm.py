@@ -47,7 +47,7 @@ UNTRIED = "the plug-in's code is the same as on the CPU, where its tests run, bu
 class Verdict:
     """Whether the plug-in serves a method in vLLM on CPU, what that saves there, or every reason why not.
 
-    "yes": a test of the plug-in runs it. "untried": the same code should run it, and nobody has seen it
+    "yes": it does, as its tests show of all of ours. "untried": the same code should run it, and nobody has seen it
     "not yet": vLLM could, the plug-in does not. "no": vLLM cannot
     served_as: of one that is not served, the same with other options that is
     """
