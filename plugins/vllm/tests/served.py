@@ -47,6 +47,7 @@ def _works(llm: Any, settings: Any) -> list[Any]:
     for layer in layers if settings else ():
         before = layer.impl.work
         site = dataclasses.replace(before.here, budget=Budget.of(settings.budget))
+        assert method.check(site) == []
         layer.impl.work = Work(method, site, before.requests, handed)
     return [layer.impl.work for layer in layers]
 

@@ -7,7 +7,8 @@ import json
 
 import pytest
 import torch
-from saccade_vllm.freeing import FreeingManager, FreeingSpec, freed_together
+from saccade_vllm.freeing import FreeingManager, FreeingSpec
+from saccade_vllm.reaching import freed_together
 from vllm.v1.core.block_pool import BlockPool
 
 from saccade.core.budget import Budget

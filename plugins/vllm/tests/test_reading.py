@@ -14,6 +14,14 @@ METHODS = [
     {"method": "tidaldecode", "budget": "0.25"},
     {"method": "minference", "budget": "0.25"},
     {"method": "hip", "budget": "0.25"},
+    {"method": "flexprefill", "budget": "0.25"},
+    {"method": "xattention", "budget": "0.25"},
+    {"method": "moba", "budget": "0.25"},
+    {"method": "hyperattention", "budget": "0.25"},
+    {"method": "scatterbrain", "budget": "0.25"},
+    {"method": "masformer", "budget": "0.25"},
+    {"method": "oracle-topk", "budget": "0.25"},
+    {"method": "random:part=prefill", "budget": "0.25"},
     {"method": "full", "budget": "1"},
 ]
 READ = {1: (9, 48, 64), 3: (3, 63, 64)}  # lists, and keys in each: more than, and at most; quest reads whole pages

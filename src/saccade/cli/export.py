@@ -73,17 +73,17 @@ def _one(args: argparse.Namespace) -> int:
 
     method, mark = made(args.method), ""
     found = verdict(method)
-    if found.serves == "yes" and method.card.calibrated:
+    if found.starts and method.card.calibrated:
         found, mark = _calibrated(args, found)
     said: dict[str, Any] = {"method": args.method, **_said(found)}
-    if found.serves == "yes":
+    if found.starts:
         settings = Settings(args.method, str(budget(args)), fingerprint=mark)
         said |= {"LLM": {"model": _place(args), **launch(settings)}, "command": _command(args, settings)}
     if args.json:
         say_json(said)
     else:
         print("\n".join(_lines(said)))
-    return 0 if found.serves == "yes" else 1
+    return 0 if found.starts else 1
 
 
 def _calibrated(args: argparse.Namespace, found: Verdict) -> tuple[Verdict, str]:
@@ -116,12 +116,16 @@ def _command(args: argparse.Namespace, settings: Settings) -> str:
 
 
 def _lines(said: dict[str, Any]) -> list[str]:
-    if said["serves"] != "yes":
-        lines = [f"{said['method']} in vLLM: {said['serves']}", *(f"  - {reason}" for reason in said["reasons"])]
+    from saccade.engines.vllm import UNTRIED
+
+    reasons = [f"  - {reason}" for reason in said["reasons"]]
+    if "command" not in said:
+        lines = [f"{said['method']} in vLLM: {said['serves']}", *reasons]
         return lines + [f"Served as: {said['served_as']}"] * bool(said["served_as"])
     keywords = [f"{name}={value!r}" for name, value in said["LLM"].items() if name != "model"]
     return [
-        f"{said['method']} in vLLM: yes, on its CPU build; on CUDA {said['on_cuda']}",
+        f"{said['method']} in vLLM: {said['serves']}, on its CPU build; on CUDA untried: {UNTRIED}",
+        *reasons,
         *(f"  saves {saving}" for saving in said["saves"]),
         "",
         said["command"],

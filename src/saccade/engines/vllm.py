@@ -17,6 +17,7 @@ from saccade.core.artefact import Artefact
 from saccade.core.budget import Budget
 from saccade.core.errors import BadOption, CannotRun
 from saccade.core.method import Cache, Decode, Method, Mixer, Sparse, made, options
+from saccade.core.paths import SHIPPED
 
 MINOR = "0.32"  # of vLLM, which the plug-in is written against
 KEY = "saccade"  # under which vLLM's additional_config holds our settings
@@ -33,15 +34,20 @@ SHELVES = "it moves keys to host memory, and vLLM's blocks all lie on one device
 TURNS = "the plug-in does not yet tell it how queries move along the text"
 UNSAID = "the plug-in frees by first and recent tokens, which this method does not say in numbers"
 OTHER = "the plug-in has no hooks for the part {!r}"
+# why nobody has seen it
+UNLEARNED = "it learns from a model, and nothing that it learned is shipped: no test has run it in vLLM"
 
 SERVED = {"prefill", "decode", "evict"}
-Answer = Literal["yes", "not yet", "no"]
+Answer = Literal["yes", "untried", "not yet", "no"]
+# what is true of CUDA, for every method that is served
+UNTRIED = "the plug-in's code is the same as on the CPU, where its tests run, but nobody has run it in a vLLM on CUDA"
 
 
 @dataclass(frozen=True)
 class Verdict:
     """Whether the plug-in serves a method in vLLM on CPU, what that saves there, or every reason why not.
 
+    "yes": it does, as its tests show of all of ours. "untried": the same code should run it, and nobody has seen it
     "not yet": vLLM could, the plug-in does not. "no": vLLM cannot
     served_as: of one that is not served, the same with other options that is
     """
@@ -53,8 +59,13 @@ class Verdict:
 
     @property
     def on_cuda(self) -> Answer:
-        """There the plug-in has not been tried, and refuses to start."""
-        return "not yet" if self.serves == "yes" else self.serves
+        """There the same code is at work, and has not been tried."""
+        return "untried" if self.starts else self.serves
+
+    @property
+    def starts(self) -> bool:
+        """Whether the plug-in lets it."""
+        return self.serves in ("yes", "untried")
 
 
 def verdict(method: Method | type[Mixer]) -> Verdict:
@@ -64,6 +75,8 @@ def verdict(method: Method | type[Mixer]) -> Verdict:
         other = "" if isinstance(method, type) else _served_as(method)
         return Verdict("no" if never else "not yet", reasons=(*never, *later), served_as=other)
     assert isinstance(method, Method), "a mixer has a reason"
+    if method.card.calibrated and not (SHIPPED / method.card.name).exists():
+        return Verdict("untried", saves=_saves(method), reasons=(UNLEARNED,))
     return Verdict("yes", saves=_saves(method))
 
 
@@ -132,6 +145,12 @@ class Settings:
     fingerprint: str = ""
 
     @classmethod
+    def of(cls, config: Mapping[str, Any] | None) -> Settings | None:
+        """From vLLM's additional_config; None: nothing is said of saccade there."""
+        given = (config or {}).get(KEY)
+        return None if given is None else cls.read(given)
+
+    @classmethod
     def read(cls, given: Mapping[str, Any]) -> Settings:
         """From what vLLM was given.
 
@@ -154,7 +173,7 @@ class Settings:
         """
         method, _ = made(self.method), Budget.of(self.budget)
         found = verdict(method)
-        if found.serves != "yes":
+        if not found.starts:
             raise CannotRun(f"serve {self.method!r} with vLLM", found.reasons, "See: saccade export --to vllm")
         if not method.card.calibrated:
             return method

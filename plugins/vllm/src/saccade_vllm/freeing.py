@@ -6,24 +6,18 @@ tokens each head sees at a position. Where heads differ, what all heads of all l
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from saccade.core.method import Method
 from saccade.core.site import Site
 from saccade.engines.vllm import Settings
-
-Reach = list[tuple[int, int]]  # of each key/value head: first tokens, and tokens before the query
+from saccade_vllm.reaching import gap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,29 +67,3 @@ class FreeingManager(FullAttentionManager):
         first, last = gap(self.method, self.sites, prompt, processed_computed_tokens)
         # the first block stays: by it the worker knows the request
         self._remove_blocks_in_range(request_id, max(1, cdiv(first, self.block_size)), last // self.block_size)
-
-
-def gap(method: Method, sites: Sequence[Site], prompt: int, position: int) -> tuple[int, int]:
-    """The tokens [first, last) that a query at a position sees in no head of these layers."""
-    pairs = [pair for site in sites for pair in reach(method, site, prompt, position)]
-    return max(sinks for sinks, _ in pairs), max(0, min(position - recent for _, recent in pairs))
-
-
-def reach(method: Method, site: Site, prompt: int, position: int) -> Reach:
-    """What a query at a position sees, in each key/value head, after a prompt of so many tokens."""
-    state = {"prompt": torch.tensor([prompt])}  # what methods remember of a prompt, if anything, is its length
-    asked = dataclasses.replace(
-        site, stage="decode", queries=1, keys=position + 1, seen=position + 1, state=state, settled=False
-    )
-    found = method.reach([position], asked)
-    assert found is not None, "methods that do not say it in numbers are refused"
-    return found[0]
-
-
-@functools.lru_cache(maxsize=1)
-def freed_together(settings: Settings, sites: tuple[Site, ...], longest: int) -> tuple[int, ...]:
-    """The layers in which, after the longest prompt, every head lets go of something: a group of their own."""
-    method = settings.equipped()
-    if "evict" not in method.parts:
-        return ()
-    return tuple(s.layer for s in sites if all(recent < longest for _, recent in reach(method, s, longest, longest)))

@@ -33,7 +33,8 @@ class Pages:
 
     def read(self, name: str, slots: Int[Tensor, "b a n"]) -> Tensor:
         """[b a n ...]: of each head, one for every key/value head or several, the rows at its own slots."""
-        head = (torch.arange(slots.shape[1]) // (slots.shape[1] // self.kv_heads))[:, None]
+        heads = torch.arange(slots.shape[1], device=slots.device)
+        head = (heads // (slots.shape[1] // self.kv_heads))[:, None]
         return self.columns[name][slots // self.block_tokens, head, slots % self.block_tokens]
 
     def slots(self, table: Int[Tensor, " blocks"], positions: Int[Tensor, "*a"]) -> Int[Tensor, "*a"]:
@@ -50,7 +51,7 @@ class Stored(Mapping[str, Tensor]):
         self.names = [*pages.columns, "positions"]
 
     def __getitem__(self, name: str) -> Tensor:
-        at = torch.arange(self.tokens).expand(1, self.pages.kv_heads, -1)
+        at = torch.arange(self.tokens, device=self.table.device).expand(1, self.pages.kv_heads, -1)
         if name == "positions":
             return at
         return self.pages.read(name, self.pages.slots(self.table, at))

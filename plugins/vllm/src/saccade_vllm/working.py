@@ -18,24 +18,23 @@ from saccade.core.errors import CannotRun
 from saccade.core.method import Cache, Decode, Method, Sparse, compose
 from saccade.core.selection import Gather, Selection
 from saccade.core.site import Seen, Site, Stage, State
-from saccade_vllm.freeing import reach
 from saccade_vllm.paging import Pages, Stored
+from saccade_vllm.reaching import reach
 
 
 @dataclass(frozen=True)
 class Row:
-    """The new tokens of one request: [start, stop) of the step's, the last of `seen`, and the request's blocks."""
+    """The new tokens of one request: [start, stop) of the step's, the last of `seen`, and the request's blocks.
+
+    first_block: by it a layer knows a request: it is nobody else's while the request runs
+    """
 
     start: int
     stop: int
     seen: int
     prompt: bool
     table: Int[Tensor, " blocks"]
-
-    @property
-    def first_block(self) -> int:
-        """By it a layer knows a request: it is nobody else's while the request runs."""
-        return int(self.table[0])
+    first_block: int
 
 
 class Work:
@@ -83,7 +82,7 @@ class Work:
                 mine = (_heads_first(x[row.start : row.stop]) for x in (query, key, value))
                 output[row.start : row.stop] = self._prompt(row, *mine)[0].transpose(0, 1)
         if later:
-            at = torch.tensor([row.start for row in later])
+            at = torch.tensor([row.start for row in later], device=query.device)
             output[at] = self._later(later, query[at][:, :, None])[:, :, 0]
 
     def _prompt(self, row: Row, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "1 h n d"]:
@@ -97,7 +96,7 @@ class Work:
         out, reader = self._read(q, k, v, site), self.parts.get("decode")
         if isinstance(reader, Decode) and reader.observe_tokens:
             site = dataclasses.replace(site, queries=0)
-            positions = torch.arange(n).expand(*k.shape[:3])
+            positions = torch.arange(n, device=k.device).expand(*k.shape[:3])
             reader.begin(Seen(k, v, positions, q[:, :, -reader.observe_tokens :]), site)
         self._remember(row, site.state)
         return out
@@ -111,7 +110,7 @@ class Work:
             selection = owner.select(q, k, site)
             return self._dense(q, k, v) if selection is None else site.attend(q, k, v, selection)
         if isinstance(owner, Decode):
-            positions = torch.arange(site.keys).expand(*k.shape[:3])
+            positions = torch.arange(site.keys, device=k.device).expand(*k.shape[:3])
             stored = {"keys": k, "values": v, "positions": positions, **owner.index(k, site)}
             return site.attend(q, k, v, owner.select(q, stored, site))
         return owner.attend(q, k, v, site)
@@ -146,13 +145,13 @@ class Work:
             site = dataclasses.replace(site, handed=self.handed.setdefault(row.first_block, {}))
             selection = owner.select(q, Stored(self.pages, row.table, n), site)
             self._remember(row, site.state)
-            return _listed(selection)
+            return _listed(selection, q.device)
         if "evict" not in self.parts:
-            return torch.arange(n)[None]
+            return torch.arange(n, device=q.device)[None]
         seen = reach(self.parts["evict"], self.here, self.prompts[row.first_block], n - 1)
         if len(set(seen)) == 1:
-            return _ends(*seen[0], n)[None]
-        ends = [_ends(*pair, n) for pair in seen]
+            return _ends(*seen[0], n, q.device)[None]
+        ends = [_ends(*pair, n, q.device) for pair in seen]
         return torch.stack([pad(x, (0, max(map(len, ends)) - len(x)), value=-1) for x in ends])
 
     def _over(
@@ -208,18 +207,18 @@ def _heads_first(x: Float[Tensor, "n a d"]) -> Float[Tensor, "1 a n d"]:
     return x.transpose(0, 1)[None]
 
 
-def _ends(sinks: int, recent: int, keys: int) -> Int[Tensor, " m"]:
+def _ends(sinks: int, recent: int, keys: int, device: torch.device) -> Int[Tensor, " m"]:
     """Positions of the first and the recent tokens, the newest of so many among them."""
     after = max(0, keys - 1 - recent)
-    return torch.cat([torch.arange(min(sinks, after)), torch.arange(after, keys)])
+    return torch.cat([torch.arange(min(sinks, after), device=device), torch.arange(after, keys, device=device)])
 
 
-def _listed(selection: Selection) -> Int[Tensor, "a m"]:
+def _listed(selection: Selection, device: torch.device) -> Int[Tensor, "a m"]:
     """The keys of a selection of one query, in lists: one for all heads, or for each head of one kind."""
     if isinstance(selection, Gather) and selection.ranges is None:
         return selection.index[0, :: selection.shared, 0].long()
     if getattr(selection, "dense", False):
-        return torch.arange(selection.keys)[None]
+        return torch.arange(selection.keys, device=device)[None]
     mask = selection.mask()[0, :, 0]
     order = mask.int().argsort(-1, descending=True, stable=True)
     return order.masked_fill(~mask.gather(-1, order), -1)[:, : int(mask.sum(-1).max())]
