@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +30,7 @@ try:
 except ImportError:
     ray = None
 
+MODE = os.environ.get("RAY_AUTH_MODE")
 needs_ray = pytest.mark.skipif(ray is None, reason="ray is not installed: pip install 'saccade[ray]'")
 ENV = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]), "OMP_NUM_THREADS": "1"}
 ENV |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5" * 64}
@@ -80,10 +81,17 @@ def here() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENV.items():
             patch.setenv(name, value)
+        if MODE is None:  # Ray has read it when it was imported: `init` has to find what was there then
+            del os.environ["RAY_AUTH_MODE"]
+        else:
+            patch.setenv("RAY_AUTH_MODE", MODE)
+        before = below(os.getpid())
         own = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": STORE_BYTES}
         ray.init(address="local", log_to_driver=False, **own)
         yield
+        started = below(os.getpid()).keys() - before.keys()
         ray.shutdown()
+    wait_for_the_end_of(started)
 
 
 def sweep(folder: Path, cells: list[Toy], make: Callable = Toys) -> tuple[dict[str, dict], list[str]]:
@@ -247,6 +255,11 @@ def below(pid: int) -> dict[int, str]:
     return found
 
 
+def wait_for_the_end_of(pids: Iterable[int]) -> None:
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        time.sleep(0.1)
+
+
 def kill(pid: int, name: str) -> int:
     """One process of that name below another one."""
     chosen = next(p for p, command in below(pid).items() if name in command)
@@ -286,8 +299,7 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing(tiny, local, tmp_path)
     assert start(tiny, folder).wait() == 0
     assert before.items() <= stored(folder).items(), "what was finished was computed anew"
     assert same_as(folder, local)
-    while any(Path(f"/proc/{pid}").exists() for pid in started):
-        time.sleep(0.1)  # the cluster of a dead driver ends, some of its processes after a minute
+    wait_for_the_end_of(started)  # the cluster of a dead driver ends, some of its processes after a minute
 
 
 @needs_ray
