@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +21,7 @@ from saccade.engines.ray import STORE_BYTES, TRIES, Hired, Ray, Team
 from saccade.measure.compare import compare
 from saccade.measure.runner import Queue
 from saccade.measure.store import Store
+from tests.engines.toys import Broken, Toy, Toys
 from tests.measure import small
 from tests.measure.test_compare import METHODS, SMALL, read, stored, timeless
 
@@ -40,39 +40,6 @@ ENV |= {"RAY_worker_niceness": "0"}  # a busy machine would starve them else
 # --- a toy sweep ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Toy:
-    """A cell that ends well, raises, or kills its worker: the first time or every time."""
-
-    key: str
-    does: str = "well"
-    folder: str = ""
-    vital: bool = False
-    alone: bool = False
-
-    def head(self) -> dict:
-        return {"key": self.key}
-
-    def __str__(self) -> str:
-        return self.key
-
-
-class Toys:
-    """Works on them."""
-
-    about = SimpleNamespace(mark="a")
-
-    def work(self, cell: Toy) -> dict:
-        if cell.does == "raises":
-            raise ValueError("no good")
-        died = Path(cell.folder) / f"{cell.key}.died"
-        if cell.does == "kills" or (cell.does == "kills once" and not died.exists()):
-            died.write_text(str(os.getpid()))
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.05)
-        return {"pid": os.getpid()}
-
-
 @pytest.fixture(scope="module")
 def here() -> Iterator[None]:
     """A cluster in this process, as a program has that called `ray.init` itself."""
@@ -86,7 +53,7 @@ def here() -> Iterator[None]:
         else:
             patch.setenv("RAY_AUTH_MODE", MODE)
         before = below(os.getpid())
-        own = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+        own = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": STORE_BYTES}
         ray.init(address="local", log_to_driver=False, **own)
         yield
         started = below(os.getpid()).keys() - before.keys()
@@ -121,13 +88,6 @@ def test_what_kills_every_worker_becomes_a_failed_cell_and_ends_the_sweep_only_i
         sweep(tmp_path, [Toy("v", "kills", str(tmp_path), vital=True)])
     with pytest.raises(ValueError, match="no good"):
         sweep(tmp_path, [Toy("w", "raises", vital=True)])
-
-
-class Broken:
-    """Cannot be made."""
-
-    def __init__(self):
-        raise CannotRun("load x", "it is not there", "Put it there.")
 
 
 @pytest.mark.slow
