@@ -80,12 +80,10 @@ def test_a_worker_dies_and_a_cell_raises_and_the_sweep_goes_on(here, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_kills_every_worker_becomes_a_failed_cell_and_ends_the_sweep_only_if_it_is_vital(here, tmp_path):
+def test_what_kills_every_worker_becomes_a_failed_cell_and_what_fails_and_is_vital_ends_the_sweep(here, tmp_path):
     lines, _ = sweep(tmp_path, [Toy("deadly", "kills", str(tmp_path)), Toy("well")])
     error = {"type": "WorkerDied", "text": f"{TRIES} workers died at it, one after the other; out of memory?"}
     assert lines["deadly"]["error"] == error and not lines["well"]["error"]
-    with pytest.raises(CannotRun, match=r"v on Ray: 3 workers died at it.*the same command resumes"):
-        sweep(tmp_path, [Toy("v", "kills", str(tmp_path), vital=True)])
     with pytest.raises(ValueError, match="no good"):
         sweep(tmp_path, [Toy("w", "raises", vital=True)])
 
@@ -137,6 +135,16 @@ def test_a_worker_that_would_give_other_results_takes_no_part(tmp_path):
     why = "it is another machine, or has other versions, than the first: results would differ"
     why = f"node here-and takes no part: {why}"
     assert [event.text for event in told] == [why] and made.useless == {second.place: why}
+
+
+def test_what_kills_every_worker_and_is_vital_ends_the_sweep(tmp_path):
+    made, told = team(tmp_path, [Toy("v", vital=True)])
+    with pytest.raises(CannotRun, match=r"v on Ray: 3 workers died at it.*the same command resumes"):
+        for hired in [*made.hired.values()]:
+            made._welcome(hired, Toys.about)
+            made._hand_out()
+            made._died(hired, RuntimeError("killed"))
+    assert [e.text for e in told if e.kind == "note"] == ["a worker died at v; another one takes it"] * (TRIES - 1)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
