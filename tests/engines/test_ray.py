@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +21,7 @@ from saccade.engines.ray import STORE_BYTES, TRIES, Hired, Ray, Team
 from saccade.measure.compare import compare
 from saccade.measure.runner import Queue
 from saccade.measure.store import Store
+from tests.engines.toys import Broken, Toy, Toys
 from tests.measure import small
 from tests.measure.test_compare import METHODS, SMALL, read, stored, timeless
 
@@ -30,6 +30,7 @@ try:
 except ImportError:
     ray = None
 
+MODE = os.environ.get("RAY_AUTH_MODE")
 needs_ray = pytest.mark.skipif(ray is None, reason="ray is not installed: pip install 'saccade[ray]'")
 ENV = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]), "OMP_NUM_THREADS": "1"}
 ENV |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5" * 64}
@@ -37,39 +38,6 @@ ENV |= {"RAY_worker_niceness": "0"}  # a busy machine would starve them else
 
 
 # --- a toy sweep ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Toy:
-    """A cell that ends well, raises, or kills its worker: the first time or every time."""
-
-    key: str
-    does: str = "well"
-    folder: str = ""
-    vital: bool = False
-    alone: bool = False
-
-    def head(self) -> dict:
-        return {"key": self.key}
-
-    def __str__(self) -> str:
-        return self.key
-
-
-class Toys:
-    """Works on them."""
-
-    about = SimpleNamespace(mark="a")
-
-    def work(self, cell: Toy) -> dict:
-        if cell.does == "raises":
-            raise ValueError("no good")
-        died = Path(cell.folder) / f"{cell.key}.died"
-        if cell.does == "kills" or (cell.does == "kills once" and not died.exists()):
-            died.write_text(str(os.getpid()))
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.05)
-        return {"pid": os.getpid()}
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +48,17 @@ def here() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENV.items():
             patch.setenv(name, value)
-        own = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+        if MODE is None:  # Ray has read it when it was imported: `init` has to find what was there then
+            del os.environ["RAY_AUTH_MODE"]
+        else:
+            patch.setenv("RAY_AUTH_MODE", MODE)
+        before = below(os.getpid())
+        own = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": STORE_BYTES}
         ray.init(address="local", log_to_driver=False, **own)
         yield
+        started = below(os.getpid()).keys() - before.keys()
         ray.shutdown()
+    wait_for_the_end_of(started)
 
 
 def sweep(folder: Path, cells: list[Toy], make: Callable = Toys) -> tuple[dict[str, dict], list[str]]:
@@ -105,21 +80,12 @@ def test_a_worker_dies_and_a_cell_raises_and_the_sweep_goes_on(here, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_kills_every_worker_becomes_a_failed_cell_and_ends_the_sweep_only_if_it_is_vital(here, tmp_path):
+def test_what_kills_every_worker_becomes_a_failed_cell_and_what_fails_and_is_vital_ends_the_sweep(here, tmp_path):
     lines, _ = sweep(tmp_path, [Toy("deadly", "kills", str(tmp_path)), Toy("well")])
     error = {"type": "WorkerDied", "text": f"{TRIES} workers died at it, one after the other; out of memory?"}
     assert lines["deadly"]["error"] == error and not lines["well"]["error"]
-    with pytest.raises(CannotRun, match=r"v on Ray: 3 workers died at it.*the same command resumes"):
-        sweep(tmp_path, [Toy("v", "kills", str(tmp_path), vital=True)])
     with pytest.raises(ValueError, match="no good"):
         sweep(tmp_path, [Toy("w", "raises", vital=True)])
-
-
-class Broken:
-    """Cannot be made."""
-
-    def __init__(self):
-        raise CannotRun("load x", "it is not there", "Put it there.")
 
 
 @pytest.mark.slow
@@ -169,6 +135,16 @@ def test_a_worker_that_would_give_other_results_takes_no_part(tmp_path):
     why = "it is another machine, or has other versions, than the first: results would differ"
     why = f"node here-and takes no part: {why}"
     assert [event.text for event in told] == [why] and made.useless == {second.place: why}
+
+
+def test_what_kills_every_worker_and_is_vital_ends_the_sweep(tmp_path):
+    made, told = team(tmp_path, [Toy("v", vital=True)])
+    with pytest.raises(CannotRun, match=r"v on Ray: 3 workers died at it.*the same command resumes"):
+        for hired in [*made.hired.values()]:
+            made._welcome(hired, Toys.about)
+            made._hand_out()
+            made._died(hired, RuntimeError("killed"))
+    assert [e.text for e in told if e.kind == "note"] == ["a worker died at v; another one takes it"] * (TRIES - 1)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -247,6 +223,11 @@ def below(pid: int) -> dict[int, str]:
     return found
 
 
+def wait_for_the_end_of(pids: Iterable[int]) -> None:
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        time.sleep(0.1)
+
+
 def kill(pid: int, name: str) -> int:
     """One process of that name below another one."""
     chosen = next(p for p, command in below(pid).items() if name in command)
@@ -286,8 +267,7 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing(tiny, local, tmp_path)
     assert start(tiny, folder).wait() == 0
     assert before.items() <= stored(folder).items(), "what was finished was computed anew"
     assert same_as(folder, local)
-    while any(Path(f"/proc/{pid}").exists() for pid in started):
-        time.sleep(0.1)  # the cluster of a dead driver ends, some of its processes after a minute
+    wait_for_the_end_of(started)  # the cluster of a dead driver ends, some of its processes after a minute
 
 
 @needs_ray
