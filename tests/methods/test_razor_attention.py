@@ -92,7 +92,7 @@ def by_hand(budget, compensation, policy):
 @pytest.mark.parametrize("budget", PAID)
 @pytest.mark.parametrize(("compensation", "policy"), FORMS)
 @given(cuts=st.lists(st.integers(PROMPT + 1, N - 1), max_size=6, unique=True))
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 def test_each_query_has_its_entries(budget, compensation, policy, cuts):
     with attach(MODEL, razor(compensation=compensation, policy=policy), budget=budget):
         found = in_pieces(MODEL, tokens(N), [PROMPT, *sorted(cuts)])
