@@ -181,7 +181,8 @@ def test_the_command_says_what_was_asked(run):
 
 def test_methods_without_their_artefact_are_left_out_with_reasons(tiny, tmp_path):
     events = []
-    out = compare(tiny, out=tmp_path / "c", progress=events.append, **(SMALL | {"count": 1, "tasks": ["passkey"]}))
+    less = {"count": 1, "tasks": ["passkey"], "lengths": ()}
+    out = compare(tiny, out=tmp_path / "c", progress=events.append, **(SMALL | less))
     left = {x["label"]: x["reasons"] for x in read(out, "summary")["left_out"]}
     assert "saccade calibrate duo-attention" in " ".join(left["duo-attention"])
     assert any("duo-attention at 0.5, 0.25 is left out: " in e.text for e in events)
@@ -228,13 +229,14 @@ def test_a_failing_method_is_shown_and_harms_no_other(tiny, tmp_path, monkeypatc
         raise ValueError("no scores today")
 
     monkeypatch.setattr(KNorm, "score", score)
-    out = compare(tiny, ["knorm", "snapkv"], out=tmp_path / "e", **(SMALL | {"tasks": ["passkey"]}))
+    less = SMALL | {"tasks": ["passkey"], "lengths": (64,), "rounds": 1}
+    out = compare(tiny, ["knorm", "snapkv"], out=tmp_path / "e", **less)
     summary = read(out, "summary")
     assert {(f["label"], f["text"]) for f in summary["failed"]} == {("knorm", "no scores today")}
     assert problems(summary, schema("summary")) == []
     assert {"full", "snapkv", "random"} <= {r["label"] for r in summary["rows"]}
     monkeypatch.undo()
-    compare(tiny, ["knorm", "snapkv"], out=out, **(SMALL | {"tasks": ["passkey"]}))
+    compare(tiny, ["knorm", "snapkv"], out=out, **less)
     assert read(out, "summary")["failed"] == []
 
 

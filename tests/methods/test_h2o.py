@@ -86,7 +86,7 @@ def test_the_lightest_key_outside_the_window_goes_after_every_token(held, prompt
 
 
 @given(st.floats(0.05, 1.0), st.integers(1, N - 2))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_a_fraction_is_never_exceeded_and_keeps_at_least_one_key(share, n):
     _, _, held = watched(MODEL, H2O(), share, tokens(N), n)
     for seen, heads in enumerate(held, n):

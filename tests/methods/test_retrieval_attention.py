@@ -78,7 +78,7 @@ def test_a_narrow_search_stays_within_the_budget(prompt, more, budget, beam):
 
 
 @given(st.integers(13, 60), st.integers(2, 12), budgets, st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_steps_equal_one_forward_whatever_a_search_misses(prompt, more, budget, data):
     cuts = data.draw(st.lists(st.integers(prompt + 1, prompt + more - 1), unique=True).map(sorted))
     model, ids = tiny(), tokens(prompt + more, 2)
@@ -206,7 +206,7 @@ def test_on_a_gpu_the_middle_lies_in_pinned_host_memory():
 
 
 @given(st.integers(0, 5), st.integers(1, WINDOW + 5))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_tokens_taken_back_were_never_there_or_it_is_said(steps, crop):
     """Of the prompt, the window may go; what the index holds may not."""
     model, ids, other = tiny(), tokens(60 + steps), tokens(99)[:, -4:]

@@ -22,7 +22,7 @@ def lambda_mask(n, sinks, window):
 
 
 @given(st.integers(1, 35), st.integers(0, 6), st.lists(st.integers(1, N - 1), min_size=1, max_size=6, unique=True))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_a_budget_in_tokens_is_the_mask_however_the_text_is_cut(held, sinks, cuts):
     ids = tokens(N)
     with attach(MODEL, Streaming(sink_tokens=sinks), budget=f"{held}tok") as run:
@@ -37,7 +37,7 @@ def test_a_budget_in_tokens_is_the_mask_however_the_text_is_cut(held, sinks, cut
 
 
 @given(st.floats(0.05, 1.0), st.integers(1, N), st.integers(0, 6))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_a_fraction_is_never_exceeded_and_keeps_at_least_one_key(share, n, sinks):
     with attach(MODEL, Streaming(sink_tokens=sinks), budget=share) as run, torch.no_grad():
         cache = MODEL(tokens(N)[:, :n], use_cache=True)[CACHE]

@@ -42,7 +42,12 @@ def attach(
         DoesNotCompose: two methods need the same part.
         CannotRun: with every reason why.
     """
-    budget, found = Budget.of(budget), sequence.shared(model, probe(model))
+    return attach_found(model, methods, Budget.of(budget), seed, probe(model), graph_tokens)
+
+
+def attach_found(model: Any, methods: Methods, budget: Budget, seed: int, found: Found, graph_tokens: int = 0) -> Run:
+    """As `attach`, for who attaches many to one model: a probe has found out what there is to know of it."""
+    found = sequence.shared(model, found)
     chosen = [_equipped(model, m, found) for m in _as_list(methods)]
     reasons = _reasons(model, chosen, budget, found)
     if graph_tokens:

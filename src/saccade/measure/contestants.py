@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from saccade.attach import attach, refusals
+from saccade.attach import attach_found, refusals
 from saccade.attach.probe import Found, probe
 from saccade.core import registry
 from saccade.core.artefact import Artefact
@@ -81,12 +81,12 @@ class Contestant:
         return refusals(model, list(self.methods), budget, found or probe(model)) if self.methods else []
 
     @contextlib.contextmanager
-    def working(self, model: Any, budget: Budget, seed: int) -> Iterator[Any]:
-        """Attach for as long as the block lasts; gives the run, None for full."""
+    def working(self, model: Any, budget: Budget, seed: int, found: Found | None = None) -> Iterator[Any]:
+        """Attach for as long as the block lasts; gives the run, None for full. `found`: as of `reasons`."""
         if not self.methods:
             yield None
             return
-        with attach(model, list(self.methods), budget=budget, seed=seed) as run:
+        with attach_found(model, list(self.methods), budget, seed, found or probe(model)) as run:
             yield run
 
     def identity(self) -> list[Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saccade.attach import Run
 from saccade.attach.compat import CACHE
+from saccade.attach.probe import Found, probe
 from saccade.core.budget import Budget
 from saccade.core.errors import BadInput
 from saccade.core.record import LayerRecord, Record
@@ -41,12 +42,19 @@ class Passed:
 
 
 class Subject:
-    """A model with its tokenizer; remembers how large its own cache is at a length."""
+    """A model with its tokenizer; remembers what need not be found out anew for every cell: what a probe sees in it,
+    how large its own cache is at a length, and who is warm, after how many seconds."""
 
     def __init__(self, model: Any, tokenizer: Any):
         self.model, self.tokenizer = model, tokenizer
         self.device = model.get_input_embeddings().weight.device
+        self.warm: dict[tuple[str, bool], float] = {}
         self.full_bytes = functools.lru_cache(functools.partial(full_cache_bytes, model))
+
+    @functools.cached_property
+    def found(self) -> Found:
+        """By one probe: the model stays as it is."""
+        return probe(self.model)
 
     def text(self, ids: Tensor) -> str:
         """Tokens as text."""
@@ -62,8 +70,8 @@ def quality(
     """
     outcomes: dict[str, dict[str, Any]] = {}
     kept, what, whole = None, shown(who), _whole_caches(subject, samples)  # counted before anything is attached
-    with who.working(subject.model, budget, seed) as run, torch.no_grad():
-        warmup = _warm_up(subject, samples[0])
+    with who.working(subject.model, budget, seed, subject.found) as run, torch.no_grad():
+        warmup = _warm_up(subject, who, samples[0])
         for rows in ([s] for s in reversed(samples)) if again else _together(samples):
             passed = forward(subject, rows, run, draw=what if kept is None and what != "read" else None)
             kept = kept or passed.picture
@@ -148,12 +156,16 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _warm_up(subject: Subject, sample: Any) -> float:
-    """Seconds of a first short forward: what is loaded, compiled or allocated only once is not timed with the rest."""
-    ids = torch.cat([sample.context, sample.continuation], 1)[:, :WARMUP_TOKENS].to(subject.device)
-    start = clock(subject.device)
-    subject.model(ids, use_cache=not sample.one_pass, logits_to_keep=1)
-    return round(clock(subject.device) - start, 4)
+def _warm_up(subject: Subject, who: Contestant, sample: Any) -> float:
+    """Seconds of this contestant's first, short forward in this process: what is loaded, compiled or allocated only
+    once is not timed with the rest."""
+    key = who.label, sample.one_pass
+    if key not in subject.warm:
+        ids = torch.cat([sample.context, sample.continuation], 1)[:, :WARMUP_TOKENS].to(subject.device)
+        start = clock(subject.device)
+        subject.model(ids, use_cache=not sample.one_pass, logits_to_keep=1)
+        subject.warm[key] = round(clock(subject.device) - start, 4)
+    return subject.warm[key]
 
 
 # --- what came of it --------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def _guarded(subject: Subject, who: Contestant, budget: Budget, ids: Tensor, see
 def _timed(subject: Subject, who: Contestant, budget: Budget, ids: Tensor, seed: int) -> dict[str, Any]:
     ids = ids.to(subject.device)
     prompt, rest = ids[:, :-STEPS], ids[:, -STEPS:]
-    with who.working(subject.model, budget, seed):
+    with who.working(subject.model, budget, seed, subject.found):
         warmup = clock(subject.device)
         _generate(subject, prompt[:, :WARMUP_TOKENS], rest[:, :WARMUP_STEPS])
         start = clock(subject.device)
