@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saccade import ops
+from saccade.core import rng
 from saccade.core.errors import BadInput, CannotRun
 from tests.ops._triton import interpreter, run_in_interpreter
 from tests.ops.shapes import HEAD_SIZES, tensors
@@ -69,6 +70,44 @@ def test_choosing_in_plain_torch(**case):
 @given(**CASES)
 def test_choosing(**case):
     check(**case, impl="triton")
+
+
+def check_lists(n, queries, block, row, whole, device="cpu"):
+    """choose_blocks by Triton and by torch: the same lists, of scores that are all different."""
+    shape = (1, 2, -(-queries // block), -(-n // block))
+    score = torch.randn(shape, generator=rng.generator("scores", *shape)).to(device)
+    options = {"queries": queries, "keys": n, "block": block, "row_tokens": row, "whole_last": whole}
+    theirs = ops.choose_blocks(score, **options, impl="torch")
+    ours = ops.choose_blocks(score, **options, impl="triton")
+    assert torch.equal(ours.crow, theirs.crow) and torch.equal(ours.col, theirs.col)
+    score[..., 0] = -torch.inf
+    ours, last = ops.choose_blocks(score, **options, impl="triton"), ours.crow
+    assert torch.equal(ours.crow, last) and int(ours.col.min()) >= 0, "what is minus infinity fills a list, if need be"
+
+
+@interpreter
+@settings(max_examples=8)
+@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([1, 4, 8]), st.integers(0, 40), st.integers(0, 3))
+def test_lists_of_blocks(n, queries, block, more, whole):
+    queries = min(n, queries)
+    check_lists(n, queries, block, min(n, (2 if (n - queries) % block else 1) * block + more), whole)
+
+
+@interpreter
+def test_lists_that_it_cannot_make_say_why():
+    for score, by, why in (
+        (torch.zeros(1, 1, 2, 2, dtype=torch.float64), {"row_tokens": 4}, "the scores are float64"),
+        (torch.zeros(1, 1, 2, 2), {"threshold": 0.1}, "a threshold was given"),
+        (torch.zeros(1, 1, 1, 16385), {"row_tokens": 4}, "16385 key blocks; it takes up to 16384"),
+    ):
+        with pytest.raises(CannotRun, match=why):
+            ops.choose_blocks(score, queries=score.shape[2], keys=score.shape[3], block=1, **by, impl="triton")
+
+
+@pytest.mark.gpu
+def test_lists_of_blocks_on_a_gpu():
+    for case in ((20000, 20000, 64, 2000, 2), (3001, 1001, 16, 300, 1), (777, 777, 128, 256, 0)):
+        check_lists(*case, "cuda")
 
 
 @interpreter

@@ -7,6 +7,7 @@ share them: those whose attention is spread out get more blocks.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from saccade.core.errors import BadInput
 from saccade.core.selection import Blocks
+from saccade.ops import device, dispatch
 
 WHOLE = 1 / 8  # of the pairs beside the diagonal, at most, goes to rows that see everything
 
@@ -29,6 +31,8 @@ def choose_blocks(
     row_tokens: int | None = None,
     threshold: float | None = None,
     whole_last: int = 0,
+    impl: str = "auto",
+    report: dispatch.Report | None = None,
 ) -> Blocks:
     """Of each row of blocks the diagonal, and the best or all that are good enough; causal, queries the last of keys.
 
@@ -36,12 +40,18 @@ def choose_blocks(
         block is carried on to the next row of blocks. At least a block, or two where `queries` does not begin at one
     threshold: instead, the blocks whose share of softmax(score) reaches it
     whole_last: the last rows of blocks that see everything, as long as that takes at most an eighth of the other pairs
+    impl: "auto", "torch" (of equal scores any), "triton" (CUDA, first there; with row_tokens; the first of equal scores)
+    report: is told which back end ran, as "choose_blocks:torch"
 
     Raises:
         BadInput: scores of another shape, or not one of `row_tokens` and `threshold`.
+        CannotRun: the back end that was asked for cannot compute this, with every reason.
     """
     _check(score, queries, keys, block, row_tokens, threshold)
     plan = _plan(keys if row_tokens is None else row_tokens, queries, keys, block, whole_last, score.device)
+    name = dispatch.pick("choose_blocks", impl, _back_ends(score, threshold), report)
+    if name == "triton":
+        return Blocks(**plan.lists(score), queries=queries, keys=keys, q_block=block, k_block=block)
     keep = plan.best(score) if threshold is None else plan.above(score, threshold)
     return Blocks.of(keep, queries=queries, keys=keys, q_block=block, k_block=block)
 
@@ -83,6 +93,21 @@ def mass_before(
     return torch.empty_like(mass).scatter_(-1, order, ranked.cumsum(-1) - ranked)
 
 
+def _back_ends(score: Tensor, threshold: float | None) -> dict[str, Callable[[], dispatch.Reasons]]:
+    def by_triton() -> list[str]:
+        if not device.installed():
+            return device.triton_reasons(score)
+        from saccade.ops.topk.triton import TILE
+
+        why = device.triton_reasons(score.detach())
+        why += ["it takes as many blocks as row_tokens pays for, and a threshold was given"] * (threshold is not None)
+        why += ["it compares in float32, and the scores are float64"] * (score.dtype == torch.float64)
+        why += [f"{score.shape[-1]} key blocks; it takes up to {TILE}"] * (score.shape[-1] > TILE)
+        return why + ["there is nothing to read"] * (not score.numel())
+
+    return dispatch.with_triton(score, by_triton, {"torch": list})
+
+
 def _check(
     score: Tensor, queries: int, keys: int, block: int, row_tokens: int | None, threshold: float | None
 ) -> None:
@@ -96,7 +121,7 @@ def _check(
 @dataclass(frozen=True)
 class _Plan:
     """Of each row of blocks: which key blocks it may see, which it sees anyhow, and how many in all; what one of the
-    others costs, and how many pairs there are for them.
+    others costs, and how many pairs there are for them; how many it may see, and where its list begins.
     """
 
     allowed: Bool[Tensor, "nqb nkb"]
@@ -105,6 +130,9 @@ class _Plan:
     width: int
     size: Int[Tensor, " nqb"]
     spare: float
+    seen: Int[Tensor, " nqb"]
+    start: Int[Tensor, " nqb+1"]
+    total: int
 
     def best(self, score: Float[Tensor, "b h nqb nkb"]) -> Bool[Tensor, "b h nqb nkb"]:
         """As many as planned."""
@@ -113,6 +141,14 @@ class _Plan:
         use = torch.arange(self.width, device=top.device) < self.count[:, None]
         keep = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, top, use.expand_as(top))
         return keep & self.allowed | self.forced
+
+    def lists(self, score: Float[Tensor, "b h nqb nkb"]) -> dict[str, Tensor]:
+        """The same as compressed rows; how long they are is known, so that nothing waits for the device."""
+        from saccade.ops.topk.triton import packed
+
+        score = score.float().masked_fill(self.forced, torch.inf)
+        col = packed(score, self.start, self.seen, self.total)
+        return {"crow": self.start.expand(*score.shape[:2], -1).contiguous(), "col": col}
 
     def above(self, score: Float[Tensor, "b h nqb nkb"], threshold: float) -> Bool[Tensor, "b h nqb nkb"]:
         """Those whose share of a row is large enough."""
@@ -149,4 +185,10 @@ def _plan(row: int, queries: int, keys: int, block: int, whole: int, device: tor
     count = here[:, 0] - own + 1
     count[:ends] += more
     width = min(int(count[:ends].max()), len(place)) if ends else 1
-    return _Plan(allowed.to(device), forced.to(device), count.to(device), width, size.to(device), float(total))
+    seen = here[:, 0] + 1
+    kept = torch.minimum(count, seen)
+    kept[ends:] = seen[ends:]
+    start = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
+    mine = (allowed, forced, count, size, seen.int(), start.int())
+    allowed, forced, count, size, seen, start = (x.to(device) for x in mine)
+    return _Plan(allowed, forced, count, width, size, float(total), seen, start, int(kept.sum()))

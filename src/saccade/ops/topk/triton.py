@@ -100,7 +100,7 @@ def _choose(X, OUT, START, SEEN, n, keep, rows, total, N: tl.constexpr, PACKED: 
     """One row.
 
     PACKED: lists of different lengths lie behind one another, those of `rows` rows in `total`: row i from START[i] to
-    START[i + 1], of its first SEEN[i] scores.
+    START[i + 1], of its first SEEN[i] scores, -inf among them.
     """
     if PDL:
         gdc_launch_dependents()
@@ -117,6 +117,8 @@ def _choose(X, OUT, START, SEEN, n, keep, rows, total, N: tl.constexpr, PACKED: 
     if WAIT:
         gdc_wait()
     u = _keys(X, i, n)
+    if PACKED:  # a list is as long as was said
+        u = tl.where((i < n) & (u == 0), 1, u)
     chosen, place, wanted = _pick(u, keep, N)
     tl.store(OUT + place, i, mask=chosen)
     if not PACKED:
