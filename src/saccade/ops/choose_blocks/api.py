@@ -40,7 +40,7 @@ def choose_blocks(
         block is carried on to the next row of blocks. At least a block, or two where `queries` does not begin at one
     threshold: instead, the blocks whose share of softmax(score) reaches it
     whole_last: the last rows of blocks that see everything, as long as that takes at most an eighth of the other pairs
-    impl: "auto", "torch" (of equal scores any), "triton" (CUDA, first there; with row_tokens; the first of equal scores)
+    impl: "auto", "torch" (of equal scores any), "triton" (CUDA, first there; with row_tokens; of equal ones the first)
     report: is told which back end ran, as "choose_blocks:torch"
 
     Raises:
