@@ -97,7 +97,6 @@ def looped(q, k, scale, computed):
 
 @pytest.mark.parametrize("name", ["full", "scatterbrain", "streaming", "knorm"])
 def test_maps_are_those_of_loops_over_pairs(name, net, inputs, monkeypatch):
-    monkeypatch.setattr(maps, "LATER_TOKENS", LATER)
     monkeypatch.setattr(maps, "QUERIES", 17)
     q, k = inputs
     found = attended(net, tokens(TOKENS), name, BUDGET)
