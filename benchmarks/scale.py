@@ -83,13 +83,13 @@ def whole() -> list[dict[str, Any]]:
 def decode() -> dict[str, list[dict[str, Any]]]:
     """method -> one layer's seconds of a step as a CUDA graph, and its cache beside that of `full`."""
     found: dict[str, dict[tuple[int, int], dict[str, Any]]] = {}
-    held = {(name, row["tokens"], row["batch"]): row["bytes"]["cache"]
-            for name, row in rows("decode") if row["method"] == "full"}  # fmt: skip
+    dense = [row for _, row in rows("decode") if row["method"] == "full"]
+    held = {(row["tokens"], row["batch"]): row["bytes"]["cache"] for row in dense}
     for name, row in rows("decode"):
         figures, where = row["figures"], (row["tokens"], row["batch"])
         spent = statistics.median(figures["graph"]) - statistics.median(figures["rest"])
         point = {"tokens": row["tokens"], "batch": row["batch"], "seconds": spent / row["layers"]}
-        point |= {"cache": row["bytes"]["cache"] / held[(name, *where)], "budget": row["budget"], "from": name}
+        point |= {"cache": row["bytes"]["cache"] / held[where], "budget": row["budget"], "from": name}
         found.setdefault(row["method"], {})[where] = point
     return {method: [points[w] for w in sorted(points)] for method, points in found.items()}
 
@@ -107,9 +107,9 @@ def blocks() -> list[dict[str, Any]]:
 
 def choosing() -> dict[str, Any]:
     """Pooling queries, and scoring and ranking the blocks of all keys, of one layer of 131,072 tokens."""
-    ((name, data),) = read(DECODE)
-    took = {(row["row"], row["by"]): row["microseconds"] * UNIT for row in data["rows"] if row["microseconds"]}
     case = "choose 64 of 1024 blocks of 128"
+    name, data = next(file for file in read(DECODE) if any(row["row"] == case for row in file[1]["rows"]))
+    took = {(row["row"], row["by"]): row["microseconds"] * UNIT for row in data["rows"] if row["microseconds"]}
     return {"tokens": 1024 * 128, "block": 128, "seconds": took[case, "triton"],
             "pooling_queries": took[case, "pooling q alone, 2 warps"], "from": name}  # fmt: skip
 

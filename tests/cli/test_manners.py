@@ -56,7 +56,7 @@ def test_every_verb_has_a_line_in_the_overview_and_an_example_that_parses(verb):
         (["serve", "--api-key", ""], 2, "BadOption: an API key: it is empty, or holds what a header cannot carry."),
         (["serve", "--method", "knorm", "--method", "snapkv"], 3, "DoesNotCompose: attach [knorm, snapkv] together"),
         (["train"], 2, "WrongUsage: saccade train: the following arguments are required: --task"),
-        (["train", "--task", "digit"], 2, "UnknownName: no training task 'digit': 6 are known. Did you mean 'digits'"),
+        (["train", "--task", "digit"], 2, "UnknownName: no training task 'digit': 7 are known. Did you mean 'digits'"),
         (["train", "--task", "mqar", "--mixer", "knorm"], 3, "CannotRun: train 'knorm' in a net: it selects nothing"),
         (["train", "--task", "mqar", "--rows", "0"], 2, "BadOption: rows=0: it must be above zero. Give such a number"),
         (["check", "hop"], 2, "UnknownName: no method 'hop'"),
