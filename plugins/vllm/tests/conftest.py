@@ -21,7 +21,6 @@ from saccade.tasks._text import passage
 @pytest.fixture(scope="session")
 def model():
     """SmolLM2 and its tokenizer, as the library loads them."""
-    torch.set_num_threads(2)
     return saccade.load()
 
 

@@ -7,7 +7,7 @@ import pytest
 METHODS = [
     {"method": "duo-attention", "budget": "0.3"},
     {"method": "razor-attention:compensation=none,policy=roll", "budget": "0.3"},
-    {"method": "moa", "budget": "0.3"},
+    {"method": "moa", "budget": "0.2"},
 ]
 PROMPT, NEW, BLOCK = 300, 12, 32
 
