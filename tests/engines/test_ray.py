@@ -164,7 +164,7 @@ def test_a_device_with_a_number_is_ray_s_to_choose():
 
 @needs_ray
 def test_no_cluster_at_the_address():
-    with pytest.raises(CannotRun, match=r"Ray at 127\.0\.0\.1:1: .*refused\. Start a cluster and name it: ray start"):
+    with pytest.raises(CannotRun, match=r"Ray at 127\.0\.0\.1:1: .*refused\. Start a cluster.*RAY_AUTH_MODE=token\."):
         Ray("127.0.0.1:1").run(Toys, lambda about: None, lambda event: None, "cpu")
 
 

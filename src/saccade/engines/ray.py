@@ -77,7 +77,7 @@ class Ray:
             with _without_reports():
                 self.ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as e:  # Ray has no class of its own for a start that fails
-            do = "Start a cluster and name it: ray start --head; --address auto."
+            do = "Start a cluster and name it: ray start --head; --address auto. With a token: RAY_AUTH_MODE=token."
             raise CannotRun(f"Ray at {self.address or 'this machine'}", str(e).strip().rstrip("."), do) from e
         try:
             yield
