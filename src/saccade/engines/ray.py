@@ -194,7 +194,7 @@ class Team:
             self._dismiss(hired)
 
     def _head_answers(self) -> bool:
-        """Whom a dead one is asked for nodes, Ray ends after a minute, with no word of ours."""
+        """Nothing may be asked of a dead one: Ray waits for a minute, then ends this process with no word of ours."""
         try:
             _answers(self.head)
         except OSError as e:
