@@ -52,13 +52,28 @@ def here() -> Iterator[None]:
             del os.environ["RAY_AUTH_MODE"]
         else:
             patch.setenv("RAY_AUTH_MODE", MODE)
-        before = below(os.getpid())
-        own = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": STORE_BYTES}
-        ray.init(address="local", log_to_driver=False, **own)
+        before = begin()
         yield
-        started = below(os.getpid()).keys() - before.keys()
+        started = below(os.getpid()).keys() - before
         ray.shutdown()
     wait_for_the_end_of(started)
+
+
+def begin() -> set[int]:
+    """Ray in this process; what ran below it before. A start ends after 30 seconds, which a busy machine may need."""
+    own = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+    for last in (False, False, True):
+        before = {*below(os.getpid())}
+        try:
+            ray.init(address="local", log_to_driver=False, **own)
+            break
+        except Exception:  # Ray has no class of its own for a start that fails
+            if last:
+                raise
+            for pid in below(os.getpid()).keys() - before:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    return before
 
 
 def sweep(folder: Path, cells: list[Toy], make: Callable = Toys) -> tuple[dict[str, dict], list[str]]:
