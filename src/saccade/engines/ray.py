@@ -30,6 +30,7 @@ TRIES = 3  # workers that a cell may kill, or that may die before they are ready
 TICK_SECONDS = 0.5  # how often is looked for new and lost nodes
 PATIENCE_SECONDS = 30.0  # without a worker, after which that is said
 CONNECT_SECONDS = 10.0  # for a cluster to answer
+HEAD_SECONDS = 15.0  # without an answer of the head, after which it is held to be dead
 STORE_BYTES = 100 * 2**20  # of shared memory: lines are small, and Ray refuses less than 75 MiB
 RESUMES = "Finished cells are kept; the same command resumes."
 
@@ -52,13 +53,13 @@ class Ray:
 
         Raises:
             BadOption: one device is named where Ray chooses them.
-            CannotRun: no cluster at the address, no node that can hold a worker, or none left.
+            CannotRun: no cluster at the address, its head has died, or no node can hold a worker.
         """
         kind, _, number = device.partition(":")
         if number:
             raise BadOption(f"device {device!r} on Ray", "Ray gives each worker a device", f"Say {kind!r}.")
         with self._cluster():
-            team = Team(self.ray, make, begin, progress, kind)
+            team = Team(self.ray, make, begin, progress, kind, self._head())
             try:
                 team.work()
             finally:
@@ -76,12 +77,16 @@ class Ray:
             with _without_reports():
                 self.ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as e:  # Ray has no class of its own for a start that fails
-            do = "Start a cluster and name it: ray start --head; --address auto."
+            do = "Start a cluster and name it: ray start --head; --address auto. With a token: RAY_AUTH_MODE=token."
             raise CannotRun(f"Ray at {self.address or 'this machine'}", str(e).strip().rstrip("."), do) from e
         try:
             yield
         finally:
             self.ray.shutdown()
+
+    def _head(self) -> str:
+        """HOST:PORT at which the head of the cluster answers; "" for a client, which does not see it."""
+        return "" if self.ray.util.client.ray.is_connected() else self.ray.get_runtime_context().gcs_address
 
 
 def _library() -> Any:
@@ -96,7 +101,7 @@ def _answers(address: str) -> None:
     """Whether anybody does at HOST:PORT: Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():
-        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
 @contextlib.contextmanager
@@ -160,8 +165,10 @@ class Team:
         begin: Callable[[Any], Queue],
         progress: Progress,
         kind: str,
+        head: str = "",
     ):
         self.ray, self.make, self.begin, self.progress, self.kind = ray, make, begin, progress, kind
+        self.head, self.heard = head, time.monotonic()
         self.threads = torch.get_num_threads()
         self.hired: dict[Place, Hired] = {}
         self.useless: dict[Place, str] = {}
@@ -173,7 +180,8 @@ class Team:
     def work(self) -> None:
         """Until nothing is left."""
         while self.queue is None or not self.queue.over:
-            self._hire()
+            if self._head_answers():
+                self._hire()
             owed = {hired.owes: hired for hired in self.hired.values() if hired.owes is not None}
             ready = self.ray.wait(list(owed), timeout=TICK_SECONDS)[0] if owed else time.sleep(TICK_SECONDS)
             for answer in ready or ():
@@ -184,6 +192,18 @@ class Team:
         """End all workers."""
         for hired in [*self.hired.values()]:
             self._dismiss(hired)
+
+    def _head_answers(self) -> bool:
+        """Nothing may be asked of a dead one: Ray waits for a minute, then ends this process with no word of ours."""
+        try:
+            _answers(self.head)
+        except OSError as e:
+            if time.monotonic() - self.heard < HEAD_SECONDS:
+                return False
+            self.hired.clear()  # workers end with their cluster; to dismiss them is to ask its head
+            raise CannotRun(f"Ray at {self.head}", f"its head does not answer any more: {e}", RESUMES) from e
+        self.heard = time.monotonic()
+        return True
 
     # --- workers come and go
 
