@@ -70,7 +70,8 @@ def test_what_the_plug_in_lacks_is_not_yet(name, reason):
     assert verdict(made(name)) == vllm.Verdict("not yet", reasons=(reason,))
 
 
-def test_what_learns_and_has_nothing_shipped_is_untried_until_somebody_does(capsys, tmp_path):
+def test_what_learns_and_has_nothing_shipped_is_untried_until_somebody_does(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm, "SHIPPED", tmp_path)
     found = verdict(made("sea"))
     assert (found.serves, found.reasons, found.starts) == ("untried", (vllm.UNLEARNED,), True)
     code, found = said(capsys, "sea", "--model", str(small.save(tmp_path / "tiny")))

@@ -22,6 +22,7 @@ METHODS = [
     {"method": "masformer", "budget": "0.25"},
     {"method": "oracle-topk", "budget": "0.25"},
     {"method": "random:part=prefill", "budget": "0.25"},
+    {"method": "sea", "budget": "0.25"},
     {"method": "full", "budget": "1"},
 ]
 READ = {1: (9, 48, 64), 3: (3, 63, 64)}  # lists, and keys in each: more than, and at most; quest reads whole pages
