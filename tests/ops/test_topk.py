@@ -108,6 +108,9 @@ def test_what_long_rows_cannot_have():
         ops.topk(torch.zeros(20000), 12289, impl="triton")
     with pytest.raises(CannotRun, match="takes up to 2048 of rows longer than 16384, and these have 16385"):
         ops.topk(torch.zeros(()).expand(2049, 16385), 3, impl="triton")
+    q, k, bounds = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 20000, 8), torch.zeros(1, 1, 20000, 8)
+    with pytest.raises(CannotRun, match="keeps up to 12288 of rows longer than 16384, and these have 20000"):
+        ops.sparse_step(q, k, k, bounds, bounds, page_tokens=1, keep_pages=12289, impl="triton")
 
 
 def test_nothing_to_choose_is_refused():

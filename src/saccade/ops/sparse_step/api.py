@@ -12,7 +12,7 @@ from saccade.ops import device, dispatch
 from saccade.ops.attend import api as attend
 from saccade.ops.decode.api import decode
 from saccade.ops.page_bounds.api import check, page_scores
-from saccade.ops.topk.api import topk
+from saccade.ops.topk.api import long_reasons, topk
 
 
 def sparse_step(
@@ -49,7 +49,7 @@ def sparse_step(
         asked = f"a step that keeps {keep_pages} pages of {page_tokens} of keys {tuple(k.shape)}"
         raise BadInput(asked, f"the bounds are {tuple(low.shape)}", "Give page_bounds(k, page_tokens), and keep some.")
     options = {"page_tokens": page_tokens, "scale": q.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap}
-    if dispatch.pick("sparse_step", impl, _back_ends(q, k, v), report) == "triton":
+    if dispatch.pick("sparse_step", impl, _back_ends(q, k, v, pages, keep_pages), report) == "triton":
         from saccade.ops.sparse_step import triton as kernels
 
         return kernels.step(q, k, v, low, high, keep_pages=min(keep_pages, pages), **options)
@@ -57,12 +57,15 @@ def sparse_step(
     return decode(q, k, v, index, impl="torch", **options)
 
 
-def _back_ends(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], dispatch.Reasons]]:
+def _back_ends(
+    q: Tensor, k: Tensor, v: Tensor, pages: int, keep_pages: int
+) -> dict[str, Callable[[], dispatch.Reasons]]:
     def by_triton() -> list[str]:
         if not device.installed():
             return device.triton_reasons(q)
         from saccade.ops.decode import triton as kernels
 
-        return kernels.reasons(q, k, v, listed=True)
+        why = long_reasons(k.shape[0] * k.shape[1] * q.shape[2], pages, min(keep_pages, pages))
+        return kernels.reasons(q, k, v, listed=True) + why
 
     return dispatch.with_triton(q, by_triton, {"torch": list})

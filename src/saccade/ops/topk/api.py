@@ -51,10 +51,16 @@ def _back_ends(scores: Tensor, keep: int) -> dict[str, Callable[[], dispatch.Rea
         why = device.triton_reasons(scores.detach())
         if scores.dtype == torch.float64:
             why.append("it compares in float32, and the scores are float64")
-        if scores.shape[-1] > LONG:
-            rows, long = scores.numel() // scores.shape[-1], f"of rows longer than {LONG}, and these have"
-            why += [f"it takes up to {ROWS} {long} {scores.shape[-1]} and are {rows}"] * (rows > ROWS)
-            why += [f"it keeps up to {MOST} {long} {scores.shape[-1]} and keep {keep}"] * (keep > MOST)
+        why += long_reasons(scores.numel() // scores.shape[-1], scores.shape[-1], keep)
         return why + ([] if scores.numel() else ["there is nothing to read"])
 
     return dispatch.with_triton(scores, by_triton, {"torch": list, "reference": list})
+
+
+def long_reasons(rows: int, n: int, keep: int) -> list[str]:
+    """Why Triton cannot choose among so many scores of so many rows; [] if it can."""
+    if n <= LONG:
+        return []
+    long = f"of rows longer than {LONG}, and these have {n}"
+    why = [f"it takes up to {ROWS} {long} and are {rows}"] if rows > ROWS else []
+    return why + ([f"it keeps up to {MOST} {long} and keep {keep}"] if keep > MOST else [])
