@@ -99,7 +99,7 @@ def _sums(Q, K, SUMS, STAT, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, scale, cap, 
     tl.store(SUMS + at[:, None] + tl.arange(0, UNITS)[None, :], part)
     stat = STAT + (place * tiles + col) * 2
     tl.store(stat, m)
-    tl.store(stat + 1, tl.sum(p, 1))
+    tl.store(stat + 1, tl.sum(part, 1))
 
 
 # fmt: off
@@ -146,7 +146,7 @@ def reasons(q: Tensor, k: Tensor, block: int, stride: int) -> list[str]:
 @dataclass(frozen=True)
 class Plan:
     """A tile's groups of queries and of keys (both no fewer than those of a block), channels of a step, warps, stages;
-    how many sums are held at once.
+    how many sums are held at once, and tiles of rows beside one another.
     """
 
     rows: int
@@ -155,6 +155,7 @@ class Plan:
     warps: int
     stages: int
     most: int = MOST
+    neighbours: int = NEIGHBOURS
 
 
 def plan(q: Tensor) -> Plan:
@@ -162,7 +163,7 @@ def plan(q: Tensor) -> Plan:
     size = max(16, triton.next_power_of_2(q.shape[-1]))
     if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] not in (9, 10):
         return Plan(128, 128, min(32, size), 8, 3)
-    return Plan(128, 256, min(64, size), 8, 3)
+    return Plan(128, 256, min(64, size), 8, 4)
 
 
 def antidiagonal_mass(
@@ -178,7 +179,7 @@ def antidiagonal_mass(
     """See the op's api. `how` is for benchmarks and tests."""
     (b, h, queries, d), (g, keys) = q.shape, k.shape[1:3]
     how, each, cap = how or plan(q), block // stride, softcap or 1.0
-    band = max(1, NEIGHBOURS // (h // g))
+    band = max(1, how.neighbours // (h // g))
     groups, tiles = triton.cdiv(queries, stride), triton.cdiv(triton.cdiv(keys, stride), how.keys)
     rows, step = b * h * tiles * (how.keys // each), band * how.rows
     span = min(max(1, how.most // (rows * step)) * step, triton.cdiv(groups, how.rows) * how.rows)
