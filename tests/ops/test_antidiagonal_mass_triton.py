@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import pad
@@ -45,10 +45,11 @@ def check(q: Tensor, k: Tensor, block: int, stride: int, softcap: float | None, 
 
 
 @interpreter
-@settings(max_examples=8)
+@settings(max_examples=4)
+@example(48, 45, (1, 4), torch.bfloat16, None, 16, (2**30, 1))  # three bands, of which the middle one has no partner
 @given(
-    st.integers(1, 80),
-    st.integers(1, 80),
+    st.integers(1, 48),
+    st.integers(1, 48),
     st.sampled_from([(1, 4), (2, 8), (3, 1), (4, 2)]),
     st.sampled_from(DTYPES),
     st.sampled_from([None, 1.5]),
@@ -66,7 +67,7 @@ def test_shares_of_small_tiles(keys, queries, shape, dtype, softcap, size, memor
 
 
 @interpreter
-@pytest.mark.parametrize("block, stride", [(128, 8), (128, 1), (16, 16)])
+@pytest.mark.parametrize("block, stride", [(128, 8), (128, 1)])
 def test_shares_of_the_tiles_that_are_used(block, stride):
     """Of keys that lie apart, with memory beside them that must not be read."""
     q, k, _ = tensors(1, 2, 1, 200, 300, 80, torch.bfloat16)
@@ -102,10 +103,11 @@ def test_values_on_a_gpu(size, dtype):
 
 @pytest.mark.gpu
 def test_rows_of_a_long_context_on_a_gpu():
-    """Some rows of blocks at a time, as the workspace goes, of 32 heads over 128k; the last are held against float64."""
-    q, k, _ = (x.cuda() for x in tensors(1, 32, 8, 2**17, 2**17, 128, torch.bfloat16))
+    """Some rows of blocks at a time, as the workspace goes, of 32 heads over 64k; some are held against float64."""
+    q, k, _ = (x.cuda() for x in tensors(1, 32, 8, 2**16, 2**16, 128, torch.bfloat16))
     ours = ops.antidiagonal_mass(q, k, block=128, stride=8, impl="triton")
-    assert torch.allclose(ours.sum(-1), torch.ones_like(ours[..., 0]), atol=2**-16)
-    for end in (2**14, 2**17 - 2**12):  # in blocks of queries of some heads
-        some, heads = slice(end - 512, end), slice(8, 12)
-        check(q[:, heads, some], k[:, 2:3, :end], 128, 8, None, ours[:, heads, some.start // 128 : end // 128, : end // 128])
+    torch.testing.assert_close(ours.sum(-1), torch.ones_like(ours[..., 0]))
+    for end in (512, 2**14, 2**16):
+        first, heads = end - 512, slice(8, 12)
+        some = ours[:, heads, first // 128 : end // 128, : end // 128]
+        check(q[:, heads, first:end], k[:, 2:3, :end], 128, 8, None, some)

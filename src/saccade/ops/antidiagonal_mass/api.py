@@ -35,8 +35,8 @@ def antidiagonal_mass(
     Queries are the last of the keys; groups and blocks are counted from the first query and the first key. Float32 or
     better; for choosing blocks: it has no gradient.
 
-    impl: "auto", "torch" (some rows of blocks at a time), "reference" (by all pairs, the oracle), "triton" (CUDA, 16-bit
-        inputs, blocks of 2^n strides up to 128; first there)
+    impl: "auto", "torch" (some rows of blocks at a time), "reference" (by all pairs, the oracle), "triton" (CUDA;
+        16-bit inputs, blocks of a power of two of strides up to 128; first there)
     report: is told which back end ran, as "antidiagonal_mass:torch"
 
     Raises:

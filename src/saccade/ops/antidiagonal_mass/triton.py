@@ -1,15 +1,15 @@
 """Antidiagonal mass by Triton: one product of the groups of queries with those of keys, and no logit leaves the chip.
 
 A tile of logits is a product over the tokens of a group, S tiles of one token of every group each: token S-1-i of the
-queries' groups with token i of the keys', read where they lie. What a tile leaves is, of every row, its largest logit
-and sums of exponentials below that, one for each block of keys: 1/each of the logits, and 1/S^2 of all pairs of tokens.
-When some rows are through, a second kernel puts their tiles on one footing and averages over the rows of a block. Two
-passes over the product, as column_scores makes, would store less and take twice as long: here the product is nearly all.
+queries' groups with token i of the keys', read where they lie. What a tile leaves is each row's largest logit and its
+sums of exponentials below that, one for each block of keys: as many times fewer as a block has groups. When some rows
+are through, a second kernel puts their tiles on one footing and averages over the rows of a block. Two passes over the
+product, as column_scores makes, would store less and take twice as long: here the product is nearly all.
 
-Tiles are 128 rows by 256 keys on Hopper, a multiprocessor's registers: smaller ones ask more of the second-level cache
-than it gives. Neighbours in the grid are some tiles of rows, of all heads that share keys, beside the same keys, so
-that they are read from memory once for all of them; and only tiles that some row sees are in the grid: rows near the
-start and near the end are dealt out in pairs, which see about as many together.
+Tiles are 128 rows by 256 keys on Hopper, half a multiprocessor's registers: smaller ones ask more of the second-level
+cache than it gives. Neighbours in the grid are some tiles of rows, of all heads that share keys, beside the same keys,
+so that those are read from memory once for all of them. Only tiles that some row sees are in the grid, but for a few:
+bands of rows near the start and near the end are dealt out in pairs, which see about as many together.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _ends(rows, queries, keys, STRIDE: tl.constexpr):
 
 
 # fmt: off
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "keys", "first", "bands", "width", "span", "tiles"])
 def _sums(Q, K, SUMS, STAT, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, scale, cap, queries, keys, heads, first, bands,
           width, span, tiles, GROUP: tl.constexpr, STRIDE: tl.constexpr, EACH: tl.constexpr, CAPPED: tl.constexpr,
           D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr):
@@ -103,7 +103,7 @@ def _sums(Q, K, SUMS, STAT, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, scale, cap, 
 
 
 # fmt: off
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "keys", "first", "span", "tiles", "nqb", "nkb"])
 def _average(SUMS, STAT, OUT, queries, keys, first, span, tiles, nqb, nkb, STRIDE: tl.constexpr, EACH: tl.constexpr,
              BN: tl.constexpr, AT: tl.constexpr):
 # fmt: on
@@ -123,7 +123,7 @@ def _average(SUMS, STAT, OUT, queries, keys, first, span, tiles, nqb, nkb, STRID
         new = tl.maximum(top, tl.max(m, 1))
         total = total * tl.math.exp2(top - new) + tl.sum(more * tl.math.exp2(m - new[:, None]), 1)
         top = new
-    share = tl.where(live, 1.0 / total, 0.0) / tl.minimum(groups - block * EACH, EACH).to(tl.float32)
+    share = 1.0 / tl.where(live, total, 1.0) / tl.minimum(groups - block * EACH, EACH).to(tl.float32)
     out = OUT + (head * nqb + block) * nkb
     for j in range(0, nkb, AT):
         there = ((j + n) * EACH)[None, :] < seen[:, None]
