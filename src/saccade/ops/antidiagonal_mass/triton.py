@@ -71,8 +71,8 @@ def _sums(Q, K, SUMS, STAT, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, scale, cap, 
     r, u, c = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
     Q += b.to(tl.int64) * q_b + head.to(tl.int64) * q_h + row.to(tl.int64) * STRIDE * q_t
     K += b.to(tl.int64) * k_b + (head // GROUP).to(tl.int64) * k_h + col.to(tl.int64) * BN * STRIDE * k_t
-    q_at = Q + (r * STRIDE * q_t)[:, None] + (c * q_d)[None, :]
-    k_at = K + (u * STRIDE * k_t)[:, None] + (c * k_d)[None, :]
+    q_at = Q + (r.to(tl.int64) * STRIDE * q_t)[:, None] + (c * q_d)[None, :]
+    k_at = K + (u.to(tl.int64) * STRIDE * k_t)[:, None] + (c * k_d)[None, :]
     q_left, k_left = queries - (row + r) * STRIDE, keys - (col * BN + u) * STRIDE  # tokens from each group's first on
     PARTS: tl.constexpr = (D + BK - 1) // BK
     acc = tl.zeros([BM, BN], tl.float32)
@@ -88,8 +88,9 @@ def _sums(Q, K, SUMS, STAT, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, scale, cap, 
     s = acc * scale
     if CAPPED:
         s = cap * tanh(s, False)
-    seen = _ends(row + r, queries, keys, STRIDE)
-    s = tl.where((col * BN + u)[None, :] < seen[:, None], s, -float("inf"))
+    if col * BN + BN > _ends(row, queries, keys, STRIDE):
+        seen = _ends(row + r, queries, keys, STRIDE)
+        s = tl.where((col * BN + u)[None, :] < seen[:, None], s, -float("inf"))
     m = tl.max(s, 1)
     p = tl.math.exp2(s - tl.where(m == -float("inf"), 0.0, m)[:, None])
     UNITS: tl.constexpr = BN // EACH
