@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from saccade.core.errors import BadInput
-from saccade.ops import dispatch
+from saccade.ops import device, dispatch
 from saccade.ops.antidiagonal_mass import reference
 from saccade.ops.antidiagonal_mass import torch as tiled
 from saccade.ops.attend.api import check
@@ -33,17 +35,36 @@ def antidiagonal_mass(
     Queries are the last of the keys; groups and blocks are counted from the first query and the first key. Float32 or
     better; for choosing blocks: it has no gradient.
 
-    impl: "auto", "torch" (some rows of blocks at a time), "reference" (by all pairs, the oracle)
+    impl: "auto", "torch" (some rows of blocks at a time), "reference" (by all pairs, the oracle), "triton" (CUDA;
+        16-bit inputs, blocks of a power of two of strides up to 128; first there)
     report: is told which back end ran, as "antidiagonal_mass:torch"
 
     Raises:
         BadInput: queries and keys that do not fit together, more queries than keys, or a block that is not whole
             strides.
+        CannotRun: the back end that was asked for cannot compute this, with every reason.
     """
     check(q, k, k)
     if stride < 1 or block < 1 or block % stride or q.shape[2] > k.shape[2]:
         asked = f"antidiagonals of {q.shape[2]} queries over {k.shape[2]} keys, block={block}, stride={stride}"
         raise BadInput(asked, "a block is whole strides, and queries are the last of the keys", "Give such numbers.")
     options = {"block": block, "stride": stride, "scale": q.shape[-1] ** -0.5 if scale is None else scale}
-    name = dispatch.pick("antidiagonal_mass", impl, {"torch": list, "reference": list}, report)
+    name = dispatch.pick("antidiagonal_mass", impl, back_ends(q, k, block, stride), report)
+    if name == "triton":
+        from saccade.ops.antidiagonal_mass import triton as kernels
+
+        return kernels.antidiagonal_mass(q, k, softcap=softcap, **options)
     return (reference if name == "reference" else tiled).antidiagonal_mass(q, k, softcap=softcap, **options)
+
+
+def back_ends(q: Tensor, k: Tensor, block: int, stride: int) -> dict[str, Callable[[], dispatch.Reasons]]:
+    """Back ends and why they cannot compute these, in the order "auto" tries."""
+
+    def by_triton() -> list[str]:
+        if not device.installed():
+            return device.triton_reasons(q)
+        from saccade.ops.antidiagonal_mass import triton as kernels
+
+        return kernels.reasons(q, k, block, stride)
+
+    return dispatch.with_triton(q, by_triton, {"torch": list, "reference": list})
