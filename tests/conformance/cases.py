@@ -117,36 +117,21 @@ def _choices(method: type[Method]) -> Iterator[tuple[str, Any]]:
 
 def drawn(examples: int = 3) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A test of a `case` or an `owner` on drawn `data`: so many examples of a method as it comes; half as many, two at
-    least, of it with another choice, without the first: that is always the simplest, few tokens at the least budget,
-    which the method as it comes has met, and what is drawn behind it costs as much and says more."""
+    least, of it with another choice."""
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
-        fewer, coming = min(examples, max(2, examples // 2)), []
-
-        @functools.wraps(test)
-        def without_the_first(data: Any, **fixtures: Any) -> None:
-            if coming:
-                coming.clear()
-                data.draw(trials(_subject(fixtures)))
-            else:
-                test(data=data, **fixtures)
-
-        whole = settings(FEW, max_examples=examples)(given(data=st.data())(test))
-        half = settings(FEW, max_examples=fewer)(given(data=st.data())(without_the_first))
+        fewer = min(examples, max(2, examples // 2))
+        whole, half = (settings(FEW, max_examples=n)(given(data=st.data())(test)) for n in (examples, fewer))
 
         def run(**fixtures: Any) -> None:
-            coming[:] = ["the simplest"] * (fewer > 1)
-            (half if _subject(fixtures).option else whole)(**fixtures)
+            case = fixtures.get("case") or fixtures["owner"]
+            (half if case.option else whole)(**fixtures)
 
         run.__name__, run.__doc__ = test.__name__, test.__doc__
         run.__signature__ = inspect.signature(whole)  # what pytest asks for: without the data
         return run
 
     return decorate
-
-
-def _subject(fixtures: dict[str, Any]) -> Case:
-    return fixtures.get("case") or fixtures["owner"]
 
 
 @functools.cache
