@@ -28,7 +28,7 @@ from saccade.ops.quantise.groups import dequantise_groups, quantise_groups
 from saccade.ops.random_features.api import log_features, orthogonal_directions
 from saccade.ops.ring_attend.api import ring_attend
 from saccade.ops.sparse_step.api import sparse_step
-from saccade.ops.topk.api import topk
+from saccade.ops.topk.api import topk, topk_rows
 from saccade.ops.window_votes.api import check_window, votes_of, window_votes
 
 __all__ = [
@@ -77,6 +77,7 @@ __all__ = [
     "to_heads",
     "to_tokens",
     "topk",
+    "topk_rows",
     "unpack_tokens",
     "votes_of",
     "window_votes",

@@ -118,17 +118,12 @@ class DoubleSparsity(Decode):
             labels = dequantise(stored["codes"], stored["span"], self.label_bits, self.channels)
             asked = dequantise(*quantise(asked, self.label_bits), self.label_bits, self.channels)
         score = self._scores(asked, labels, site)
-        room, one = column(counts, q.device), site.queries == 1
-        if not one or self.recent_tokens:  # a single query sees every key: two passes over the scores are saved
+        if site.queries > 1 or self.recent_tokens:  # one query sees every key: two passes are saved
             keys = torch.arange(site.keys, device=q.device)
-            behind = keys[site.offset :, None] - keys
+            behind, room = keys[site.offset :, None] - keys, column(counts, q.device)
             score = score.masked_fill(behind < 0, -torch.inf)
             score = score.masked_fill((behind >= 0) & (behind < room.clamp(max=self.recent_tokens)), torch.inf)
-        if one:
-            index = ops.topk(score, counts[0])
-        else:
-            index = score.topk(max(counts), -1).indices
-            index = index.masked_fill(torch.arange(max(counts), device=q.device) >= room, -1).int()
+        index = ops.topk_rows(score, counts)
         shared = site.heads // index.shape[1]
         index = index.repeat_interleave(shared, 1) if shared > 1 else index
         return Gather(index=index, queries=site.queries, keys=site.keys, shared=shared)

@@ -16,7 +16,7 @@ from saccade.core.artefact import Artefact
 from saccade.core.card import Card
 from saccade.core.errors import BadOption
 from saccade.core.method import Decode
-from saccade.core.selection import Gather, Selection, column, dense
+from saccade.core.selection import Gather, Selection, dense
 from saccade.core.site import Site
 
 QUERIES = 32  # last queries of a sample whose best keys calibration compares
@@ -214,13 +214,7 @@ def _probabilities(score: Float[Tensor, "b g s q k"], site: Site) -> Float[Tenso
 
 def _best(score: Float[Tensor, "b g s q k"], counts: list[int], site: Site) -> Int[Tensor, "b h q m"]:
     """The best `counts` keys of each query, -1 behind them."""
-    if site.queries == 1:
-        index = ops.topk(score, counts[0])
-    else:
-        index = score.topk(max(counts), -1).indices
-        rank = torch.arange(max(counts), device=score.device)
-        index = index.masked_fill(rank >= column(counts, score.device), -1).int()
-    return index.expand(-1, -1, site.group, -1, -1).flatten(1, 2)
+    return ops.topk_rows(score, counts).expand(-1, -1, site.group, -1, -1).flatten(1, 2)
 
 
 def best_keys(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"]) -> Bool[Tensor, "b h w n"]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from saccade.core.errors import BadInput
+from saccade.core.selection import column
 from saccade.ops import device, dispatch
 from saccade.ops.topk import torch as plain
 
@@ -44,6 +45,17 @@ def topk(
 
         return kernels.topk(scores, keep)
     return plain.topk(scores, keep) if name == "torch" else plain.stable(scores, keep)
+
+
+@torch.no_grad()
+def topk_rows(scores: Float[Tensor, "*heads q n"], counts: Sequence[int]) -> Int[Tensor, "*heads q k"]:
+    """Where the counts[i] largest scores of query i are, int32, and -1 behind them: of a single query as `topk` gives
+    them, of several the largest first."""
+    if scores.shape[-2] == 1:
+        return topk(scores, counts[0])
+    index = scores.topk(max(counts), -1).indices
+    spare = torch.arange(max(counts), device=scores.device) >= column(counts, scores.device)
+    return index.masked_fill(spare, -1).int()
 
 
 def _back_ends(scores: Tensor, keep: int) -> dict[str, Callable[[], dispatch.Reasons]]:
