@@ -8,12 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saccade.claims._planted import ASKED, MARK, NEEDLES, QUESTION, RUN, Study, window
+from saccade.claims._planted import MARK, Study, window
 from saccade.core.budget import Budget
 from saccade.core.method import Slot
 from saccade.core.selection import causal_mask
 from saccade.methods.mixers.landmark import with_landmarks
 from saccade.methods.nets import make_mixer
+from saccade.tasks.training.needle import ASKED, NEEDLES, QUESTION, RUN
 
 
 @settings(max_examples=10, deadline=None)

@@ -19,10 +19,11 @@ from saccade.core.budget import Budget
 from saccade.core.method import Slot
 from saccade.measure.stats import mean_interval
 from saccade.methods.nets import LanguageModel, Spec, make_mixer
+from saccade.tasks.training.needle import ASKED, QUESTION, RUN, hidden
 
 VOCABULARY = 128  # bytes up to here; those above are counted as the last
-NEEDLES, QUESTION, MARK = (3, 4, 5, 6), 1, 2  # control characters, which no text has
-RATE, WARM, ASKED, RUN = 1e-2, 20, 4, 4
+MARK = 2  # a control character, which no text has
+RATE, WARM = 1e-2, 20
 TESTS, AT_ONCE = 64, 16  # texts to test
 WINDOW = "streaming:sink_tokens=0"
 Layout = Callable[[Tensor], Tensor]  # what is put between the bytes of a text
@@ -45,12 +46,7 @@ class Planted:
         run: int = RUN, asked: int = ASKED,
     ) -> Planted:  # fmt: skip
         """From random places of a text; `tokens` before the layout."""
-        start = torch.randint(0, len(source) - tokens, (rows, 1), generator=draw)
-        ids = source[start + torch.arange(tokens)]
-        needle = torch.tensor(NEEDLES)[torch.randint(0, len(NEEDLES), (rows,), generator=draw)]
-        place = torch.randint(0, tokens - asked - run + 1, (rows, 1), generator=draw) + torch.arange(run)
-        ids.scatter_(1, place, needle[:, None].expand(-1, run))
-        ids[:, -asked:] = QUESTION
+        ids, needle = hidden(source, tokens, rows, draw, run, asked)
         ids = layout(ids)
         plain = (ids != QUESTION).all(0) & (ids != MARK).all(0)
         return cls(ids, needle, plain & plain.roll(1) & (torch.arange(len(plain)) > 0))

@@ -26,14 +26,15 @@ class MobyDick(TrainingTask):
     steps = 400
 
     def batch(self, step, rows, seed):
-        return drawn(_parts()[0], self.tokens, step, rows, seed, self.name)
+        return drawn(parts()[0], self.tokens, step, rows, seed, self.name)
 
     def held_out(self, rows):
-        return spread(_parts()[1], self.tokens, rows, self.name)
+        return spread(parts()[1], self.tokens, rows, self.name)
 
 
 @functools.cache
-def _parts() -> tuple[Tensor, Tensor]:
+def parts() -> tuple[Tensor, Tensor]:
+    """Bytes of the text, and those of its end, which are held out."""
     text = torch.frombuffer(bytearray(FILE.read_bytes()), dtype=torch.uint8)
     cut = len(text) - int(HELD_OUT * len(text))
     return text[:cut], text[cut:]
