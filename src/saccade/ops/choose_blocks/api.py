@@ -17,6 +17,7 @@ from torch import Tensor
 from saccade.core.errors import BadInput
 from saccade.core.selection import Blocks
 from saccade.ops import device, dispatch
+from saccade.ops.topk.api import LONG
 
 WHOLE = 1 / 8  # of the pairs beside the diagonal, at most, goes to rows that see everything
 
@@ -95,14 +96,10 @@ def mass_before(
 
 def _back_ends(score: Tensor, threshold: float | None) -> dict[str, Callable[[], dispatch.Reasons]]:
     def by_triton() -> list[str]:
-        if not device.installed():
-            return device.triton_reasons(score)
-        from saccade.ops.topk.triton import TILE
-
         why = device.triton_reasons(score.detach())
         why += ["it takes as many blocks as row_tokens pays for, and a threshold was given"] * (threshold is not None)
         why += ["it compares in float32, and the scores are float64"] * (score.dtype == torch.float64)
-        why += [f"{score.shape[-1]} key blocks; it takes up to {TILE}"] * (score.shape[-1] > TILE)
+        why += [f"{score.shape[-1]} key blocks; it takes up to {LONG}"] * (score.shape[-1] > LONG)
         return why + ["there is nothing to read"] * (not score.numel())
 
     return dispatch.with_triton(score, by_triton, {"torch": list})

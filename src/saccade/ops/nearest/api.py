@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from saccade.core.errors import BadInput, BadOption, CannotRun
-
-if TYPE_CHECKING:
-    from saccade.ops.nearest.graph import Graph
 
 KINDS = ("graph", "graph-faiss", "flat", "hnsw", "ivf")
 LIBRARY = ("graph-faiss", "hnsw", "ivf")  # by faiss, which is found, never required
@@ -86,21 +83,20 @@ def index_keys(
         from saccade.ops.nearest.reference import Flat
 
         return Flat(keys)
-    if kind == "graph":
-        return _graph(keys, queries, beam, degree)
     if reasons := index_reasons(kind):
         raise CannotRun(f"index keys with kind={kind!r}", reasons, "Or take 'graph' or 'flat'.")
-    from saccade.ops.nearest import library
+    if kind in ("hnsw", "ivf"):
+        from saccade.ops.nearest import library
 
-    if kind == "graph-faiss":
-        return library.followed(_graph(keys, queries, beam, degree))
-    return library.build(keys, kind, beam, probes, degree)
-
-
-def _graph(keys: Tensor, queries: Tensor, beam: int, degree: int) -> Graph:
+        return library.build(keys, kind, beam, probes, degree)
     from saccade.ops.nearest import graph
 
-    return graph.build(keys, queries, beam, degree)
+    made = graph.build(keys, queries, beam, degree)
+    if kind == "graph":
+        return made
+    from saccade.ops.nearest import library
+
+    return library.followed(made)
 
 
 def index_reasons(kind: str) -> list[str]:
