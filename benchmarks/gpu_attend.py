@@ -253,6 +253,11 @@ def milliseconds(work: Run, rounds: int) -> list[float]:
     return found[2:]
 
 
+def both_ways(forward: Callable[..., Tensor], inputs: list[Tensor], d_out: Tensor) -> Run:
+    """Forward and backward."""
+    return lambda: torch.autograd.grad(forward(*inputs), inputs, d_out)
+
+
 def speed(pairs: float, times: list[float], backward: bool) -> dict[str, float]:
     """TFLOP/s: median, least, largest; and the median time."""
     work = 4 * SIZE * pairs * (BACKWARD if backward else 1) / 1e9

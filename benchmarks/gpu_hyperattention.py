@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 
 import torch
-from gpu_attend import WRONG, milliseconds, relative
+from gpu_attend import WRONG, both_ways, milliseconds, relative
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -72,11 +72,6 @@ def seen(part, rows: Tensor) -> Tensor:
     q, k = part.q_bucket[0, 0, rows, None], part.k_bucket[0, 0]
     own = (q // part.family == k // part.family) & (q != k) if part.family else q == k
     return own & (q >= 0) & (k >= 0) & ~later
-
-
-def both_ways(forward: Callable[..., Tensor], inputs: list[Tensor], d_out: Tensor) -> Callable[[], None]:
-    """Forward and backward."""
-    return lambda: torch.autograd.grad(forward(*inputs), inputs, d_out)
 
 
 def main() -> int:

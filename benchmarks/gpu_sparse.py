@@ -23,7 +23,7 @@ from typing import Any
 
 import gpu_attend
 import torch
-from gpu_attend import HEADS, KV_HEADS, SIZE, WRONG, Run, dense_kernels, inputs, milliseconds, wrong
+from gpu_attend import HEADS, KV_HEADS, SIZE, WRONG, Run, both_ways, dense_kernels, inputs, milliseconds, wrong
 from torch import Tensor
 
 from saccade import ops
@@ -72,18 +72,13 @@ def median(work: Run, rounds: int) -> float:
     return statistics.median(milliseconds(work, rounds))
 
 
-def both(forward: Callable[..., Tensor], made: list[Tensor], d_out: Tensor) -> Run:
-    """Forward and backward."""
-    return lambda: torch.autograd.grad(forward(*made), made, d_out)
-
-
 def dense(tokens: int, rounds: int, backward: bool) -> dict[str, float]:
     """Milliseconds of each dense kernel."""
     made = inputs(tokens, grad=backward)
     d_out = torch.randn_like(made[0])
     found = {}
     for name, kernel in dense_kernels(backward, peers=True).items():
-        work = both(kernel, made, d_out) if backward else functools.partial(kernel, *made)
+        work = both_ways(kernel, made, d_out) if backward else functools.partial(kernel, *made)
         found[name] = median(work, rounds)
     return found
 
@@ -109,7 +104,7 @@ def measure(name: str, tokens: int, rounds: int, backward: bool, dense_ms: dict[
     row = {"method": name, "tokens": tokens, "density": pairs / (HEADS * tokens * (tokens + 1) / 2), "off": off,
            "kind": selection.kind, "choose_ms": choose, "ms": whole}  # fmt: skip
     if backward:
-        row["ms"] = median(both(attention, made, torch.randn_like(q)), rounds)
+        row["ms"] = median(both_ways(attention, made, torch.randn_like(q)), rounds)
     saved = fastest - (row["ms"] - choose)
     times = {n: ms / row["ms"] for n, ms in dense_ms.items()}
     return row | {"times": times, "cost": choose / saved if saved > 0 else None}
