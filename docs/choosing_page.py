@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+from stored import RESULTS, newest
+
 Row = list[str]
-
-
-def newest(name: str) -> dict[str, Any]:
-    """The latest file of that name: NAME-DEVICE-DATE.json."""
-    found = [p for p in RESULTS.glob(f"{name}-*.json") if re.fullmatch(rf"{name}-[^-]+-\d+-\d+-\d+", p.stem)]
-    return json.loads(max(found, key=lambda p: p.stem[-10:]).read_text(encoding="utf-8"))
 
 
 def choosing() -> tuple[Row, list[Row]]:
     """Of whole calls forward, and of both ways where they were measured."""
-    rows = [(row, "forward") for row in newest("sparse")["rows"]]
-    rows += [(row, "both ways") for row in newest("sparse-backward")["rows"]]
+    rows = [(row, "forward") for row in newest("sparse")[1]["rows"]]
+    rows += [(row, "both ways") for row in newest("sparse-backward")[1]["rows"]]
     heads = ["method", "tokens", "density", "", "choosing, ms", "all, ms", "times less than", "choosing over saved"]
     return heads, [_choosing(row, way) for row, way in rows]
 
@@ -47,7 +39,7 @@ def _grown() -> Iterator[list[dict[str, Any]]]:
     """Rows of each layer; full attention, which every file has, of the first file."""
     names = sorted({p.stem.rsplit("-", 4)[0] for p in RESULTS.glob("growth-*.json")})
     for i, name in enumerate(names):
-        rows = newest(name)["layers"]
+        rows = newest(name)[1]["layers"]
         for layer in dict.fromkeys(row["layer"] for row in rows):
             if layer != "full" or i == 0:
                 yield [row for row in rows if row["layer"] == layer]

@@ -28,6 +28,7 @@ import frontier_page  # noqa: E402
 import orderings_page  # noqa: E402
 import parallel_page  # noqa: E402
 import scale_page  # noqa: E402
+from stored import newest  # noqa: E402
 
 from saccade.claims._found import lines  # noqa: E402
 from saccade.cli.show import bibtex, idea, options  # noqa: E402
@@ -43,10 +44,6 @@ RUNS = {"comparison": RUN} | {name: folder for name, (_, folder) in FAMILIES.ite
 RUN_FILES = ("run.json", "env.json", "summary.json")
 NOTE = "<!-- made by docs/make.py from the card, the docstring and the results of claims; do not edit -->\n"
 FILLED = ("README.md", "docs/index.md")
-SCALE = "docs/explanation/scale.md"
-PARALLEL = "docs/parallel.md"
-SPEED = "docs/speed-gpu.md"
-TRAINING = "docs/train.md"
 
 # properties of the conformance suite, in words
 WORDS = {
@@ -246,7 +243,7 @@ def many_gpus(prefix: str) -> str:
 
 def several(prefix: str) -> str:
     """What docs/parallel.md shows of texts shared among GPUs."""
-    path, data = parallel_page.found()
+    path, data = newest("parallel")
     parts = [
         f"Measured with {data['ranks']} GPUs ({_machine(data['environment'])})"
         f" ([all numbers]({prefix}benchmarks/results/{path.name})). {parallel_page.equal(data['check'])}",
@@ -257,7 +254,7 @@ def several(prefix: str) -> str:
 
 def single_layers(prefix: str) -> str:
     """What docs/speed-gpu.md shows of choosing and of growth."""
-    env = choosing_page.newest("sparse")["environment"]
+    env = newest("sparse")[1]["environment"]
     parts = [table(*choosing_page.choosing()), table(*choosing_page.growth()), f"Measured on: {_machine(env)}."]
     return "\n\n".join(parts)
 
@@ -291,6 +288,15 @@ def frontier(runs: dict[str, Run]) -> str:
     return f"{NOTE}\n" + "\n\n".join(words) + "\n"
 
 
+# pages written by hand but for one part -> its mark, and what makes it
+PARTS = {
+    "docs/explanation/scale.md": ("scale", many_gpus),
+    "docs/parallel.md": ("parallel", several),
+    "docs/speed-gpu.md": ("layers", single_layers),
+    "docs/train.md": ("orderings", ordered),
+}
+
+
 def pages() -> dict[Path, str]:
     """path -> what should be there."""
     made = {ROOT / "docs" / "methods" / f"{stem(n)}.md": page(n) for n in registry.list_methods()}
@@ -298,14 +304,8 @@ def pages() -> dict[Path, str]:
         prefix = "" if name.startswith("docs/") else "docs/"
         text = (ROOT / name).read_text(encoding="utf-8")
         made[ROOT / name] = _fill(_fill(text, "methods", methods, prefix), "comparison", comparison, prefix)
-    text = (ROOT / SCALE).read_text(encoding="utf-8")
-    made[ROOT / SCALE] = _fill(text, "scale", many_gpus, "../")
-    text = (ROOT / PARALLEL).read_text(encoding="utf-8")
-    made[ROOT / PARALLEL] = _fill(text, "parallel", several, "../")
-    text = (ROOT / SPEED).read_text(encoding="utf-8")
-    made[ROOT / SPEED] = _fill(text, "layers", single_layers, "../")
-    text = (ROOT / TRAINING).read_text(encoding="utf-8")
-    made[ROOT / TRAINING] = _fill(text, "orderings", ordered, "../")
+    for name, (part, make) in PARTS.items():
+        made[ROOT / name] = _fill((ROOT / name).read_text(encoding="utf-8"), part, make, "../")
     made[ROOT / "docs" / "img" / "scale.svg"] = scale_page.drawn()
     for name, folder in RUNS.items():
         if (folder / "summary.json").is_file():

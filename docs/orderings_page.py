@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 from orderings import PAIRS, Pair  # noqa: E402
+from stored import RESULTS  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
 UNITS = {"accuracy": "accuracy", "bits": "bits per token"}
 Row = list[str]
 

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 WAYS = {"one": "alone", "heads": "by heads", "ring": "in a ring"}
 Row = list[str]
-
-
-def found() -> tuple[Path, dict[str, Any]]:
-    """The newest result."""
-    path = max(RESULTS.glob("parallel-*.json"), key=lambda p: p.stem[-10:])
-    return path, json.loads(path.read_text(encoding="utf-8"))
 
 
 def equal(check: list[dict[str, Any]]) -> str:
