@@ -87,6 +87,8 @@ def decode() -> dict[str, list[dict[str, Any]]]:
     held = {(row["tokens"], row["batch"]): row["bytes"]["cache"] for row in dense}
     for name, row in rows("decode"):
         figures, where = row["figures"], (row["tokens"], row["batch"])
+        if "graph" not in figures or where not in held:
+            continue  # what asks the host in every step, and what was not measured beside the model alone
         spent = statistics.median(figures["graph"]) - statistics.median(figures["rest"])
         point = {"tokens": row["tokens"], "batch": row["batch"], "seconds": spent / row["layers"]}
         point |= {"cache": row["bytes"]["cache"] / held[where], "budget": row["budget"], "from": name}

@@ -36,7 +36,7 @@ def antidiagonal_mass(
     better; for choosing blocks: it has no gradient.
 
     impl: "auto", "torch" (some rows of blocks at a time), "reference" (by all pairs, the oracle), "triton" (CUDA;
-        16-bit inputs, blocks of a power of two of strides up to 128; only when asked for: no GPU has measured it yet)
+        16-bit inputs, blocks of a power of two of strides up to 128)
     report: is told which back end ran, as "antidiagonal_mass:torch"
 
     Raises:
@@ -67,4 +67,4 @@ def back_ends(q: Tensor, k: Tensor, block: int, stride: int) -> dict[str, Callab
 
         return kernels.reasons(q, k, block, stride)
 
-    return {"torch": list, "reference": list, "triton": by_triton}
+    return dispatch.with_triton(q, by_triton, {"torch": list, "reference": list})
