@@ -17,6 +17,7 @@ CLAIM = Claim(
     how="SmolLM2-135M, three key/value heads that share: pass keys in real prose at 512 tokens, asked for at the end"
     " of the prompt, an eighth kept, 16 voting tokens; against full, random and SnapKV with the same votes;"
     " share of the answer's attention to the prompt that falls on kept keys. Scaled down in model, heads and length.",
+    tiers=("smoke", "cpu", "gpu"),
     counts="Pass keys 5 points above SnapKV and 30 above random, within 10 of full; a hundredth more of the answer's"
     " attention on kept keys than SnapKV.",
 )
@@ -27,10 +28,10 @@ OURS, THEIRS = f"adakv:{VOTES}", f"snapkv:{VOTES}"
 
 
 def measure(tier: str, progress: Progress | None = None) -> Evidence:
-    """Evidence of a tier: "smoke" or "cpu"."""
+    """Evidence of a tier: "smoke", "cpu" or "gpu"."""
     if tier == "smoke":
         return machinery(AdaKV(window_tokens=8))
-    bench = Bench("passkey", (512,), SAMPLES, progress)
+    bench = Bench("passkey", (512,), SAMPLES, progress, tier=tier)
     ours = bench.scores(OURS, BUDGET)
     versus = {
         "adakv minus snapkv": (bench.scores(THEIRS, BUDGET), 0.05),
@@ -43,7 +44,7 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     more = mean_interval([a - b for a, b in zip(kept, even)])
     checks.append(at_least("attention of the answer on kept keys, minus snapkv's", more, 0.01))
     reason = f"On kept keys {_mean(kept):.3f} of the answer's attention, with snapkv {_mean(even):.3f}."
-    setting = f"SmolLM2-135M-Instruct, float32; {SAMPLES} pass keys in 512 tokens; {BUDGET} kept"
+    setting = f"{bench.where()}; {bench.what()}; {BUDGET} kept"
     return Evidence(checks, setting, reason, table=bench.rows())
 
 

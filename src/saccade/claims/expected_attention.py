@@ -17,6 +17,7 @@ CLAIM = Claim(
     how="SmolLM2-135M: pass keys in 512 tokens, asked for after the compression, half kept; loss of 512 tokens"
     " after 512, half kept; against full, random, SnapKV and key norms; share of those tokens' attention to the prompt"
     " that falls on kept keys, a quarter kept. Scaled down in model and length.",
+    tiers=("smoke", "cpu", "gpu"),
     counts="Pass keys within 10 points of full, 10 above SnapKV and 30 above random; loss within 0.05 nats of full;"
     " more of the attention on kept keys than with SnapKV.",
 )
@@ -26,11 +27,11 @@ NAME = "expected-attention"
 
 
 def measure(tier: str, progress: Progress | None = None) -> Evidence:
-    """Evidence of a tier: "smoke" or "cpu"."""
+    """Evidence of a tier: "smoke", "cpu" or "gpu"."""
     if tier == "smoke":
         return machinery(ExpectedAttention())
-    keys = Bench("passkey-agnostic", (512,), KEYS, progress)
-    text = Bench("continuation-loss", (1024,), TEXTS, progress, (keys.model, keys.tokenizer))
+    keys = Bench("passkey-agnostic", (512,), KEYS, progress, tier=tier)
+    text = Bench("continuation-loss", (1024,), TEXTS, progress, (keys.model, keys.tokenizer), tier)
     ours = keys.scores(NAME, HALF)
     versus = {
         "expected-attention minus full, pass keys": (keys.scores("full"), -0.10),
@@ -50,5 +51,5 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
         f"On kept keys {sum(mine) / len(mine):.3f} of the attention of later tokens, with snapkv"
         f" {sum(snap) / len(snap):.3f}. Without the covariance {mean.mean:+.3f} nats."
     )
-    setting = f"SmolLM2-135M-Instruct, float32; {KEYS} pass keys in 512 tokens, {TEXTS} texts of 1,024 tokens"
+    setting = f"{keys.where()}; {keys.what()}, {text.what()}"
     return Evidence(checks, setting, reason, table=keys.rows() + text.rows())

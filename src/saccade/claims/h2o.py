@@ -21,6 +21,7 @@ CLAIM = Claim(
     " keys alone, heavy hitters alone, and random keys of the prompt with all later ones, which hold more; pass keys in"
     " 512 tokens, a fifth kept; share of all attention that the fifth of keys with the largest sums draws,"
     " mean over heads and layers. Scaled down in model and length.",
+    tiers=("smoke", "cpu", "gpu"),
     counts="Loss within 0.05 nats of full, 0.05 below recent keys alone; pass keys 30 points above random; a fifth of"
     " the keys draws four fifths of the attention.",
 )
@@ -30,11 +31,11 @@ RECENT, HEAVY = "streaming:sink_tokens=0", "h2o:heavy_share=1"
 
 
 def measure(tier: str, progress: Progress | None = None) -> Evidence:
-    """Evidence of a tier: "smoke" or "cpu"."""
+    """Evidence of a tier: "smoke", "cpu" or "gpu"."""
     if tier == "smoke":
         return machinery(H2O())
-    text = Bench("continuation-loss", (1024,), TEXTS, progress)
-    keys = Bench("passkey", (512,), KEYS, progress, (text.model, text.tokenizer))
+    text = Bench("continuation-loss", (1024,), TEXTS, progress, tier=tier)
+    keys = Bench("passkey", (512,), KEYS, progress, (text.model, text.tokenizer), tier)
     ours, full, recent = text.scores("h2o", SHARE), text.scores("full"), text.scores(RECENT, SHARE)
     text.scores("random:part=evict", SHARE)
     alone = text.difference(text.scores(HEAVY, SHARE), full)
@@ -47,7 +48,7 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     ]
     lost = keys.difference(found, keys.scores("full")).mean
     reason = f"Heavy hitters with one recent key lose {alone.mean:+.3f} nats. Minus full, {lost:+.2f} pass keys."
-    setting = f"SmolLM2-135M-Instruct, float32; {TEXTS} texts of 1,024 tokens, {KEYS} pass keys in 512 tokens"
+    setting = f"{text.where()}; {text.what()}, {keys.what()}"
     return Evidence(checks, setting, reason, table=text.rows() + keys.rows())
 
 

@@ -22,6 +22,7 @@ CLAIM = Claim(
     how="SmolLM2-135M: pass keys in real prose at 512 tokens, asked for at the end of the prompt, an eighth kept, and"
     " a sixteenth; against full, random and SnapKV with the same window of 8; keys that hold nine tenths of"
     " the attention of the last 8 tokens, lower third of the layers over upper third. Scaled down in model and length.",
+    tiers=("smoke", "cpu", "gpu"),
     counts="At an eighth within 5 points of full and 30 above random; at a sixteenth 5 points above SnapKV; 1.5 times"
     " as many keys hold nine tenths of the attention in the lower third of the layers.",
 )
@@ -32,10 +33,10 @@ MASS = 0.9
 
 
 def measure(tier: str, progress: Progress | None = None) -> Evidence:
-    """Evidence of a tier: "smoke" or "cpu"."""
+    """Evidence of a tier: "smoke", "cpu" or "gpu"."""
     if tier == "smoke":
         return machinery(PyramidKV())
-    bench = Bench("passkey", (512,), SAMPLES, progress)
+    bench = Bench("passkey", (512,), SAMPLES, progress, tier=tier)
     even = f"snapkv:window_tokens={WINDOW}"
     ours, small = bench.scores("pyramidkv", BUDGET), bench.scores("pyramidkv", SMALL)
     versus = {
@@ -50,7 +51,7 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     checks.append(at_least("keys that hold 0.9 of the attention, lower third over upper", ratio, 1.5))
     where = ", ".join(f"{sum(s[i] for s in spread) / len(spread):.0f}" for i in range(0, len(spread[0]), 5))
     reason = f"Keys of nine tenths in every fifth layer: {where}."
-    setting = f"SmolLM2-135M-Instruct, float32; {SAMPLES} pass keys in 512 tokens"
+    setting = f"{bench.where()}; {bench.what()}"
     return Evidence(checks, setting, reason, table=bench.rows())
 
 
@@ -59,8 +60,9 @@ def _spread(bench: Bench, sample: Any) -> list[float]:
     """Per layer: the fewest keys that hold nine tenths of the attention of a query of the window; mean over heads."""
     out = []
     for _, q, k, _ in Subject(bench.model).capture_qkv([sample.context]):
+        q, k = q.float(), k.float()
         logits = q[0, :, -WINDOW:] @ k[0].repeat_interleave(q.shape[1] // k.shape[1], 0).mT * q.shape[-1] ** -0.5
-        ahead = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(logits.shape[-1] - WINDOW + 1)
+        ahead = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(logits.shape[-1] - WINDOW + 1)
         weights = logits.masked_fill(ahead, -torch.inf).softmax(-1).sort(-1, descending=True).values
         out.append(float((weights.cumsum(-1) < MASS).sum(-1).add(1).double().mean()))
     return out

@@ -29,6 +29,7 @@ CLAIM = Claim(
     " same budget; pages of 1 key, an exact search, and pages for every query head. The attention mass of the keys"
     " read against that of as many exact best keys, 64 queries after 960 tokens, an eighth of the keys. Shorter and"
     " smaller than the paper: scaled down; its speed is not measured.",
+    tiers=("smoke", "cpu", "gpu"),
     counts="Loss within 3 % perplexity of full, and not above sinks and window; pass keys within 5 points of full and"
     " 30 above sinks and window; nine tenths of the attention mass of the exact best keys.",
 )
@@ -42,13 +43,13 @@ QUERIES = 64  # last of a text, that mass is measured on
 
 
 def measure(tier: str, progress: Progress | None = None) -> Evidence:
-    """Evidence of a tier: "smoke" or "cpu"."""
+    """Evidence of a tier: "smoke", "cpu" or "gpu"."""
     if tier == "smoke":
         return machinery(Quest(page_tokens=4, dense_layers=0))
-    text = Bench("continuation-loss", (2048,), 3, progress)
+    text = Bench("continuation-loss", (2048,), 3, progress, tier=tier)
     losses = {who: text.scores(who, EIGHTH) for who in ("quest", EXACT, APART, *BASELINES)}
     losses["full"] = text.scores("full")
-    keys = Bench("passkey-agnostic", (1024,), 10, progress, (text.model, text.tokenizer))
+    keys = Bench("passkey-agnostic", (1024,), 10, progress, (text.model, text.tokenizer), tier)
     hits = {who: keys.scores(who, SIXTEENTH) for who in ("quest", EXACT, APART, *BASELINES)}
     hits["full"] = keys.scores("full")
     masses = _masses(Subject(text.model), [s.context[:, :1024] for s in text.samples[:2]])
@@ -69,7 +70,10 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
         " pages, of 32k they are 256. With pages for every query head it is"
         f" {lost[APART].mean:+.3f} nats and {sum(hits[APART]):.0f} pass keys."
     )
-    setting = "SmolLM2-135M-Instruct, float32; loss after 1,536 tokens, pass keys in 1,024, mass after 960"
+    setting = (
+        f"{text.where()}; {text.what()}, 512 of them scored, {keys.what()}; at every tier mass of the last"
+        f" {QUERIES} queries of 2 texts of 1,024 tokens"
+    )
     return Evidence(checks, setting, reason, table=text.rows() + keys.rows() + shown)
 
 
@@ -78,7 +82,8 @@ def _masses(subject: Subject, texts: list[Tensor]) -> dict[str, list[float]]:
     out: dict[str, list[float]] = {}
     for found, q, k, v in captured(subject, texts, 1 / 8):
         site = dataclasses.replace(found, stage="decode", queries=QUERIES, budget=Budget(1 / 8))
-        last, places = q[:, :, -QUERIES:], torch.arange(site.keys).expand(*k.shape[:2], -1)
+        q, k, v = q.float(), k.float(), v.float()
+        last, places = q[:, :, -QUERIES:], torch.arange(site.keys, device=k.device).expand(*k.shape[:2], -1)
         stored = {"keys": k, "values": v, "positions": places}
         pages = {who: Quest(page_tokens=size, dense_layers=0) for size, who in SIZES.items()}
         chosen = {who: m.select(last, stored, dataclasses.replace(site, state={})) for who, m in pages.items()}

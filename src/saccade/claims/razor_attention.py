@@ -26,6 +26,7 @@ CLAIM = Claim(
     " pass keys in real prose at 512 and 1,024 tokens, against full, random keys, three draws of random heads, no whole"
     " heads, no echo head and no compensation token, all in a cache of the same size; loss of 512 tokens after 1,536;"
     " overlap of the chosen heads over random texts of 250, 500 and 1,000 tokens. Scaled down in model and length.",
+    tiers=("smoke", "cpu", "gpu"),
     counts="Pass keys within 10 points of full and 30 above random heads, 5 above the cache without echo head and 5"
     " above that without compensation token; loss within 1 % perplexity; four fifths of the chosen heads the same.",
 )
@@ -36,12 +37,12 @@ TWICE, ROOM = "razor-attention:induction_share=0.28,echo_share=0.02", 0.42  # tw
 
 
 def measure(tier: str, progress: Progress | None = None) -> Evidence:
-    """Evidence of a tier: "smoke" or "cpu"."""
+    """Evidence of a tier: "smoke", "cpu" or "gpu"."""
     if tier == "smoke":
         some = {"induction": torch.tensor([[0.9, 0.1], [0.2, 0.8]]), "echo": torch.tensor([[0.0, 0.1], [0.3, 0.2]])}
         made = Artefact("razor-attention", some, "tiny", "")
         return machinery(RazorAttention(sink_tokens=2, window_tokens=4, artefact=made))
-    keys = Bench("passkey", (512, 1024), 10, progress)
+    keys = Bench("passkey", (512, 1024), 10, progress, tier=tier)
     ranked = Artefact.find("razor-attention", keys.mark)
     if ranked is None:
         do = "saccade calibrate razor-attention"
@@ -55,7 +56,7 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     }
     keys.scores("razor-attention:induction_share=0,echo_share=0", BUDGET)
     keys.scores("random:part=evict", BUDGET)
-    text = Bench("continuation-loss", (2048,), 3, progress, (keys.model, keys.tokenizer))
+    text = Bench("continuation-loss", (2048,), 3, progress, (keys.model, keys.tokenizer), tier)
     loss = text.difference(text.scores("razor-attention", BUDGET), text.scores("full"))
     bare = text.difference(text.scores("razor-attention:compensation=none", BUDGET), text.scores("full"))
     text.scores("random:part=evict", BUDGET)
@@ -69,8 +70,9 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
         at_least("chosen heads shared over texts and lengths", same, 0.8),
     ]
     setting = (
-        f"SmolLM2-135M-Instruct, float32; 512 and 1,024 tokens, 10 pass keys each; {BUDGET} of the cache; heads ranked"
-        f" on random tokens of {ranked.data}"
+        f"{keys.where()}; {keys.what()}, {text.what()}, 512 of them scored; {BUDGET} of the cache; heads ranked on"
+        f" random tokens of {ranked.data}; at every tier overlap over texts of {min(PERIODS)} to {max(PERIODS):,}"
+        " random tokens"
     )
     reason = f"Without the compensation token the loss is {bare.mean:+.3f} nats from full, with it {loss.mean:+.3f}."
     if not (checks[0].holds and loss.mean <= 0.01):

@@ -27,6 +27,7 @@ CLAIM = Claim(
     " an eighth of the keys. Full, random keys, sinks and window, and an exact choice in every layer (double-sparsity"
     " with all channels) at the same budget, which counts the four layers that read everything. Shorter and smaller"
     " than the paper: scaled down; its speed is not measured.",
+    tiers=("smoke", "cpu", "gpu"),
     counts="Recall 5 points higher with c; pass keys within 5 points of full and 5 above sinks and window; perplexity"
     " within 3 %.",
 )
@@ -38,17 +39,18 @@ BASELINES = ("random:part=decode", "streaming")
 
 
 def measure(tier: str, progress: Progress | None = None) -> Evidence:
-    """Evidence of a tier: "smoke" or "cpu"."""
+    """Evidence of a tier: "smoke", "cpu" or "gpu"."""
     if tier == "smoke":
         return machinery(TidalDecode(dense_layers=0, reselect_layer="none"), 0.75)
-    text = Bench("continuation-loss", (2048,), 3, progress)
+    text = Bench("continuation-loss", (2048,), 3, progress, tier=tier)
     made = Artefact.find("tidaldecode", text.mark)
     if made is None:
         do = "saccade calibrate tidaldecode"
         raise CannotRun("claim tidaldecode", "no layer that chooses anew was found for SmolLM2", do)
     first, again = TidalDecode(artefact=made).choosing
-    keys = Bench("passkey-agnostic", (1024,), 10, progress, (text.model, text.tokenizer))
-    recall = _recalls(Subject(text.model), [s.context for s in text.samples[:2]], first, again)
+    keys = Bench("passkey-agnostic", (1024,), 10, progress, (text.model, text.tokenizer), tier)
+    contexts = [s.context for s in text.samples[:2]]
+    recall = _recalls(Subject(text.model), contexts, first, again)
     losses = {
         who: text.difference(text.scores(who, EIGHTH), text.scores("full"))
         for who in (OURS, EXACT, f"{OURS}:reselect_layer=none", f"{OURS}:reselect_layer=7", *BASELINES)
@@ -62,8 +64,8 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
         at_most("an eighth of the keys minus full, nats (3 %)", losses[OURS], BAR),
     ]
     setting = (
-        f"SmolLM2-135M-Instruct, float32; s = {first}, c = {again}; recall in two texts of 1,536 tokens, pass keys in"
-        f" 1,024, loss after 1,536; recalls that chose c from {made.data}"
+        f"{text.where()}; s = {first}, c = {again}; recall in two texts of {contexts[0].shape[1]:,} tokens,"
+        f" {keys.what()}, {text.what()}, 512 of them scored; recalls that chose c from {made.data}"
     )
     behind = [{"list of layer": who, "recall": sum(v) / len(v), "n": len(v)} for who, v in recall.items()]
     return Evidence(checks, setting, _reason(losses), table=text.rows() + keys.rows() + behind)
