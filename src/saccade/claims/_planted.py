@@ -51,6 +51,10 @@ class Planted:
         plain = (ids != QUESTION).all(0) & (ids != MARK).all(0)
         return cls(ids, needle, plain & plain.roll(1) & (torch.arange(len(plain)) > 0))
 
+    def to(self, device: str) -> Planted:
+        """The same texts there."""
+        return replace(self, ids=self.ids.to(device), needle=self.needle.to(device), prose=self.prose.to(device))
+
     def losses(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Nats per byte of each text, and of the needle in each place where it is asked for."""
         said = torch.nn.functional.cross_entropy(logits[:, :-1].mT, self.ids[:, 1:], reduction="none")
@@ -130,8 +134,7 @@ class Study:
         return self._texts(parts()[1], tokens, TESTS, draw)
 
     def _texts(self, source: Tensor, tokens: int, rows: int, draw: torch.Generator) -> Planted:
-        made = Planted.draw(source, tokens, rows, draw, self.layout)
-        return Planted(*(x.to(self.device) for x in (made.ids, made.needle, made.prose)))
+        return Planted.draw(source, tokens, rows, draw, self.layout).to(self.device)
 
 
 @dataclass(frozen=True)

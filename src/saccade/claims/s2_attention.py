@@ -12,9 +12,10 @@ from torch import Tensor
 
 from saccade import models
 from saccade.attach import attach
-from saccade.claims._bench import Progress, at_least, at_most, machinery
+from saccade.claims._bench import TIERS, Progress, at_least, at_most, machinery
 from saccade.claims._contract import SEED, Claim, Evidence
 from saccade.claims._planted import Planted, parts
+from saccade.claims._seeds import training
 from saccade.core import rng
 from saccade.core.method import Method
 from saccade.core.site import Site
@@ -31,6 +32,7 @@ CLAIM = Claim(
     " four needles is planted and asked for by the last 16 bytes: dense, stripes of every fourth block of 8 bytes with"
     " one local block, the same stripe for all heads, and the local block with the text's first block alone. Random"
     " blocks, as many pairs, are read by the dense model. Tested on later chapters. Scaled down very far.",
+    tiers=("smoke", "cpu", "gpu"),
     counts="Needles within 5 points of dense, 30 above the same stripe for all heads and above the local block;"
     " perplexity of the text within 2 % of dense.",
 )
@@ -46,16 +48,18 @@ TRAINED = {
 
 
 def measure(tier: str, progress: Progress | None = None) -> Evidence:
-    """Evidence of a tier: "smoke" or "cpu"."""
+    """Evidence of a tier: "smoke", "cpu" or "gpu", which trains longer, on more of the same short texts."""
     if tier == "smoke":
         return machinery(S2Attention(block_tokens=8))
     source, later = parts()
-    tests = _texts(later, TESTS, rng.generator("claims/s2-attention/tests", SEED))
+    made, many = training(tier, ROWS, STEPS), TESTS * TIERS[tier].more
+    rows, steps, device = (made[name] for name in ("rows", "steps", "device"))
+    tests = _texts(later, many, rng.generator("claims/s2-attention/tests", SEED), device)
     found, shares, dense = {}, {}, None
     for i, (name, method) in enumerate(TRAINED.items()):
         if progress is not None:
             progress(i, len(TRAINED), f"training: {name}")
-        model = _trained(method, source)
+        model = _trained(method, source, rows, steps, device)
         dense = dense or model
         with _under(model, method) as run:
             found[name], shares[name] = _scores(tests, model.eval()), run.record.density("prefill") if run else 1.0
@@ -70,17 +74,18 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
         at_least("needles, minus the local block", paired(hits["s2-attention"], hits[local], True), 0.30),
         at_most("nats per byte, minus full (2 %)", paired(nats["s2-attention"], nats["full"], False), math.log(1.02)),
     ]
-    setting = f"two layers, four heads of 16, float32; {STEPS} steps of {ROWS} texts of {BYTES} bytes; {TESTS} to test"
+    where = "float32 on a GPU" if device == "cuda" else "float32"
+    setting = f"two layers, four heads of 16, {where}; {steps} steps of {rows} texts of {BYTES} bytes; {many} to test"
     here = Site(0, 2, 4, 4, 16, "prefill", BYTES, BYTES, BYTES, 1.0)
     seen = {name: coverage(m.shards(BYTES, here), 4) for name, m in TRAINED.items() if m}
     reason = f"Share of far blocks that some head sees: {seen}."
     means = {name: (hit_rate(hits[name]).mean, mean_interval(nats[name]).mean) for name in found}
-    rows = [{"who": n, "pairs": shares[n], "needles": hit, "nats per byte": nat} for n, (hit, nat) in means.items()]
-    return Evidence(checks, setting, reason, table=rows)
+    table = [{"who": n, "pairs": shares[n], "needles": hit, "nats per byte": nat} for n, (hit, nat) in means.items()]
+    return Evidence(checks, setting, reason, table=table)
 
 
-def _texts(source: Int[Tensor, " m"], rows: int, draw: torch.Generator) -> Planted:
-    return Planted.draw(source, BYTES, rows, draw, run=1, asked=ASKED)
+def _texts(source: Int[Tensor, " m"], rows: int, draw: torch.Generator, device: str) -> Planted:
+    return Planted.draw(source, BYTES, rows, draw, run=1, asked=ASKED).to(device)
 
 
 @torch.no_grad()
@@ -94,15 +99,15 @@ def _under(model: Any, method: Method | None, budget: float = 1.0) -> Any:
     return attach(model, method, budget=budget) if method else contextlib.nullcontext()
 
 
-def _trained(method: Method | None, source: Int[Tensor, " m"]) -> Any:
+def _trained(method: Method | None, source: Int[Tensor, " m"], rows: int, steps: int, device: str) -> Any:
     """From the same weights and on the same texts, whatever the method."""
-    model = models.tiny("llama", layers=2, heads=4, kv_heads=4, head_size=16, seed=SEED).train()
+    model = models.tiny("llama", layers=2, heads=4, kv_heads=4, head_size=16, seed=SEED).train().to(device)
     optimiser, draw = torch.optim.AdamW(model.parameters(), lr=RATE), rng.generator("claims/s2-attention", SEED)
     with _under(model, method), torch.enable_grad():
-        for step in range(STEPS):
+        for step in range(steps):
             for group in optimiser.param_groups:
-                group["lr"] = RATE * min(1, (step + 1) / 20) * (1 - step / STEPS)
-            texts = _texts(source, ROWS, draw)
+                group["lr"] = RATE * min(1, (step + 1) / 20) * (1 - step / steps)
+            texts = _texts(source, rows, draw, device)
             text, asked = texts.losses(model(texts.ids, use_cache=False).logits)
             optimiser.zero_grad()
             (text.mean() + asked.mean()).backward()

@@ -29,6 +29,7 @@ CLAIM = Claim(
     " ||A - A~|| / ||A|| with the logits times 1/4 to 4, for hashed keys alone, features alone (and the query's own"
     " key), and half of each. Loss on the last 256 tokens of three texts, against full, random blocks, sinks and a"
     " window of as many keys, hashed keys alone and features alone, and with a window as the support.",
+    tiers=("smoke", "cpu", "gpu"),
     counts="Maps: at every temperature within 5 % of the better part, and at the model's own 1.5 times nearer than the"
     " two are in the mean; features nearer than hashed keys at 1/4, and not at 4. Perplexity within 10 % of full, and"
     " better than random blocks, sinks and window, and each part alone.",
@@ -41,10 +42,10 @@ EVERYONE = {"ours": OURS} | PARTS
 
 
 def measure(tier: str, progress: Progress | None = None) -> Evidence:
-    """Evidence of a tier: "smoke" or "cpu"."""
+    """Evidence of a tier: "smoke", "cpu" or "gpu"."""
     if tier == "smoke":
         return machinery(OURS)
-    text = Bench("loss", (TOKENS,), 3, progress)
+    text = Bench("loss", (TOKENS,), 3, progress, tier=tier)
     layers = list(captured(Subject(text.model), [text.samples[0].context], BUDGET))[::STEP]
     errors = {times: list(_errors(layers, times)) for times in TIMES}
     checks = []
@@ -61,14 +62,14 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     full, ours = text.scores("full"), text.scores(OURS, BUDGET)
     others = {name: text.scores(method, BUDGET, name) for name, method in PARTS.items()}
     others["random blocks"] = text.scores("random:part=prefill", BUDGET)
-    others["sinks and window"] = text.scores("streaming", f"{Budget(BUDGET).row_tokens(TOKENS)}tok")
+    others["sinks and window"] = text.scores("streaming", f"{Budget(BUDGET).row_tokens(*text.lengths)}tok")
     text.scores(Scatterbrain(support="window"), BUDGET)
     checks.append(at_most("nats, minus full (10 %)", text.difference(ours, full), math.log(1.1)))
     checks += [at_least(f"nats, {n} minus ours", text.difference(x, ours), 0.0) for n, x in others.items()]
-    exact, many = OURS.sizes(layers[0][0])
-    setting = f"{text.where()}; {text.what()}; {exact} exact keys and {many} features of {TOKENS} a row"
+    size, (exact, many) = layers[0][0].keys, OURS.sizes(layers[0][0])
+    setting = f"{text.where()}; {text.what()}; {exact} exact keys and {many} features a row in maps of {size}"
     table = [{"logits times": t, **{n: _mean([e[n] for e in es]) for n in EVERYONE}} for t, es in errors.items()]
-    spread = _mean([_exponent(site, q, k) for site, q, k, _ in layers])
+    spread = _mean([_exponent(site, q.float(), k.float()) for site, q, k, _ in layers])
     reason = (
         "The variance of features grows with the exponential of |q + k|^2 over the root of d, which here is"
         f" {spread:.0f} in the mean."
@@ -78,10 +79,10 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
 
 def _errors(layers: list[tuple[Site, Tensor, Tensor, Tensor]], times: float) -> Iterator[dict[str, float]]:
     """Of each layer: ||A - A~|| / ||A||, all heads together. The map is the output for unit vectors as values."""
-    for site, q, k, _ in layers:
+    for site, q, k in ((site, q.float(), k.float()) for site, q, k, _ in layers):
         here = dataclasses.replace(site, scale=site.scale * times)
         here = dataclasses.replace(here, partial=lambda *x, s=here.scale: ops.attend(*x, scale=s))
-        units = torch.eye(site.keys).expand(1, site.kv_heads, -1, -1)
+        units = torch.eye(site.keys, device=q.device).expand(1, site.kv_heads, -1, -1)
         exact = ops.attend(q, k, units, dense(site.queries, site.keys), scale=here.scale)[0]
         with torch.no_grad():
             found = {name: method.attend(q, k, units, here) for name, method in EVERYONE.items()}

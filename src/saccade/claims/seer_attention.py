@@ -10,7 +10,7 @@ import torch
 
 from saccade.attach.calibration import Subject
 from saccade.attach.distil import first_gates
-from saccade.claims._bench import Bench, Progress, at_least, at_most, captured, ceiling, machinery, mass
+from saccade.claims._bench import TIERS, Bench, Progress, at_least, at_most, captured, ceiling, machinery, mass
 from saccade.claims._contract import SEED, Claim, Evidence
 from saccade.core.artefact import Artefact
 from saccade.core.errors import CannotRun
@@ -31,6 +31,7 @@ CLAIM = Claim(
     " tenth of the causal pairs; against full, random blocks, blocks by pooled means, the same gates before training,"
     " and sinks with a window, at a quarter. 4 to 64 times shorter than the paper, where attention is less sparse, with"
     " far less than a thousandth of its training: scaled down. Speed is measured elsewhere.",
+    tiers=("smoke", "cpu", "gpu"),
     counts="Perplexity within 3 % of full at a quarter and 10 % at a tenth; at a quarter better than random blocks by"
     " 2 %, and no worse than pooled means or sinks and window; 85 % of the attention mass kept at a tenth.",
 )
@@ -44,11 +45,12 @@ def measured_places(tokenizer: Any) -> list[tuple[int, int]]:
 
 
 def measure(tier: str, progress: Progress | None = None) -> Evidence:
-    """Evidence of a tier: "smoke" or "cpu"."""
+    """Evidence of a tier: "smoke", "cpu" or "gpu", which reads the texts of "cpu": gates were trained on all others."""
     if tier == "smoke":
         keys = torch.linspace(-1, 1, 2 * 4 * 48 * 16).view(2, 4, 48, 16)
         return machinery(SeerAttention(artefact=Artefact("seer-attention", stored({"keys": keys}), "tiny", "")))
-    text = Bench("loss", (TOKENS,), COUNT, progress)
+    longer, more = TIERS[tier].longer, TIERS[tier].more
+    text = Bench("loss", (TOKENS // longer,), COUNT // more, progress, tier=tier)
     made = Artefact.find("seer-attention", text.mark)
     if made is None:
         raise CannotRun("claim seer-attention", "no gates were trained for SmolLM2", "saccade calibrate seer-attention")
@@ -65,7 +67,7 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
         at_least("attention mass kept at a tenth", kept, 0.85),
     ]
     trained = f"gates trained on blocks of {made.options['block_tokens']} of {made.data}"
-    setting = f"SmolLM2-135M-Instruct, float32; {COUNT} passages of {TOKENS} tokens; {trained}"
+    setting = f"{text.where()}; {text.what()}, the same texts at every tier; {trained}"
     gained = text.difference(theirs["untrained gates"], ours[0.25]).mean
     reason = f"{ceiling(text, 0.25, math.log(1.03))} Training the gates is worth {gained:+.3f} nats at a quarter."
     return Evidence(checks, setting, reason, table=[*text.rows(), dict(made.figures)])
