@@ -38,6 +38,14 @@ class Tier:
     longer: int  # texts
     more: int  # samples
 
+    def load(self) -> tuple[Any, Any]:
+        """The model that is measured, and its tokenizer."""
+        return models.load("smollm2", self.dtype, self.device)
+
+    def where(self) -> str:
+        """Model, number format and device, for the setting of a claim."""
+        return f"SmolLM2-135M-Instruct, {self.dtype}" + (" on a GPU" if self.device == "cuda" else "")
+
 
 TIERS = {"cpu": Tier("cpu", "float32", 1, 1), "gpu": Tier("cuda", "bfloat16", 4, 3)}
 
@@ -53,19 +61,16 @@ class Bench:
         tier: str = "cpu",
     ):  # fmt: skip
         self.tier = TIERS[tier]
-        self.model, self.tokenizer = loaded or self._load()
+        self.model, self.tokenizer = loaded or self.tier.load()
         self.task, self.progress = tasks.get(task), progress
         self.lengths, self.count = tuple(n * self.tier.longer for n in lengths), count * self.tier.more
         self.samples = [s for n in self.lengths for s in self.task.samples(self.tokenizer, n, self.count, SEED)]
         self.mark = fingerprint(self.model)
         self.done: dict[tuple[str, str], list[float]] = {}
 
-    def _load(self) -> tuple[Any, Any]:
-        return models.load("smollm2", self.tier.dtype, self.tier.device)
-
     def where(self) -> str:
         """Model, number format and device, for the setting of a claim."""
-        return f"SmolLM2-135M-Instruct, {self.tier.dtype}" + (" on a GPU" if self.tier.device == "cuda" else "")
+        return self.tier.where()
 
     def what(self) -> str:
         """Samples and lengths, for the setting of a claim."""

@@ -14,7 +14,7 @@ from saccade.attach import attach, fingerprint
 from saccade.attach.ablation import Mode, without_heads
 from saccade.attach.calibration import Subject
 from saccade.attach.compat import CACHE
-from saccade.claims._bench import Progress, at_least, at_most
+from saccade.claims._bench import TIERS, Progress, at_least, at_most
 from saccade.claims._contract import SEED, Check, Claim, Evidence
 from saccade.core import rng
 from saccade.core.artefact import Artefact
@@ -35,6 +35,7 @@ CLAIM = Claim(
     " shipped scores, which saw no pass key, taken out while 20 pass keys in 1,024 tokens are answered, and three draws"
     " of as many of the other heads; loss of 512 tokens after 512 of prose under such masks. Scaled down in model,"
     " length and runs.",
+    tiers=("smoke", "cpu", "gpu"),
     counts="At most 10 % of the heads score 0.1 or more; rank correlation of the halves 0.7, correlation of the kinds"
     " 0.8; without the best 5 % of heads 40 points fewer pass keys, without random ones at most 10, and perplexity"
     " within 5 %.",
@@ -49,25 +50,28 @@ Scores = dict[str, list[float]]  # mask -> score of every sample
 
 
 def measure(tier: str, progress: Progress | None = None) -> Evidence:
-    """Evidence of a tier: "smoke" or "cpu"."""
+    """Evidence of a tier: "smoke", "cpu" or "gpu", which has more texts of the same lengths."""
     if tier == "smoke":
         return _machinery()
-    model, tokenizer = models.load("smollm2")
+    here = TIERS[tier]
+    model, tokenizer = here.load()
     scored = Artefact.find("retrieval-head", fingerprint(model))
     if scored is None:
         raise CannotRun("claim retrieval-head", "no heads of SmolLM2 were scored", "saccade calibrate retrieval-head")
     probe = RetrievalHead(artefact=scored)
-    rows = [torch.tensor([tasks.passage(tokenizer, TOKENS, i, SEED + 1)[0]]) for i in range(TEXTS)]
+    rows = [torch.tensor([tasks.passage(tokenizer, TOKENS, i, SEED + 1)[0]]) for i in range(TEXTS * here.more)]
     trials = list(probe.trials(Subject(model), rows, progress))
     right = [t for t in trials if t.recall >= probe.least_recall]
     masks = dict(_masks(probe))
-    keys = _score(model, "passkey", tasks.get("passkey").samples(tokenizer, 1024, KEYS, SEED), masks, progress)
+    asked = tasks.get("passkey").samples(tokenizer, 1024, KEYS * here.more, SEED)
+    keys = _score(model, "passkey", asked, masks, progress)
     some = {name: mask for name, mask in masks.items() if len(mask[0]) in (0, SHARE) and mask[1] == "uniform"}
-    prose = tasks.get("continuation-loss").samples(tokenizer, 1024, PROSE, SEED)
+    prose = tasks.get("continuation-loss").samples(tokenizer, 1024, PROSE * here.more, SEED)
     text = _score(model, "continuation-loss", prose, some, progress)
     setting = (
-        f"SmolLM2-135M-Instruct, float32; {len(right)} of {len(trials)} needle runs in {TOKENS} tokens answered right;"
-        f" {KEYS} pass keys in 1,024 tokens, loss in {PROSE} texts of 1,024; heads masked by scores of {scored.data}"
+        f"{here.where()}; {len(right)} of {len(trials)} needle runs in {TOKENS} tokens answered right;"
+        f" {len(asked)} pass keys in 1,024 tokens, loss in {len(prose)} texts of 1,024; heads masked by"
+        f" scores of {scored.data}"
     )
     return Evidence(_checks(probe, trials, right, keys, text), setting, _reason(keys, text), _table(keys, text, trials))
 
@@ -112,7 +116,7 @@ def _score(
     """Under each mask: the prompt is read once with all heads, but for its last token, with which decoding begins."""
     task, out = tasks.get(name), {mask: [] for mask in masks}
     for done, sample in enumerate(samples, 1):
-        ids = torch.cat([sample.context, sample.continuation], 1)
+        ids = torch.cat([sample.context, sample.continuation], 1).to(model.device)
         start = sample.context.shape[1] - 1
         cache = model(ids[:, :start], use_cache=True, logits_to_keep=1)[CACHE]
         for mask, (heads, mode) in masks.items():
