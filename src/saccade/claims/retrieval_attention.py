@@ -33,10 +33,12 @@ CLAIM = Claim(
     " Pass keys in 1,024 tokens, and loss of 64 tokens after 1,536, reading 112 keys (16 first, 56 newest, 40"
     " searched for), against full attention, sinks and window, random keys and an exact search, as many reads each."
     " Thirty times fewer keys than the paper's, of which a search must look at more: scaled down.",
+    tiers=("smoke", "cpu", "gpu"),
     counts="The graph visits at most half of what HNSW does, and a third of what IVF does, for the same recall; median"
     " distance of queries at least twice that of keys in most heads; pass keys within 5 points of full attention, and"
     " 50 points above sinks and window; loss within 0.02 nats of full attention, and of the exact search.",
 )
+LONG = 4096  # tokens of the text whose keys are indexed
 HELD_OUT = 64  # last tokens of a text, whose queries search
 SINKS, WINDOW = 128, 512  # not indexed
 BUILDING = 1024  # queries that build, of each head
@@ -61,10 +63,10 @@ class Heads(NamedTuple):
 
 
 def measure(tier: str, progress: Progress | None = None) -> Evidence:
-    """Evidence of a tier: "smoke" or "cpu"."""
+    """Evidence of a tier: "smoke", "cpu" or "gpu"."""
     if tier == "smoke":
         return machinery(RetrievalAttention(sink_tokens=4, window_tokens=8, beam_keys=4))
-    text, keys = _texts(progress)
+    text, keys = _texts(tier, progress)
     layers = list(layers_of(Subject(text.model), _long(text), range(2, 30, 5)))
     curves = [row for heads in layers for row in curve(heads, 32)]
     need = {kind: [share_at(curves, h.layer, kind, RECALL) for h in layers] for kind in ("graph", "hnsw", "ivf")}
@@ -87,15 +89,18 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     lost = text.difference(exact, full).mean
     shares = ", ".join(f"{kind} {sum(v) / len(v):.3f}" for kind, v in need.items())
     reason = f"Keys visited at {RECALL} recall: {shares}. The exact search of as many keys loses {lost:+.3f} nats."
-    setting = "SmolLM2-135M-Instruct, float32; recall in 6 layers of 4,096 tokens; 112 keys read of 1,024 to 1,600"
+    setting = (
+        f"{text.where()}; recall in {len(layers)} layers of {LONG:,} tokens; {keys.what()}, and {text.count} losses of"
+        f" {SCORED} tokens after {text.samples[0].context.shape[1]:,}; {READ} read of each"
+    )
     return Evidence(checks, setting, reason, table=text.rows() + keys.rows() + means(curves))
 
 
-def _texts(progress: Progress | None) -> tuple[Bench, Bench]:
+def _texts(tier: str, progress: Progress | None) -> tuple[Bench, Bench]:
     """Texts for losses, of which only some tokens are scored, and pass keys."""
-    text = Bench("continuation-loss", (2048,), 2, progress)
+    text = Bench("continuation-loss", (2048,), 2, progress, tier=tier)
     text.samples = [_shorter(sample) for sample in text.samples]
-    return text, Bench("passkey", (1024,), 6, progress, (text.model, text.tokenizer))
+    return text, Bench("passkey", (1024,), 6, progress, (text.model, text.tokenizer), tier)
 
 
 def _shorter(sample: Sample) -> Sample:
@@ -103,8 +108,8 @@ def _shorter(sample: Sample) -> Sample:
 
 
 def _long(text: Bench) -> Tensor:
-    """A text of 4,096 tokens, as the task makes it."""
-    (sample,) = text.task.samples(text.tokenizer, 4096, 1, 0)
+    """The text whose keys are indexed, as the task makes it."""
+    (sample,) = text.task.samples(text.tokenizer, LONG, 1, 0)
     return torch.cat([sample.context, sample.continuation], 1)
 
 
@@ -116,9 +121,10 @@ def _less(need: dict[str, list[float]], other: str, times: float) -> Any:
 
 
 def layers_of(subject: Subject, ids: Tensor, layers: Sequence[int]) -> Iterator[Heads]:
-    """Keys to index and queries of a text [1 n], in some layers."""
+    """Keys to index and queries of a text [1 n], in some layers; on the CPU, where all indexes can be built."""
     for layer, q, k, _ in subject.capture_qkv([ids]):
         if layer in layers:
+            q, k = (x.float().cpu() for x in (q, k))
             grouped = q[0].unflatten(0, (k.shape[1], -1))
             end = k.shape[2] - HELD_OUT
             before, after = grouped[:, :, max(0, end - BUILDING) : end], grouped[:, :, end:]
