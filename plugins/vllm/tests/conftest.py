@@ -38,17 +38,17 @@ def prompts(model):
 
 @pytest.fixture(scope="session")
 def own(model):
-    """`own(settings, prompts, n)`: what the library itself generates."""
+    """`own(settings, prompts, n)`: of each prompt the logits [n v] of what the library itself writes; -inf: the end."""
 
-    def run(settings: dict[str, Any], prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
+    def run(settings: dict[str, Any], prompts: Sequence[list[int]], new_tokens: int) -> list[torch.Tensor]:
         out = []
         for prompt in prompts:
             with saccade.attach(model[0], settings["method"], budget=settings.get("budget", "1")):
-                ids = model[0].generate(
+                found = model[0].generate(
                     torch.tensor([prompt]), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
-                    pad_token_id=0,
+                    pad_token_id=0, return_dict_in_generate=True, output_scores=True,
                 )  # fmt: skip
-            out.append(ids[0, len(prompt) :].tolist())
+            out.append(torch.cat(found.scores))
         return out
 
     return run
@@ -56,12 +56,16 @@ def own(model):
 
 @pytest.fixture(scope="session")
 def serve(model):
-    """`serve(settings, prompts, n)`: what a vLLM with the plug-in generates under each of these (`served.py`)."""
+    """`serve(settings, prompts, n)`: what a vLLM with the plug-in does under each of these, and the library under
+    the same, or, so that a difference is seen, `against` others (`served.py`).
+    """
 
     def run(
-        settings: Sequence[dict[str, Any]], prompts: Sequence[list[int]], new_tokens: int, **options: Any
-    ) -> list[dict[str, Any]]:
+        settings: Sequence[dict[str, Any]], prompts: Sequence[list[int]], new_tokens: int,
+        against: Sequence[dict[str, Any]] = (), **options: Any,
+    ) -> list[dict[str, Any]]:  # fmt: skip
         asked = {"settings": settings, "prompts": prompts, "new_tokens": new_tokens, "options": options}
+        asked["against"] = against or settings
         asked["model"] = str(folder("smollm2"))  # `model` has seen to it that it is there
         program = [sys.executable, str(Path(__file__).parent / "served.py")]
         done = subprocess.run(program, input=json.dumps(asked), capture_output=True, text=True)

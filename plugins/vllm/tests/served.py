@@ -1,7 +1,8 @@
 """A real vLLM in a process of its own: reads what to serve as JSON, and says what came of it.
 
 One engine is started, with the first of the settings; under each of the others the same engine runs on, with another
-method in its layers. In this process, so that the scheduler's blocks can be counted after every step.
+method in its layers. In this process, so that the scheduler's blocks can be counted after every step, and so that what
+the layers did is compared with the library's own (`replayed.py`) without being written out.
 """
 
 from __future__ import annotations
@@ -17,19 +18,27 @@ os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
 
 
 def main() -> None:
-    """Ask as {"settings": [...], "prompts": [[token ids]], "new_tokens": n, "model": folder, "options": {...}}."""
+    """Ask as {"settings": [...], "against": [...], "prompts": [[token ids]], "new_tokens": n, "model": folder,
+    "options": {...}}; against: the settings of the library's run beside each.
+    """
+    from replayed import Recorder, replay
     from vllm import LLM
 
+    import saccade
     from saccade.engines.vllm import Settings, launch
 
-    asked = json.load(sys.stdin)
-    settings = [Settings(**one) for one in asked["settings"]]
+    asked, model = json.load(sys.stdin), saccade.load()[0]
+    settings, against = ([Settings(**one) for one in asked[name]] for name in ("settings", "against"))
+    prompts = asked["prompts"]
     options = {"dtype": "float32", "max_model_len": 1024, "max_num_batched_tokens": 4096, "max_num_seqs": 16}
     options |= {"block_size": 32, "enforce_eager": True, **asked.get("options", {})}
     llm, out = LLM(asked["model"], **options, **launch(settings[0])), []
-    for number, one in enumerate(settings):
+    for number, (one, other) in enumerate(zip(settings, against, strict=True)):
         works = _works(llm, one if number else None)
-        found = _generate(llm, asked["prompts"], asked["new_tokens"])
+        recorder = Recorder(works, prompts)
+        found = _generate(llm, prompts, asked["new_tokens"])
+        did = zip(prompts, found["tokens"], recorder.steps, strict=True)
+        found["replayed"] = [replay(model, other, *each) for each in did]
         found |= {"read": sum(w.read for w in works), "there": sum(w.there for w in works)}
         out.append({"settings": dataclasses.asdict(one), **found})
     print("ANSWER", json.dumps(out))

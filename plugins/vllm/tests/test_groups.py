@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from replayed import assert_as_in_the_library
 
 METHODS = [
     {"method": "duo-attention", "budget": "0.3"},
@@ -13,17 +14,16 @@ PROMPT, NEW, BLOCK = 300, 12, 32
 
 
 @pytest.fixture(scope="module", params=METHODS, ids=[one["method"] for one in METHODS])
-def both(request, serve, prompts, mark, own):
-    served = serve([{**request.param, "fingerprint": mark}], prompts(1, PROMPT), NEW)[0]
-    return served, own(request.param, prompts(1, PROMPT), NEW)
+def found(request, serve, prompts, mark):
+    return serve([{**request.param, "fingerprint": mark}], prompts(1, PROMPT), NEW)[0]
 
 
-def test_the_text_is_that_of_the_library(both):
-    assert both[0]["tokens"] == both[1]
+def test_every_layer_and_token_is_as_in_the_library(found):
+    assert_as_in_the_library(found)
 
 
-def test_layers_that_stream_as_a_whole_give_blocks_back(both):
-    found, whole = both[0], -(-PROMPT // BLOCK)
+def test_layers_that_stream_as_a_whole_give_blocks_back(found):
+    whole = -(-PROMPT // BLOCK)
     assert set(found["groups"]) == {"FreeingManager", "FullAttentionManager"}
     during = found["held"][NEW // 2][1:]
     for kind, held in zip(found["groups"], during):

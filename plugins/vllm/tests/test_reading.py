@@ -1,8 +1,9 @@
-"""Methods that read or compute less and let nothing go: the same text as the library's own run."""
+"""Methods that read or compute less and let nothing go: the same as in the library, layer by layer."""
 
 from __future__ import annotations
 
 import pytest
+from replayed import TIES, assert_as_in_the_library
 
 # every one of them in the same engine; the last are those whose state, artefact or lists are of another kind
 METHODS = [
@@ -25,18 +26,39 @@ METHODS = [
     {"method": "sea", "budget": "0.25"},
     {"method": "full", "budget": "1"},
 ]
+# what is served, and what the library does beside it, once of a prompt and once of what follows
+OTHERWISE = {
+    "prompt": ({"method": "random:part=prefill", "budget": "0.25"}, {"seed": 1}),
+    "later": ({"method": "quest", "budget": "0.25"}, {"budget": "0.2"}),
+}
 READ = {1: (9, 48, 64), 3: (3, 63, 64)}  # lists, and keys in each: more than, and at most; quest reads whole pages
 NEW = 16
 
 
 @pytest.fixture(scope="module")
-def found(serve, prompts, mark):
-    return serve([{**one, "fingerprint": mark} for one in METHODS], prompts(2, 300), NEW)
+def served(serve, prompts, mark):
+    served = [{**one, "fingerprint": mark} for one in (*METHODS, *(one for one, _ in OTHERWISE.values()))]
+    against = served[: len(METHODS)] + [{**one, **other} for one, other in OTHERWISE.values()]
+    return serve(served, prompts(2, 300), NEW, against)
+
+
+@pytest.fixture(scope="module")
+def found(served):
+    return served[: len(METHODS)]
 
 
 @pytest.mark.parametrize("number", range(len(METHODS)), ids=[one["method"] for one in METHODS])
-def test_the_text_is_that_of_the_library(found, own, prompts, number):
-    assert found[number]["tokens"] == own(METHODS[number], prompts(2, 300), NEW)
+def test_every_layer_and_token_is_as_in_the_library(found, number):
+    assert_as_in_the_library(found[number])
+
+
+@pytest.mark.parametrize("part", OTHERWISE)
+def test_what_the_library_does_otherwise_is_seen(served, part):
+    found = served[len(METHODS) + list(OTHERWISE).index(part)]
+    for one in found["replayed"]:
+        assert one[part] > TIES
+        with pytest.raises(AssertionError):
+            assert_as_in_the_library({"replayed": [one]})
 
 
 @pytest.mark.parametrize("number", READ)

