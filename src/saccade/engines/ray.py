@@ -73,7 +73,7 @@ class Ray:
         own = {"address": "local", "include_dashboard": False, "object_store_memory": STORE_BYTES}
         where = {"address": self.address} if self.address else own
         try:
-            _answers(self.address or "")
+            _answers(_meant(self.address))
             with _without_reports():
                 self.ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as e:  # Ray has no class of its own for a start that fails
@@ -97,11 +97,28 @@ def _library() -> Any:
     return ray
 
 
+def _meant(address: str | None) -> str:
+    """Where Ray would look: for "auto" what RAY_ADDRESS, running processes or the file of the last head say of it."""
+    if address != "auto":
+        return address or ""
+    from ray._private import services  # Ray publishes nothing that tells
+
+    services.find_gcs_addresses.cache_clear()  # `ray.init` does too: clusters come and go
+    return services.get_ray_address_from_environment(address, None)
+
+
 def _answers(address: str) -> None:
-    """Whether anybody does at HOST:PORT: Ray itself would try for minutes."""
+    """Whether anybody does at HOST:PORT: Ray itself would try for minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        except OSError as e:
+            raise OSError(f"nobody answers at {address} ({e})") from e
 
 
 @contextlib.contextmanager
