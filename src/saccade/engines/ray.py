@@ -72,13 +72,16 @@ class Ray:
             return
         own = {"address": "local", "include_dashboard": False, "object_store_memory": STORE_BYTES}
         where = {"address": self.address} if self.address else own
+        asked = f"Ray at {self.address or 'this machine'}"
         try:
-            _answers(_meant(self.address))
+            meant = _meant(self.address)
+            asked += f" ({meant})" if meant != self.address and meant else ""
+            _answers(meant)
             with _without_reports():
                 self.ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as e:  # Ray has no class of its own for a start that fails
             do = "Start a cluster and name it: ray start --head; --address auto. With a token: RAY_AUTH_MODE=token."
-            raise CannotRun(f"Ray at {self.address or 'this machine'}", str(e).strip().rstrip("."), do) from e
+            raise CannotRun(asked, str(e).strip().rstrip("."), do) from e
         try:
             yield
         finally:
@@ -108,17 +111,10 @@ def _meant(address: str | None) -> str:
 
 
 def _answers(address: str) -> None:
-    """Whether anybody does at HOST:PORT: Ray itself would try for minutes.
-
-    Raises:
-        OSError: nobody does.
-    """
+    """Whether anybody does at HOST:PORT: Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-        except OSError as e:
-            raise OSError(f"nobody answers at {address} ({e})") from e
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
 @contextlib.contextmanager
