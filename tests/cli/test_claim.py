@@ -7,9 +7,13 @@ import json
 import pytest
 
 from saccade.claims import _found, run
+from saccade.claims._sweep import Measurement
 from saccade.cli import main
 from saccade.core import registry
 from saccade.core.errors import CannotRun
+from saccade.core.paths import cache_dir
+from saccade.measure.environment import sources
+from saccade.measure.store import Store
 
 CHECKS = [
     {"name": "ours minus full", "value": -0.0312, "low": -0.1, "high": 0.05, "bar": -0.05, "holds": True},
@@ -97,6 +101,34 @@ def test_what_was_finished_and_not_yet_among_the_results_is_put_there(measured, 
     for _ in range(2):
         assert main(["claim", "snapkv", "hip"]) == 130
         assert [x["verdict"] for x in _found.lines("snapkv")] == ["reproduced"]
+
+
+def test_what_another_process_finished_before_it_was_killed_is_put_among_the_results(measured, monkeypatch):
+    """It was killed in that same moment, while this process measured another claim."""
+    others = Measurement("hip", "cpu", sources())
+    asked, alone = measured(snapkv="reproduced", hip="in part"), run.measured
+
+    def beside(name, tier, progress):
+        (folder,) = cache_dir("sweeps").iterdir()
+        Store(folder).write({**others.head(), "found": alone("hip", tier, progress), "error": None})
+        return alone(name, tier, progress)
+
+    monkeypatch.setattr(run, "measured", beside)
+    assert main(["claim", "snapkv", "hip"]) == 1 and asked == ["hip", "snapkv"]
+    assert [x["verdict"] for x in _found.lines("hip")] == ["in part"]
+
+
+def test_what_another_process_is_about_to_put_among_the_results_is_left_to_it(measured, monkeypatch, capsys):
+    measured(snapkv="reproduced", hip="in part")
+    with monkeypatch.context() as patch:
+        patch.setattr(_found, "append", lambda line: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(["claim", "snapkv", "hip"]) == 130
+    its = Measurement("snapkv", "cpu", sources()).key
+    monkeypatch.setattr(Store, "reserve", lambda self, key: key != its)
+    monkeypatch.setattr(Store, "release", lambda self, key: None)
+    assert main(["claim", "snapkv", "hip", "--json"]) == 1
+    assert [x["method"] for x in json.loads(capsys.readouterr().out)] == ["snapkv", "hip"]
+    assert not _found.lines("snapkv") and len(_found.lines("hip")) == 1
 
 
 def test_a_real_one_is_measured_and_kept(capsys, cache, monkeypatch):

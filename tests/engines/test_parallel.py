@@ -197,3 +197,10 @@ def test_where_a_model_lies_is_said_once(folder):
         load(folder / "model", offload_folder=folder)
     with pytest.raises(CannotRun, match=r"this is one process\. Start it with torchrun"):
         load(folder / "model", tp_plan="auto")
+
+
+def test_a_known_model_that_cannot_be_shared_is_called_by_its_name(folder, monkeypatch):
+    monkeypatch.setattr("saccade.models.loading.is_cached", lambda name: True)
+    monkeypatch.setattr("saccade.models.loading.folder", lambda name: folder / "model")
+    with pytest.raises(CannotRun, match=r"^load 'smollm2' with tp_plan='auto': this is one process"):
+        models.load("smollm2", tp_plan="auto")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +20,8 @@ import pytest
 from saccade.core.errors import CannotRun
 from saccade.engines import ray as engine
 from saccade.measure.compare import compare
-from tests.engines.test_ray import below, needs_ray, node, same_as, start, team, wait_for
-from tests.engines.toys import Toy
+from tests.engines.test_ray import below, needs_ray, node, same_as, start, team, wait_for, wait_for_the_end_of
+from tests.engines.toys import Toy, Toys
 from tests.measure import small
 from tests.measure.test_compare import METHODS, SMALL, read, stored
 
@@ -32,11 +34,13 @@ def free_port() -> int:
 
 
 def end(process: subprocess.Popen) -> None:
-    """SIGKILL for it and all below it."""
-    for pid in [*below(process.pid), process.pid]:
+    """SIGKILL for it and all below it. Until each is gone it may still answer."""
+    pids = [*below(process.pid), process.pid]
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
+    wait_for_the_end_of(pids)
 
 
 @contextlib.contextmanager
@@ -81,6 +85,45 @@ def test_a_killed_head_is_said_and_no_finished_cell_is_measured_twice(tmp_path, 
     for finished in (folder, here):
         assert before.items() <= stored(finished).items(), "what was finished was computed anew"
     assert same_as(folder, here)
+
+
+@pytest.fixture
+def alone(monkeypatch) -> Iterator[Path]:
+    """Ray's folder of this test alone, and a machine without the clusters of others. Sockets allow no longer path."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setattr("ray._private.services.find_gcs_addresses", functools.cache(frozenset))
+        yield Path(folder) / "ray"
+
+
+def refused(where: str, found: str) -> None:
+    """Of `auto`, at once, and in words. Ray itself would try for minutes."""
+    began = time.monotonic()
+    with pytest.raises(CannotRun, match=rf"^Ray at auto{where}: .*{found}.*\. Start a cluster and name it: ray start"):
+        engine.Ray("auto").run(Toys, lambda about: None, lambda event: None, "cpu")
+    assert time.monotonic() - began < engine.CONNECT_SECONDS
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_head_that_was_killed_is_not_waited_for_by_auto(alone):
+    with cluster() as (_, address):
+        left = alone / "ray_current_cluster"
+        while not left.exists():  # Ray says first that it has started
+            time.sleep(0.01)
+    assert left.read_text().endswith(address[-6:]), "it dies, and this stays"
+    refused(rf" \(\S+{address[-6:]}\)", "refused")
+
+
+@needs_ray
+def test_auto_is_where_ray_would_look(alone, monkeypatch):
+    refused("", "Could not find any running Ray instance")
+    alone.mkdir()
+    (alone / "ray_current_cluster").write_text(left := f"127.0.0.1:{free_port()}")
+    refused(rf" \({left}\)", "refused")
+    monkeypatch.setenv("RAY_ADDRESS", named := f"ray://127.0.0.1:{free_port()}")
+    refused(rf" \({named}\)", "refused")
 
 
 def test_a_head_is_given_time_and_meanwhile_asked_for_nothing(tmp_path, monkeypatch):

@@ -127,6 +127,24 @@ def test_what_another_process_has_is_left_to_it_until_it_dies(tmp_path):
         store.__exit__()
 
 
+def test_what_another_process_finishes_while_the_queue_is_made_is_not_begun_again(tmp_path):
+    class Busy(Store):
+        """A folder in which another process finishes each cell just after it was found missing here."""
+
+        def read(self, key):
+            line = super().read(key)
+            if line is None:
+                self.write({"key": key, "error": None})
+            return line
+
+    store, events = Busy(tmp_path), []
+    queue = Queue(CELLS, store, lambda c: 1.0, events.append)
+    written = {c.key: store.stamp(c.key) for c in CELLS}
+    assert None not in written.values(), "they were not there when the queue looked, and are now"
+    assert queue.take() is None and queue.over and not events
+    assert {c.key: store.stamp(c.key) for c in CELLS} == written
+
+
 def test_what_is_reserved_is_given_back_when_the_store_is_left(tmp_path):
     with pytest.raises(KeyboardInterrupt), Store(tmp_path) as store:
         assert store.reserve("a")

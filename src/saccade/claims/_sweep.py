@@ -89,14 +89,24 @@ def sweep(
             queue = Queue(cells, store, _seconds, tell, lambda cell, line: told.add(_kept(line)))
             for cell in cells:
                 if cell.key not in queue.left:
-                    told.add(_kept(store.read(cell.key)))
+                    told.add(_left(store, cell))
             return queue
 
         make = Claimant if within is None else lambda: Claimant(within)
         (engine or Local()).run(make, begin, tell, "cuda" if tier == "gpu" else "cpu")
-    for cell in cells:
-        told.add(store.read(cell.key))  # what other processes measured
+        for cell in cells:
+            told.add(_left(store, cell))  # what other processes measured
     (folder / FINISHED).touch()
+
+
+def _left(store: Store, cell: Measurement) -> dict[str, Any]:
+    """A finished cell's line. Whoever still has the cell keeps it; one that was killed cannot, so it is kept here."""
+    line = store.read(cell.key)
+    assert line is not None, "it is finished"
+    if store.reserve(cell.key):
+        _kept(line)
+        store.release(cell.key)
+    return line
 
 
 def _kept(line: Any) -> dict[str, Any]:

@@ -72,13 +72,16 @@ class Ray:
             return
         own = {"address": "local", "include_dashboard": False, "object_store_memory": STORE_BYTES}
         where = {"address": self.address} if self.address else own
+        asked = f"Ray at {self.address or 'this machine'}"
         try:
-            _answers(self.address or "")
+            meant = _meant(self.address)
+            asked += f" ({meant})" if meant != self.address and meant else ""
+            _answers(meant)
             with _without_reports():
                 self.ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as e:  # Ray has no class of its own for a start that fails
             do = "Start a cluster and name it: ray start --head; --address auto. With a token: RAY_AUTH_MODE=token."
-            raise CannotRun(f"Ray at {self.address or 'this machine'}", str(e).strip().rstrip("."), do) from e
+            raise CannotRun(asked, str(e).strip().rstrip("."), do) from e
         try:
             yield
         finally:
@@ -95,6 +98,16 @@ def _library() -> Any:
     except ImportError as e:
         raise CannotRun("engine 'ray'", "ray is not installed", "Install the extra: pip install 'saccade[ray]'.") from e
     return ray
+
+
+def _meant(address: str | None) -> str:
+    """Where Ray would look: for "auto" what RAY_ADDRESS, running processes or the file of the last head say of it."""
+    if address != "auto":
+        return address or ""
+    from ray._private import services  # Ray publishes nothing that tells
+
+    services.find_gcs_addresses.cache_clear()  # `ray.init` does too: clusters come and go
+    return services.get_ray_address_from_environment(address, None)
 
 
 def _answers(address: str) -> None:

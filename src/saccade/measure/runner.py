@@ -72,10 +72,11 @@ class Queue(Generic[P]):
         then: Callable[[P, dict[str, Any]], None] | None = None,
     ):
         self.store, self.weigh, self.progress, self.then = store, weigh, progress, then
+        # before they are read: what another process finishes between the two has another stamp by the time it is taken
+        self._before = {cell.key: store.stamp(cell.key) for cell in cells}
         self.left = {cell.key: cell for cell in cells if not finished(store.read(cell.key))}
         self.total, self.begun, self.spent = len(cells), time.monotonic(), 0.0
         self._ahead = sum(map(weigh, self.left.values()))
-        self._before = {key: store.stamp(key) for key in self.left}
         self._mine: set[str] = set()
         if self.done:
             progress(Event("note", f"{self.done} of {self.total} cells are finished already", self.done, self.total))

@@ -104,7 +104,7 @@ def _load_known(known: Known, dtype: torch.dtype, progress: Progress, spread: Sp
     if not is_cached(known.name):
         _make(known, progress)
     try:
-        return _from_pretrained(str(folder(known.name)), dtype, spread)
+        return _from_pretrained(known.name, str(folder(known.name)), dtype, spread)
     except CannotRun:
         raise
     except Exception as error:  # a damaged file raises whatever its reader raises
@@ -137,7 +137,7 @@ def _load_other(name: str, dtype: torch.dtype, spread: Spread):
     if "/" not in name and not Path(name).exists() and difflib.get_close_matches(name, KNOWN, cutoff=0.5):
         raise UnknownName("model", name, KNOWN, "Or give a folder, or a name that transformers knows.")
     try:
-        return _from_pretrained(name, dtype, spread)
+        return _from_pretrained(name, name, dtype, spread)
     except CannotRun:
         raise
     except Exception as error:  # transformers and the hub raise many kinds: the user needs one
@@ -150,9 +150,9 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "~", "/")) or name.count("/") > 1 or name.endswith(".gguf")
 
 
-def _from_pretrained(name: str, dtype: torch.dtype, spread: Spread):
+def _from_pretrained(asked: str, place: str, dtype: torch.dtype, spread: Spread):
     """Without remote code: a model's folder must not run programs."""
     if spread.given:
-        spread.check(AutoConfig.from_pretrained(name, trust_remote_code=False), name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **spread.given)
-    return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        spread.check(AutoConfig.from_pretrained(place, trust_remote_code=False), asked)
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, trust_remote_code=False, **spread.given)
+    return model, AutoTokenizer.from_pretrained(place, trust_remote_code=False)

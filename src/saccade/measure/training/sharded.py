@@ -23,7 +23,8 @@ def accelerator(device: str) -> Accelerator:
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return made
     if made.num_processes == 1:
-        raise CannotRun("train with FSDP", "this is one process", "Start several with accelerate launch.")
+        do = "Start several: accelerate launch --num_processes 2, without its --cpu."
+        raise CannotRun("train with FSDP", "this is one process", do)
     plugin = getattr(made.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
     if plugin.fsdp_version != 2:
         found = "it is FSDP 1, whose flat weights hide which of them are drawn to zero"
