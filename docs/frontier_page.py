@@ -32,28 +32,29 @@ Row = list[str]
 
 def parts(run: Run) -> list[str]:
     """Those that are drawn of a run: what its methods, baselines apart, do first."""
-    mine = {_part(row) for row in run.rows if not row["baseline"]}
+    mine = {_part(run, row) for row in run.rows if not row["baseline"]}
     return [part for part in PARTS if part in mine]
 
 
-def _part(row: dict[str, Any]) -> str:
-    """`prefill+cache` is seen with what drops, as packing is; what composes otherwise, by its first part."""
+def _part(run: Run, row: dict[str, Any]) -> str:
+    """`prefill+cache` is seen with what drops, as packing is, but in a run over sparse attention with its like; what
+    composes otherwise, by its first part."""
     own = (row["part"] or "").replace("packing", "cache").split("+")
-    return "cache" if "cache" in own else own[0]
+    return "cache" if "cache" in own and run.run["families"] != ["sparse"] else own[0]
 
 
 def drawn(run: Run, part: str) -> str:
     """A panel for each task, and one of time where that was measured."""
-    rows = [row for row in run.rows if row["method"] != "full" and _shown(row, part)]
+    rows = [row for row in run.rows if row["method"] != "full" and _shown(run, row, part)]
     looks = _looks(rows)
     panels = [_panel(run, task, [r for r in rows if r["task"] == task], looks) for task in run.compared]
     return picture(PARTS[part][0], [p for p in panels if p.series] + _time(run, part, rows, looks), COLUMNS)
 
 
-def _shown(row: dict[str, Any], part: str) -> bool:
+def _shown(run: Run, row: dict[str, Any], part: str) -> bool:
     if row["method"] == "random":
         return row["part"] == part
-    return row["baseline"] or _part(row) == part
+    return row["baseline"] or _part(run, row) == part
 
 
 def _looks(rows: Sequence[dict[str, Any]]) -> dict[str, Look]:
@@ -113,9 +114,10 @@ def _timed(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def _hits(run: Run, label: str, budget: str) -> float | None:
-    """Mean over the tasks that count hits."""
+    """Mean over the tasks that count hits; none where a cell is missing, since tasks are not equally hard."""
     found = [r["mean"] for r in run.rows if (r["label"], r["budget"]) == (label, budget) and _is_hit(run, r["task"])]
-    return sum(found) / len(found) if found else None
+    whole = len(found) == sum(_is_hit(run, task) for task in run.compared)
+    return sum(found) / len(found) if whole else None
 
 
 def _is_hit(run: Run, task: str) -> bool:
