@@ -40,7 +40,7 @@ def _part(run: Run, row: dict[str, Any]) -> str:
     """`prefill+cache` is seen with what drops, as packing is, but in a run over sparse attention with its like; what
     composes otherwise, by its first part."""
     own = (row["part"] or "").replace("packing", "cache").split("+")
-    return "cache" if "cache" in own and run.run["families"] != ["sparse"] else own[0]
+    return "cache" if "cache" in own and run.run.get("families") != ["sparse"] else own[0]
 
 
 def drawn(run: Run, part: str) -> str:

@@ -284,7 +284,7 @@ def frontier(runs: dict[str, Run]) -> str:
         words += [table(*frontier_page.table(run))]
         words += ["Left out, and why:\n\n" + _bullets(frontier_page.absent(run))] if run.summary["left_out"] else []
         if lost := run.summary["missing"]:
-            words.append(f"{lost} of {len(run.run['cells'])} cells were not computed before the run's time was up.")
+            words.append(f"{lost} of {len(run.run['cells'])} cells are missing.")
         words += [f"Every cell with its interval: [the whole table]({name}.md). Measured on: {_machine(run.env)}."]
         words += [f"```bash\n{command}\n```" for command in run.summary["repeat"]]
     return f"{NOTE}\n" + "\n\n".join(words) + "\n"
