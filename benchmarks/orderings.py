@@ -137,7 +137,7 @@ def main() -> int:
         print("This was to run on a CUDA device, and there is none.", file=sys.stderr)
         return 3
     began, until = time.time(), time.time() + 60 * args.minutes if args.minutes else float("inf")
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    threads = max(1, (os.cpu_count() or 1) // args.jobs) if args.device == "cpu" else 1
     run = Run(pairs, args.seeds, args.steps, args.device, args.runs, threads, until)
     children = [multiprocessing.get_context("spawn").Process(target=_take, args=(run,)) for _ in range(args.jobs)]
     for child in children:
