@@ -15,9 +15,9 @@ from saccade.ops.attend import flash4, flex, reference
 from saccade.ops.attend import torch as tiled
 from saccade.ops.attend import triton as kernels
 from saccade.ops.attend.tiles import axes
+from saccade.ops.attend.triton.lists import TILE
 from saccade.ops.merge_lse.api import merge_lse
 
-NARROW = 64  # keys: blocks of fewer are no tile of the Triton kernels
 
 def attend(
     q: Float[Tensor, "b h q d"],
@@ -79,7 +79,7 @@ def narrow(selection: Selection) -> bool:
     """Whether some keys lie in blocks of less than a tile, which the Triton kernels gather key by key."""
     if isinstance(selection, PerHead):
         return any(narrow(part) for _, part in selection.parts)
-    return isinstance(selection, Blocks) and selection.k_block < NARROW
+    return isinstance(selection, Blocks) and selection.k_block < TILE
 
 
 def check(q: Tensor, k: Tensor, v: Tensor) -> None:
