@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import types
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from saccade import ops
 from saccade.core import rng
 from saccade.core.errors import CannotRun
 from saccade.core.selection import Blocks, Buckets, PerHead, Selection, dense
-from saccade.ops.attend.api import back_ends
 from saccade.ops.attend.triton import lists as kernel_lists
 from tests.helpers import TURNS, assert_within_largest, error, exact_attention, rounding
 from tests.ops._triton import CHILD, interpreter, run_in_interpreter
@@ -375,17 +373,10 @@ def test_blocks_of_any_size_on_a_gpu(q_block, k_block, causal):
 @pytest.mark.parametrize("layout", [lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)])
 @pytest.mark.parametrize("block, heads, queries", [(32, 9, 2048), (32, 1, 2048), (16, 9, 512), (16, 1, 2047)])
 def test_narrow_blocks_on_a_gpu(block, heads, queries, layout):
-    """Shapes of SmolLM2, whose heads are shared by three, with a cache and without: see `back_ends`."""
+    """Shapes of SmolLM2, whose heads are shared by three, with a cache and without. Without what `unclaimed` does,
+    rows of 2,048 queries that hold the diagonal saw too few keys, or too many."""
     selection = blocks(heads, queries, 2048, block, block, share=0.1)
     check(selection, tensors(1, 9, 3, queries, 2048, 64, torch.bfloat16), device="cuda", layout=layout)
-
-
-def test_narrow_blocks_are_not_what_auto_takes_on_a_gpu():
-    there = types.SimpleNamespace(is_cuda=True)
-    for size, first in ((32, "torch"), (64, "triton")):
-        selection = blocks(1, 128, 128, size, size)
-        for some in (selection, PerHead(parts=((torch.arange(1), selection),), queries=128, keys=128)):
-            assert next(iter(back_ends(there, there, there, some, 1.0, None))) == first
 
 
 @pytest.mark.gpu

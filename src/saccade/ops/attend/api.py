@@ -9,13 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saccade.core.errors import BadInput
-from saccade.core.selection import Blocks, PerHead, Selection, Together
+from saccade.core.selection import Selection, Together
 from saccade.ops import dispatch
 from saccade.ops.attend import flash4, flex, reference
 from saccade.ops.attend import torch as tiled
 from saccade.ops.attend import triton as kernels
 from saccade.ops.attend.tiles import axes
-from saccade.ops.attend.triton.lists import TILE
 from saccade.ops.merge_lse.api import merge_lse
 
 
@@ -69,17 +68,7 @@ def back_ends(
     """Back ends and why they cannot compute these, in the order "auto" tries."""
     plain = {"torch": list, "reference": list, "flex": lambda: flex.reasons(q, v, selection, softcap)}
     plain["flash4"] = lambda: flash4.reasons(q, k, v, selection, scale)  # behind "torch": "auto" never comes to it
-    able = dispatch.with_triton(q, lambda: kernels.reasons(q, v, selection, scale), plain)
-    # "torch" first: on an H200, one-pass losses of SmolLM2 under blocks of 32 were 1.3 to 2.4 nats above those on a
-    # CPU. In the interpreter the kernel is right; test_narrow_blocks_on_a_gpu is to say more
-    return plain | able if narrow(selection) else able
-
-
-def narrow(selection: Selection) -> bool:
-    """Whether some keys lie in blocks of less than a tile, which the Triton kernels gather key by key."""
-    if isinstance(selection, PerHead):
-        return any(narrow(part) for _, part in selection.parts)
-    return isinstance(selection, Blocks) and selection.k_block < TILE
+    return dispatch.with_triton(q, lambda: kernels.reasons(q, v, selection, scale), plain)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -128,8 +128,7 @@ def _split(Q, K, V, KS, VS, LIST, ACC, STAT, OUT, LSE, q_b, q_h, q_q, q_d, k_b, 
     last = keys - queries + query
     end = tl.minimum(entries, (part + 1) * chunk)
     for t in range(part * chunk, end, BN):
-        n = t + tl.arange(0, BN)
-        at, ok = positions(LIST, n, n < end, keys, i_l, PAGE)
+        at, ok = positions(LIST, t, BN, end, keys, i_l, PAGE)
         place = at.to(tl.int64) if WIDE else at
         x = tl.load(K + place[:, None] * k_t + i[None, :], mask=ok[:, None] & (i < D * BITS // 16)[None, :], other=0)
         y = tl.load(V + place[:, None] * v_t + iv[None, :], mask=ok[:, None] & (iv < DV * BITS // 16)[None, :], other=0)

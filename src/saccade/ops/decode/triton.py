@@ -21,18 +21,21 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from saccade.ops import device
 from saccade.ops.quantise.api import Quantised
 from saccade.ops.tanh import tanh
+from saccade.ops.unclaimed import unclaimed
 
 MOST_ROWS = 64  # of one tile
 MOST_PARTS = 256
 
 
 @triton.jit
-def positions(LIST, i, ok, keys, i_l, PAGE: tl.constexpr):
-    """Keys of the entries `i`: the i-th key, or the tokens of the listed pages. And which of them there are."""
+def positions(LIST, t, BN: tl.constexpr, end, keys, i_l, PAGE: tl.constexpr):
+    """Keys of the entries [t, t + BN): keys with these numbers, or tokens of the listed pages. And which there are."""
+    i = t + tl.arange(0, BN)
+    ok = i < end
     if PAGE == 0:
         return i, ok
     page = tl.load(LIST + (i // PAGE).to(tl.int64) * i_l, mask=ok, other=-1).to(tl.int32)
-    at = page * PAGE + i % PAGE
+    at = page * PAGE + (t + unclaimed(BN)) % PAGE
     return at, ok & (page >= 0) & (at < keys)
 
 
@@ -114,8 +117,7 @@ def _split(Q, K, V, LIST, SEEN, ACC, STAT, OUT, LSE, q_b, q_h, q_q, q_d, k_b, k_
         gdc_wait()
     end = tl.minimum(entries, (part + 1) * chunk)
     for t in range(part * chunk, end, BN):
-        i = t + tl.arange(0, BN)
-        at, ok = positions(LIST, i, i < end, keys, i_l, PAGE)
+        at, ok = positions(LIST, t, BN, end, keys, i_l, PAGE)
         far = at.to(tl.int64) if WIDE else at
         k = tl.load(K + far[:, None] * k_t + d[None, :] * k_d, mask=ok[:, None] & in_d, other=0.0)
         v = tl.load(V + far[:, None] * v_t + dv[None, :] * v_d, mask=ok[:, None] & in_dv, other=0.0)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from saccade.ops.tanh import tanh
+from saccade.ops.unclaimed import unclaimed
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -247,6 +248,7 @@ def over_keys(
     d = tl.arange(0, BD)
     dv = tl.arange(0, BDV)
     n = tl.arange(0, BN)
+    within = unclaimed(BN)
     d_here = d < D
     dv_here = dv < DVS
     far = head.to(tl.int64)
@@ -336,10 +338,11 @@ def over_keys(
             )
     if RUNS == 2:
         clear = n_whole * WIDTH // BN * BN
-        key = tl.load(entries + n // WIDTH, mask=n < clear, other=0) * STEP + n % WIDTH
+        key = tl.load(entries + n // WIDTH, mask=n < clear, other=0) * STEP + within % WIDTH
         for j in range(0, clear, BN):
             after = j + BN + n  # keys are looked up a step ahead: their loads wait for them
-            following = tl.load(entries + after // WIDTH, mask=after < clear, other=0) * STEP + after % WIDTH
+            following = tl.load(entries + after // WIDTH, mask=after < clear, other=0)
+            following = following * STEP + (j + BN + within) % WIDTH
             k, v = _gathered(K, V, key, k_mask, k_n, v_n, d, dv, k_mask, v_mask, False, SIZES, V_SIZES, BACKWARD)
             m, l, acc = _step(
                 q, k, v, do, k_mask, key, k_mask, m, l, acc, rest, DK, DV, scale, cap, d, dv, dk_n, dv_n, D, DVS,
@@ -348,7 +351,7 @@ def over_keys(
             key = following
         for j in range(clear, n_seen * WIDTH, BN):
             entry = tl.load(entries + (j + n) // WIDTH, mask=j + n < n_seen * WIDTH, other=-1)
-            key = entry * STEP + (j + n) % WIDTH
+            key = entry * STEP + (j + within) % WIDTH
             here = (entry >= 0) & (key < keys)
             key = tl.where(here, key, 0)
             seen = here[None, :] & (row >= 0)[:, None]
