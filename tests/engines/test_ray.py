@@ -244,10 +244,11 @@ def wait_for_the_end_of(pids: Iterable[int]) -> None:
 
 
 def kill(pid: int, name: str) -> int:
-    """One process of that name below another one."""
-    chosen = next(p for p, command in below(pid).items() if name in command)
-    os.kill(chosen, signal.SIGKILL)
-    return chosen
+    """One process of that name below another one. On a busy machine `ps` once had no words for one that was there."""
+    while not (found := [p for p, command in below(pid).items() if name in command]):
+        time.sleep(0.01)
+    os.kill(found[0], signal.SIGKILL)
+    return found[0]
 
 
 def node(*words: str) -> subprocess.Popen:
