@@ -45,7 +45,7 @@ class Recorder:
             steps = self.steps[self.whose[layer, row.first_block]]
             if layer == 0:
                 steps.append([])
-            new = (x[row.start : row.stop].transpose(0, 1)[None].clone() for x in (q, k, v, out))
+            new = (x[row.start : row.stop].transpose(0, 1)[None].to("cpu", copy=True) for x in (q, k, v, out))
             steps[-1].append(tuple(new))
 
 

@@ -32,7 +32,8 @@ def test_another_minor_of_vllm_is_refused(monkeypatch):
 
 
 def test_another_platform_is_refused(monkeypatch):
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
+    for name in ("is_cpu", "is_cuda"):
+        monkeypatch.setattr(type(current_platform), name, lambda _: False)
     with pytest.raises(CannotRun, match="the plug-in is for its CPU and CUDA builds"):
         saccade_vllm.register()
 

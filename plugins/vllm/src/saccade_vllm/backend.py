@@ -83,6 +83,7 @@ class Builder(AttentionMetadataBuilder[Metadata]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Metadata:
+        """Rows of real requests alone: what vLLM makes up to capture graphs is no prompt, and has none behind it."""
         m = common_attn_metadata
         assert m.is_prefilling is not None, "vLLM's model runner says which requests still read their prompt"
         start, seen = m.query_start_loc_cpu.tolist(), m.seq_lens.tolist()
@@ -90,7 +91,7 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         rows = [
             Row(start[i], start[i + 1], seen[i], prompt[i], m.block_table_tensor[i], first[i])
             for i in range(m.num_reqs)
-            if start[i + 1] > start[i]
+            if start[i + 1] > start[i] and (prompt[i] or seen[i] > start[i + 1] - start[i])
         ]
         return Metadata(rows, m.slot_mapping[: m.num_actual_tokens])
 
@@ -143,7 +144,7 @@ class Impl(AttentionImpl[Metadata]):
     ) -> Tensor:  # fmt: skip
         if output_scale is not None or output_block_scale is not None:
             raise CannotRun("quantise what attention gives", "the plug-in does not", "Leave that fusion off.")
-        if attn_metadata is None:  # vLLM warms up
+        if attn_metadata is None or not attn_metadata.rows:  # vLLM warms up, or captures graphs
             return output.fill_(0)
         self.work.write(kv_cache, key, value, attn_metadata.slots)
         self.work.attend(query, key, value, attn_metadata.rows, output)
