@@ -78,8 +78,9 @@ REPLAYED = (
     " come on top of both it and the dense step."
 )
 BACKWARD = (
-    "The kernel for dK and dV holds two sums and two tiles of scores at once and spills 120 bytes a thread; its"
-    " products and dQ's are seven, where a kernel for all three has five."
+    "The kernel for dK and dV holds two sums and two tiles of scores at once and spills 120 bytes a thread: its tensor"
+    " pipe is 55 % busy, dQ's 69 % (profiles/misses-ncu); their products are seven, where a kernel for all three has"
+    " five."
 )
 GATHERED = (
     "Keys are read one by one through pointers (the copy engine of Hopper takes rows that follow on one another), with"
@@ -107,7 +108,12 @@ REASONS = {
         "The lists are made first, for which the host waits once; then " + GATHERED[0].lower() + GATHERED[1:]
     ),
     "lines 4096+4096": GATHERED,
-    "gather 512 of 64-query blocks": TILE_64,
+    "gather 512 of 64-query blocks per head": TILE_64,
+    "gather 512 of 64-query blocks, 128k": (
+        "Two heads of a group are one tile of 128 rows, whose keys come through pointers: one program of eight warps"
+        " fills a multiprocessor (210 registers a thread, 131 KB), which is too few to hide that: the tensor pipe is"
+        " 27 % busy, the second-level cache 32 %, memory 19 % (profiles/misses-ncu)."
+    ),
     "sinks 4 + window": "Each step has both bounds of the window in its mask.",
     "decode double-sparsity@0.0625 128k x 8": SCORED,
     "column_scores": "It is within a hundredth.",
@@ -122,7 +128,10 @@ REASONS = {
         "Choosing costs more than attending: bounds, top-k and attention follow each other, each with so few bytes that"
         " start and end weigh as much as the bandwidth."
     ),
-    "decode int4": "The work for each byte, taking two numbers out of it, is more than the bandwidth leaves time for.",
+    "decode int4": (
+        "The work for each byte, taking two numbers out of it: a multiprocessor issues in 55 % of its cycles, memory is 42 % busy, with"
+        " four programs of four warps, by their registers, to hide one behind the other (profiles/misses-ncu)."
+    ),
     "choose 128 of 2048 blocks of 64": "Blocks of half the size have four times as many scores to rank.",
     "decode snapkv@0.12 16k x 8, graph": WEIGHTS,
     "decode duo-attention@0.5 128k x 1, graph": WEIGHTS,

@@ -36,7 +36,8 @@ def test_the_table_holds_every_method_with_what_it_saves_or_why_not(capsys):
     assert (code, [row["method"] for row in rows]) == (0, registry.list_methods())
     for row in rows:
         assert bool(row["reasons"]) == (row["serves"] != "yes")
-        assert row["on_cuda"] == ("untried" if row["serves"] == "yes" else row["serves"])
+        unseen = row["serves"] == "yes" and row["method"] not in vllm.SEEN
+        assert row["on_cuda"] == ("untried" if unseen else row["serves"])
         if row["served_as"]:
             assert row["serves"] != "yes" and verdict(made(row["served_as"])).serves == "yes"
     assert {row["method"] for row in rows if row["serves"] == "yes"} == run_by_the_plug_in()
@@ -67,7 +68,7 @@ def test_what_vllm_cannot_is_said_with_the_reason(name, reason):
     ],
 )
 def test_what_the_plug_in_lacks_is_not_yet(name, reason):
-    assert verdict(made(name)) == vllm.Verdict("not yet", reasons=(reason,))
+    assert verdict(made(name)) == vllm.Verdict("not yet", "not yet", reasons=(reason,))
 
 
 def test_what_learns_and_has_nothing_shipped_is_untried_until_somebody_does(capsys, tmp_path, monkeypatch):
@@ -83,7 +84,7 @@ def test_layers_that_are_trained_are_no():
     kinds = [registry.get(name) for name in registry.list_methods()]
     for kind in kinds:
         if issubclass(kind, Mixer):
-            assert verdict(kind) == vllm.Verdict("no", reasons=(vllm.TRAINED,))
+            assert verdict(kind) == vllm.Verdict("no", "no", reasons=(vllm.TRAINED,))
 
 
 def test_one_method_comes_with_what_to_start(capsys):
@@ -100,10 +101,10 @@ def test_one_method_comes_with_what_to_start(capsys):
 
 
 def test_what_was_run_where_is_said(capsys):
-    assert main(["export", "quest", "--to", "vllm", "--model", "some/model"]) == 0
-    assert capsys.readouterr().out.startswith(
-        f"quest in vLLM: yes, on its CPU build; on CUDA untried: {vllm.UNTRIED}\n  saves reads"
-    )
+    for method, answer in (("quest", "yes"), ("hip", "untried")):
+        assert main(["export", method, "--to", "vllm", "--model", "some/model"]) == 0
+        where = f"on its CPU build; on CUDA {vllm.ON_CUDA[answer]}"
+        assert capsys.readouterr().out.startswith(f"{method} in vLLM: yes, {where}\n  saves ")
 
 
 def test_one_that_is_not_served_is_a_no_with_what_is(capsys):

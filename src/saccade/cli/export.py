@@ -49,16 +49,12 @@ def _table(args: argparse.Namespace) -> int:
     for name in registry.list_methods():
         kind = registry.get(name)
         found = verdict(kind if issubclass(kind, Mixer) else kind())
-        rows.append({"method": name, "family": kind.card.family, **_said(found)})
+        rows.append({"method": name, "family": kind.card.family, **dataclasses.asdict(found)})
     if args.json:
         say_json(rows)
         return 0
     say_table(["method", "CPU", "CUDA", "saves", "why not"], [_cells(row) for row in rows])
     return 0
-
-
-def _said(found: Verdict) -> dict[str, Any]:
-    return {**dataclasses.asdict(found), "on_cuda": found.on_cuda}
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -75,7 +71,7 @@ def _one(args: argparse.Namespace) -> int:
     found = verdict(method)
     if found.starts and method.card.calibrated:
         found, mark = _calibrated(args, found)
-    said: dict[str, Any] = {"method": args.method, **_said(found)}
+    said: dict[str, Any] = {"method": args.method, **dataclasses.asdict(found)}
     if found.starts:
         settings = Settings(args.method, str(budget(args)), fingerprint=mark)
         said |= {"LLM": {"model": _place(args), **launch(settings)}, "command": _command(args, settings)}
@@ -93,7 +89,7 @@ def _calibrated(args: argparse.Namespace, found: Verdict) -> tuple[Verdict, str]
 
     model, _ = load(args)
     reasons = explain(model, args.method, budget=budget(args))
-    return (Verdict("not yet", reasons=tuple(reasons)) if reasons else found), fingerprint(model)
+    return (Verdict("not yet", "not yet", reasons=tuple(reasons)) if reasons else found), fingerprint(model)
 
 
 def _place(args: argparse.Namespace) -> str:
@@ -116,7 +112,7 @@ def _command(args: argparse.Namespace, settings: Settings) -> str:
 
 
 def _lines(said: dict[str, Any]) -> list[str]:
-    from saccade.engines.vllm import UNTRIED
+    from saccade.engines.vllm import ON_CUDA
 
     reasons = [f"  - {reason}" for reason in said["reasons"]]
     if "command" not in said:
@@ -124,7 +120,7 @@ def _lines(said: dict[str, Any]) -> list[str]:
         return lines + [f"Served as: {said['served_as']}"] * bool(said["served_as"])
     keywords = [f"{name}={value!r}" for name, value in said["LLM"].items() if name != "model"]
     return [
-        f"{said['method']} in vLLM: {said['serves']}, on its CPU build; on CUDA untried: {UNTRIED}",
+        f"{said['method']} in vLLM: {said['serves']}, on its CPU build; on CUDA {ON_CUDA[said['on_cuda']]}",
         *reasons,
         *(f"  saves {saving}" for saving in said["saves"]),
         "",

@@ -39,8 +39,11 @@ UNLEARNED = "it learns from a model, and nothing that it learned is shipped: no 
 
 SERVED = {"prefill", "decode", "evict"}
 Answer = Literal["yes", "untried", "not yet", "no"]
-# what is true of CUDA, for every method that is served
-UNTRIED = "the plug-in's code is the same as on the CPU, where its tests run, but nobody has run it in a vLLM on CUDA"
+SEEN = ("full", "minference", "quest")  # in a vLLM on CUDA: benchmarks/results/vllm-cuda-*.txt
+ON_CUDA = {
+    "yes": "seen once on an H200, eager and in float32: every layer answered as the library's",
+    "untried": f"untried; the code is the same, and {', '.join(SEEN)} were seen to be right there",
+}
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,10 @@ class Verdict:
     """
 
     serves: Answer
+    on_cuda: Answer
     saves: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
     served_as: str = ""
-
-    @property
-    def on_cuda(self) -> Answer:
-        """There the same code is at work, and has not been tried."""
-        return "untried" if self.starts else self.serves
 
     @property
     def starts(self) -> bool:
@@ -73,11 +72,12 @@ def verdict(method: Method | type[Mixer]) -> Verdict:
     never, later = _against(method)
     if never or later:
         other = "" if isinstance(method, type) else _served_as(method)
-        return Verdict("no" if never else "not yet", reasons=(*never, *later), served_as=other)
+        answer = "no" if never else "not yet"
+        return Verdict(answer, answer, reasons=(*never, *later), served_as=other)
     assert isinstance(method, Method), "a mixer has a reason"
     if method.card.calibrated and not (SHIPPED / method.card.name).exists():
-        return Verdict("untried", saves=_saves(method), reasons=(UNLEARNED,))
-    return Verdict("yes", saves=_saves(method))
+        return Verdict("untried", "untried", _saves(method), (UNLEARNED,))
+    return Verdict("yes", "yes" if method.card.name in SEEN else "untried", _saves(method))
 
 
 def _served_as(method: Method) -> str:

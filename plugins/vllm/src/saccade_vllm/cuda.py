@@ -8,7 +8,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from saccade.core.errors import CannotRun
-from saccade.engines.vllm import UNTRIED, Settings
+from saccade.engines.vllm import ON_CUDA, SEEN, Settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -46,5 +46,6 @@ def choose(config: VllmConfig) -> None:
     if told.backend not in (None, AttentionBackendEnum.CUSTOM) or told.backend_per_kind:
         found = "vLLM was told of another attention backend, in which no method works"
         raise CannotRun(f"serve {settings.method!r} with vLLM", found, "Leave that backend out.")
-    log.warning_once("saccade in vLLM on CUDA: %s", UNTRIED)
+    if settings.method.partition(":")[0] not in SEEN:
+        log.warning_once("saccade: %s in vLLM on CUDA is %s", settings.method, ON_CUDA["untried"])
     told.backend = AttentionBackendEnum.CUSTOM
