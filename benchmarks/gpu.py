@@ -129,8 +129,9 @@ REASONS = {
         " start and end weigh as much as the bandwidth."
     ),
     "decode int4": (
-        "The work for each byte, taking two numbers out of it: a multiprocessor issues in 55 % of its cycles, memory is 42 % busy, with"
-        " four programs of four warps, by their registers, to hide one behind the other (profiles/misses-ncu)."
+        "The work for each byte, taking two numbers out of it: a multiprocessor issues in 55 % of its cycles, memory is"
+        " 42 % busy, with four programs of four warps, by their registers, to hide one behind the other"
+        " (profiles/misses-ncu)."
     ),
     "choose 128 of 2048 blocks of 64": "Blocks of half the size have four times as many scores to rank.",
     "decode snapkv@0.12 16k x 8, graph": WEIGHTS,
