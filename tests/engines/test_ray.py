@@ -17,7 +17,8 @@ import pytest
 
 from saccade.cli import main
 from saccade.core.errors import BadOption, CannotRun
-from saccade.engines.ray import STORE_BYTES, TRIES, Hired, Ray, Team
+from saccade.engines.ray import STORE_BYTES, Ray
+from saccade.engines.team import TRIES, Hired, Team
 from saccade.measure.compare import compare
 from saccade.measure.runner import Queue
 from saccade.measure.store import Store

@@ -19,6 +19,7 @@ import pytest
 
 from saccade.core.errors import CannotRun
 from saccade.engines import ray as engine
+from saccade.engines import team as workers
 from saccade.measure.compare import compare
 from tests.engines.test_ray import below, needs_ray, node, same_as, start, team, wait_for, wait_for_the_end_of
 from tests.engines.toys import Toy, Toys
@@ -72,7 +73,7 @@ def cut_short(tiny: Path, folder: Path) -> int:
 def test_a_killed_head_is_said_and_no_finished_cell_is_measured_twice(tmp_path, capfd):
     tiny, folder, here = small.save(tmp_path / "tiny"), tmp_path / "run", tmp_path / "here"
     assert cut_short(tiny, folder) == 3
-    assert "its head does not answer any more: " in (said := capfd.readouterr().err) and engine.RESUMES in said
+    assert "its head does not answer any more: " in (said := capfd.readouterr().err) and workers.RESUMES in said
     before, total = stored(folder), len(read(folder, "run")["cells"])
     assert 10 <= len(before) < total, "it was over before the head was killed"
     shutil.copytree(folder, here)
@@ -102,7 +103,7 @@ def refused(where: str, found: str) -> None:
     began = time.monotonic()
     with pytest.raises(CannotRun, match=rf"^Ray at auto{where}: .*{found}.*\. Start a cluster and name it: ray start"):
         engine.Ray("auto").run(Toys, lambda about: None, lambda event: None, "cpu")
-    assert time.monotonic() - began < engine.CONNECT_SECONDS
+    assert time.monotonic() - began < workers.CONNECT_SECONDS
 
 
 @needs_ray
@@ -131,7 +132,7 @@ def test_a_head_is_given_time_and_meanwhile_asked_for_nothing(tmp_path, monkeypa
     made.ray = SimpleNamespace(nodes=lambda: pytest.fail("it was asked"))
     made.head = f"127.0.0.1:{free_port()}"
     assert not made._head_answers() and made.hired
-    made.heard = time.monotonic() - engine.HEAD_SECONDS
+    made.heard = time.monotonic() - workers.HEAD_SECONDS
     with pytest.raises(CannotRun, match=r"Ray at 127\.0\.0\.1:\d+: its head does not answer any more: .*refused"):
         made.work()
     assert not made.hired, "they would be dismissed through the head"
