@@ -171,13 +171,13 @@ def _arguments() -> argparse.Namespace:
 
 
 def _take(run: Run) -> None:
-    """A process: cell after cell that no other one has, until none is left or time is up."""
+    """A process: cell after cell that no other one has, until none is left, time is up or who started it is gone."""
     torch.set_num_threads(run.threads)
-    failed = 0
+    failed, parent = 0, multiprocessing.parent_process()
     with Turns() as turns:
         cells = run.cells()
         for i, cell in enumerate(cells):
-            if time.time() > run.until or failed == FAILURES:
+            if time.time() > run.until or failed == FAILURES or not parent.is_alive():
                 return
             work = run.work(*cell)
             if (work.folder / loop.RESULT).is_file():
