@@ -5,9 +5,10 @@
     python docs/make.py --run RUN_DIR   show this finished run of `saccade compare` (copied, without its cells)
     python docs/make.py --run RUN_DIR --page transfer    the same for docs/transfer.md, a run over cache and decode
     python docs/make.py --run RUN_DIR --page sparse      the same for docs/sparse.md; docs/frontier.md shows both
+    python docs/make.py --run RUN_DIR --page gemma       the same for docs/gemma.md, another model
 
-Cards, docstrings, results of claims, the runs in docs/run, docs/run-transfer and docs/run-sparse, and what `saccade
-plan` reckons, are all that is read: nothing here is written by hand.
+Cards, docstrings, results of claims, the runs in docs/run and docs/run-*, and what `saccade plan` reckons, are all that
+is read: nothing here is written by hand.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from saccade.report.run import Run  # noqa: E402
 RUN = ROOT / "docs" / "run"
 FAMILIES = {"transfer": ("cache and decode", ROOT / "docs" / "run-transfer"),
             "sparse": ("sparse", ROOT / "docs" / "run-sparse")}  # fmt: skip
-RUNS = {"comparison": RUN} | {name: folder for name, (_, folder) in FAMILIES.items()}  # page -> the run that it shows
+RUNS = {"comparison": RUN, "gemma": ROOT / "docs" / "run-gemma"}  # page -> the run that it shows
+RUNS |= {name: folder for name, (_, folder) in FAMILIES.items()}
 RUN_FILES = ("run.json", "env.json", "summary.json")
 NOTE = "<!-- made by docs/make.py from the card, the docstring and the results of claims; do not edit -->\n"
 FILLED = ("README.md", "docs/index.md")
@@ -215,8 +217,8 @@ def comparison(prefix: str) -> str:
     run = Run.read(RUN)
     budgets = [b for b in dict.fromkeys(row["budget"] for row in run.rows) if b != "1"]
     shown = tables.transfer(run, budgets[len(budgets) // 2 : len(budgets) // 2 + 1])
-    families = any((RUNS[name] / "summary.json").is_file() for name in FAMILIES)
-    others = f"; whole families at several budgets: [the frontier]({prefix}frontier.md)" if families else ""
+    others = f"; whole families at several budgets: [the frontier]({prefix}frontier.md)" if _there(*FAMILIES) else ""
+    others += f"; another model: [Gemma-3-270M]({prefix}gemma.md)" if _there("gemma") else ""
     parts = [
         f"Paired difference to `full`, with its interval, at one of the budgets; the rest is in [the whole"
         f" report]({prefix}comparison.md){others}.",
@@ -225,6 +227,11 @@ def comparison(prefix: str) -> str:
         f"Measured on: {_machine(run.env)}.",
     ]
     return "\n\n".join(parts)
+
+
+def _there(*names: str) -> bool:
+    """Whether the run of one of these pages is."""
+    return any((RUNS[name] / "summary.json").is_file() for name in names)
 
 
 def _machine(env: Any) -> str:
@@ -310,9 +317,9 @@ def pages() -> dict[Path, str]:
         made[ROOT / name] = _fill((ROOT / name).read_text(encoding="utf-8"), part, make, "../")
     made[ROOT / "docs" / "img" / "scale.svg"] = scale_page.drawn()
     for name, folder in RUNS.items():
-        if (folder / "summary.json").is_file():
+        if _there(name):
             made[ROOT / "docs" / f"{name}.md"] = f"{NOTE}\n{markdown.render(Run.read(folder))}"
-    runs = {name: Run.read(RUNS[name]) for name in FAMILIES if (RUNS[name] / "summary.json").is_file()}
+    runs = {name: Run.read(RUNS[name]) for name in FAMILIES if _there(name)}
     made[ROOT / "docs" / "frontier.md"] = frontier(runs)
     for run in runs.values():
         for part in frontier_page.parts(run):
