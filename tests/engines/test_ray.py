@@ -36,6 +36,7 @@ needs_ray = pytest.mark.skipif(ray is None, reason="ray is not installed: pip in
 ENV = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]), "OMP_NUM_THREADS": "1"}
 ENV |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5" * 64}
 ENV |= {"RAY_worker_niceness": "0"}  # a busy machine would starve them else
+LONG = SMALL | {"count": 40}  # seconds, in which a second worker comes up, and which can be cut short
 
 
 # --- a toy sweep ------------------------------------------------------------------------------------------------------
@@ -203,14 +204,14 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def local(tiny, tmp_path_factory):
     """What the local engine finds."""
-    return compare(tiny, METHODS, out=tmp_path_factory.mktemp("local") / "run", **SMALL)
+    return compare(tiny, METHODS, out=tmp_path_factory.mktemp("local") / "run", **LONG)
 
 
 def start(tiny: Path, folder: Path, *more: str) -> subprocess.Popen:
     """The same comparison on Ray, in a process of its own."""
     command = [sys.executable, "-m", "saccade", "compare", "--engine", "ray"]
     command += ["--model", str(tiny), "--out", str(folder)]
-    for name, value in ({"methods": METHODS} | SMALL).items():
+    for name, value in ({"methods": METHODS} | LONG).items():
         command += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
     return subprocess.Popen([*command, *more], env=os.environ | ENV, stdout=subprocess.DEVNULL)
 
@@ -244,12 +245,12 @@ def wait_for_the_end_of(pids: Iterable[int]) -> None:
         time.sleep(0.1)
 
 
-def kill(pid: int, name: str) -> int:
-    """One process of that name below another one. On a busy machine `ps` once had no words for one that was there."""
-    while not (found := [p for p, command in below(pid).items() if name in command]):
+def found(pid: int, name: str, driver: subprocess.Popen) -> int:
+    """A process of that name below another one, once there is one."""
+    while not (some := [p for p, command in below(pid).items() if name in command]):
+        assert driver.poll() is None, "it ended too soon"
         time.sleep(0.01)
-    os.kill(found[0], signal.SIGKILL)
-    return found[0]
+    return some[0]
 
 
 def node(*words: str) -> subprocess.Popen:
@@ -273,7 +274,7 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing(tiny, local, tmp_path)
     driver = start(tiny, folder)
     try:
         wait_for(folder, total // 4, driver)
-        kill(driver.pid, "ray::Actor")
+        os.kill(found(driver.pid, "ray::Actor", driver), signal.SIGKILL)
         wait_for(folder, total // 2, driver)
         started = below(driver.pid)
     finally:
@@ -297,9 +298,9 @@ def test_a_killed_node_loses_nothing(tiny, local, tmp_path):
         nodes.append(node(f"--address=127.0.0.1:{port}"))
         driver = start(tiny, folder, "--address", f"127.0.0.1:{port}")
         wait_for(folder, total // 4, driver)
-        wait_for_worker(nodes[1])
+        found(nodes[1].pid, "ray::Actor", driver)
         before = stored(folder)
-        kill(nodes[1].pid, "raylet/raylet")
+        os.kill(found(nodes[1].pid, "raylet/raylet", driver), signal.SIGKILL)
         assert len(before) < total and driver.wait() == 0
         assert before.items() <= stored(folder).items()
         assert same_as(folder, local)
@@ -309,12 +310,6 @@ def test_a_killed_node_loses_nothing(tiny, local, tmp_path):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             process.wait()
-
-
-def wait_for_worker(process: subprocess.Popen) -> None:
-    """Until one stands on this node."""
-    while not any("ray::Actor" in command for command in below(process.pid).values()):
-        time.sleep(0.01)
 
 
 @needs_ray

@@ -21,10 +21,10 @@ from saccade.core.errors import CannotRun
 from saccade.engines import ray as engine
 from saccade.engines import team as workers
 from saccade.measure.compare import compare
-from tests.engines.test_ray import below, needs_ray, node, same_as, start, team, wait_for, wait_for_the_end_of
+from tests.engines.test_ray import LONG, below, needs_ray, node, same_as, start, team, wait_for, wait_for_the_end_of
 from tests.engines.toys import Toy, Toys
 from tests.measure import small
-from tests.measure.test_compare import METHODS, SMALL, read, stored
+from tests.measure.test_compare import METHODS, read, stored
 
 
 def free_port() -> int:
@@ -79,7 +79,7 @@ def test_a_killed_head_is_said_and_no_finished_cell_is_measured_twice(tmp_path, 
     shutil.copytree(folder, here)
 
     events = []
-    compare(tiny, METHODS, out=here, progress=events.append, **SMALL)
+    compare(tiny, METHODS, out=here, progress=events.append, **LONG)
     assert sum(event.kind == "cell" for event in events) == total - len(before)
     with cluster() as (_, address):
         assert start(tiny, folder, "--address", address).wait() == 0
