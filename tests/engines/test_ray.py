@@ -231,7 +231,7 @@ def same_as(folder: Path, local: Path) -> bool:
 
 def below(pid: int) -> dict[int, str]:
     """All processes that it started, and those that these started: pid -> command line."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ps", "-ww", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in listed.splitlines()]
     found, known = {}, {pid}
     while new := [(int(p), args) for p, parent, args in rows if int(parent) in known and int(p) not in known]:
