@@ -30,24 +30,38 @@ def weights(q: Tensor, k: Tensor, softcap: float | None, causal: bool, scaled: b
     """
     scale = q.shape[-1] ** -0.5
     logits = (q * scale if scaled else q) @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
-    logits = logits.to(torch.promote_types(q.dtype, torch.float32)) * (1 if scaled else scale)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if causal:
-        logits = logits.masked_fill(~causal_mask(q.shape[2], k.shape[2], q.device), -torch.inf)
-    return logits.softmax(-1)
+    logits = logits.to(torch.promote_types(q.dtype, torch.float32))
+    return finished(logits, 1.0 if scaled else scale, softcap, causal).softmax(-1)
 
 
 def yardsticks(q: Tensor, k: Tensor, softcap: float | None, causal: bool) -> list[Tensor]:
-    """PyTorch's own weights: the head axis turned, queries or logits scaled; and from the log-sum-exp, as the backward
-    of its attention makes them."""
+    """PyTorch's own weights: the head axis turned, queries or logits scaled; its products added in the order of the
+    head axis, as a kernel without tensor cores does; and from the log-sum-exp, as the backward of its attention does.
+    """
     every = [weights(q.roll(t, -1), k.roll(t, -1), softcap, causal, s) for t in TURNS for s in (False, True)]
-    logits = (q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT).float() * q.shape[-1] ** -0.5
+    keys, scale = k.repeat_interleave(q.shape[1] // k.shape[1], 1), q.shape[-1] ** -0.5
+    if q.dtype == torch.float32:
+        every.append(finished(in_order(q, keys), scale, softcap, causal).softmax(-1))
+    logits = finished((q @ keys.mT).float(), scale, softcap, causal)
+    return [*every, torch.exp(logits - logits.logsumexp(-1, keepdim=True))]
+
+
+def in_order(q: Tensor, keys: Tensor) -> Tensor:
+    """q k^T, one number of the head axis after the other."""
+    out = torch.zeros(*q.shape[:3], keys.shape[2], device=q.device)
+    for i in range(q.shape[-1]):
+        out = torch.addcmul(out, q[..., i : i + 1], keys[..., i].unsqueeze(-2))
+    return out
+
+
+def finished(logits: Tensor, scale: float, softcap: float | None, causal: bool) -> Tensor:
+    """Scaled, capped and masked."""
+    logits = logits * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if causal:
-        logits = logits.masked_fill(~causal_mask(q.shape[2], k.shape[2], q.device), -torch.inf)
-    return [*every, torch.exp(logits - logits.logsumexp(-1, keepdim=True))]
+        logits = logits.masked_fill(~causal_mask(*logits.shape[-2:], logits.device), -torch.inf)
+    return logits
 
 
 def along(p: Tensor) -> Tensor:
