@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
 from saccade import ops
@@ -332,6 +333,17 @@ def _both_ways(attention, inputs, mask, backward):
 
 def _moved(s: Selection) -> Selection:
     return dataclasses.replace(s, **{n: x.cuda() for n, x in vars(s).items() if isinstance(x, torch.Tensor)})
+
+
+@pytest.mark.parametrize("tokens, heads, chosen", [(64, 2, "reference"), (512, 64, "reference"), (4096, 2, "torch")])
+def test_what_our_kernels_refuse_on_a_gpu_is_not_computed_in_small_pieces(tokens, heads, chosen, monkeypatch):
+    """Heads of 8: small nets have them."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    selection = dense(tokens, tokens)
+    with FakeTensorMode():
+        q = torch.empty(1, heads, tokens, 8, device="cuda")
+        found = ops.explain(lambda: ops.attend(q, q, q, selection))
+    assert next(name for name, why in found.items() if not why) == chosen
 
 
 @pytest.mark.parametrize("kind", ["blocks", "gather"])

@@ -17,6 +17,8 @@ from saccade.ops.attend import triton as kernels
 from saccade.ops.attend.tiles import axes
 from saccade.ops.merge_lse.api import merge_lse
 
+FEW_LOGITS = 1 << 24  # of all heads: up to here a GPU is faster with all pairs under a mask than with many small pieces
+
 
 def attend(
     q: Float[Tensor, "b h q d"],
@@ -38,7 +40,8 @@ def attend(
 
     A `Together` is computed part by part, and merged; by "reference" under one mask if no part counts several times.
 
-    impl: "auto" (kernels of our own where they can compute it, else "torch"), "triton" (those kernels: blocks, gather,
+    impl: "auto" (kernels of our own where they can compute it, else "torch", or on a CUDA device "reference" where all
+        pairs are few: it would wait for the host piece by piece), "triton" (those kernels: blocks, gather,
         lines, spans and buckets on a CUDA device), "torch", "reference" (dense under a mask, the oracle), "flex"
         (FlexAttention: blocks and spans on a CUDA device; never chosen by "auto", since it is compiled anew for shapes
         that it has not seen), "flash4" (the optional `flash-attn-4`: blocks of multiples of 128 and causal spans in
@@ -66,7 +69,11 @@ def back_ends(
     q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, softcap: float | None
 ) -> dict[str, Callable[[], dispatch.Reasons]]:
     """Back ends and why they cannot compute these, in the order "auto" tries."""
-    plain = {"torch": list, "reference": list, "flex": lambda: flex.reasons(q, v, selection, softcap)}
+    few = q.is_cuda and math.prod(q.shape[:3]) * k.shape[2] <= FEW_LOGITS
+    plain: dict[str, Callable[[], dispatch.Reasons]] = dict.fromkeys(
+        ("reference", "torch") if few else ("torch", "reference"), list
+    )
+    plain["flex"] = lambda: flex.reasons(q, v, selection, softcap)
     plain["flash4"] = lambda: flash4.reasons(q, k, v, selection, scale)  # behind "torch": "auto" never comes to it
     return dispatch.with_triton(q, lambda: kernels.reasons(q, v, selection, scale), plain)
 

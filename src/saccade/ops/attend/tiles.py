@@ -171,13 +171,21 @@ def shares(selection: Selection, batch: int, heads: int, kv_heads: int) -> list[
     """Who computes what: for every sequence and key/value head, its query heads by what they look at."""
     rows = _head_rows(_lower(selection), heads)
     group = heads // kv_heads
-    out = []
+    out: list[Share] = []
+    known: dict[tuple[int, int, int], list[bool]] = {}
+
+    def same(part: Selection, b: int, one: int, other: int) -> bool:
+        pair = id(part), one, other
+        if pair not in known:
+            known[pair] = _same(part, one, other)
+        return known[pair][b if len(known[pair]) > 1 else 0]
+
     for b in range(batch):
         for g in range(kv_heads):
             alike: dict[tuple[int, int], list[int]] = {}
             for h in range(g * group, (g + 1) * group):
                 part, row = rows[h]
-                twins = (first for first in alike if first[0] == id(part) and _same(part, b, first[1], row))
+                twins = (first for first in alike if first[0] == id(part) and same(part, b, first[1], row))
                 alike.setdefault(next(twins, (id(part), row)), []).append(h)
             for members in alike.values():
                 part, row = rows[members[0]]
@@ -185,17 +193,19 @@ def shares(selection: Selection, batch: int, heads: int, kv_heads: int) -> list[
     return out
 
 
-def _same(selection: Selection, batch: int, one: int, other: int) -> bool:
-    """Whether two heads have the same lists: heads of a group often do, and are then one product."""
+def _same(selection: Selection, one: int, other: int) -> list[bool]:
+    """Whether two heads have the same lists, by sequence: heads of a group often do, and are then one product. All are
+    compared at once, since a GPU is waited for."""
     match selection:
         case Blocks():
             lists = [selection.crow, selection.col]
         case Gather():
             lists = [x for x in (selection.index, selection.ranges) if x is not None]
         case _:
-            return one == other
-    b = batch if axes(selection)[0] > 1 else 0
-    return one == other or all(torch.equal(x[b, one], x[b, other]) for x in lists)
+            return [one == other]
+    if one == other:
+        return [True]
+    return torch.stack([(x[:, one] == x[:, other]).flatten(1).all(1) for x in lists]).all(0).tolist()
 
 
 def _head_rows(selection: Selection, heads: int) -> list[tuple[Selection, int]]:

@@ -18,11 +18,13 @@ SPECIAL = True  # the warp-specialised form, where it fits and is right
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a kernel: keys (for dK and dV queries) of a step, warps, and how many steps are loaded ahead."""
+    """Of a kernel: keys (for dK and dV queries) of a step, warps, how many steps are loaded ahead, and registers of a
+    thread at most (None: what the compiler takes)."""
 
     step: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def power(n: int) -> int:
@@ -30,15 +32,19 @@ def power(n: int) -> int:
     return max(FEWEST, 1 << (n - 1).bit_length())
 
 
-def forward_shape(dtype: torch.dtype, size: int, rows: int, runs: int) -> Shape:
-    """`runs`: keys that follow on one another. On an H200, 16 bits and heads of 128, these were the fastest of those
-    tried: one to three for each branch. Float32 and heads above 128 were not timed, only made to fit."""
+def forward_shape(dtype: torch.dtype, size: int, rows: int, runs: int, single: bool = False) -> Shape:
+    """`runs`: keys that follow on one another; `single`: all come one by one. On an H200, 16 bits and heads of 128,
+    these were the fastest of those tried: one to three for each branch, thirteen for `single`, which waits for memory
+    and is faster with two programs on a multiprocessor. Float32 and heads above 128 were not timed, only made to fit.
+    """
     if dtype == torch.float32:
         return Shape(32 if size <= 128 else 16, 4, 1)
     if size > 128:
         return Shape(32 if rows <= 64 else 64, 4 if rows <= 64 else 8, 2)
     if rows <= 64:
         return Shape(64, 4, 3)
+    if single:
+        return Shape(32, 8, 3, registers=128)
     if runs % 128 == 0:
         return Shape(128, 8, 2)
     return Shape(64, 8, 2 if runs % 64 == 0 else 3)
@@ -140,7 +146,10 @@ def _over_keys(
     back = d_out is not None
     wide = max(power(d), power(size))
     along = part.width if part.sinks is None else MOST
-    shape = backward_shape(q.dtype, wide, height) if back else forward_shape(q.dtype, wide, height, along)
+    others = part.col, part.bits, part.ranges, part.sinks
+    single = part.index is not None and not start and all(x is None for x in others)
+    shape = backward_shape(q.dtype, wide, height) if back else forward_shape(q.dtype, wide, height, along, single)
+    limits = {} if shape.registers is None else {"maxnreg": shape.registers}
     runs = 0 if part.col is None else (1 if part.width % shape.step == 0 else 2)
     sub, blocks = -(-part.q_block // rows), -(-n // part.q_block)
     mapped = part.heads is not None
@@ -165,6 +174,7 @@ def _over_keys(
         COLUMNS=part.index is not None, MARKED=part.bits is not None, RANGED=part.ranges is not None,
         SPANS=part.sinks is not None, CAUSAL=part.causal, CAPPED=cap is not None, MAPPED=mapped, BACKWARD=back,
         ATOMIC=dk is not None, WIDE=aux is not None, START=start, num_warps=shape.warps, num_stages=shape.stages,
+        **limits,
     )
 
 
