@@ -12,6 +12,7 @@ from saccade.core.method import Slot
 from saccade.methods.mixers.biformer import BiFormer
 from saccade.methods.nets import BiFormers, VisionModel
 from saccade.methods.nets._biformer import SIZES, Size
+from saccade.ops.attend import fused
 from saccade.ops.attend.reference import masked
 from tests.mixers import assert_as_good, made, noise
 
@@ -74,14 +75,15 @@ def test_a_region_goes_where_its_mean_query_points():
 
 
 def test_routing_has_no_gradient():
-    """Queries learn by the softmax alone: over one key there is nothing to learn."""
+    """Queries learn by the softmax alone: over one key there is nothing to learn, but for rounding."""
     mixer = layer((2, 3), side=1, topk=1, lepe=0)
     mixer(noise(1, 6, 16))[0].square().sum().backward()
-    assert not mixer.qkv.weight.grad[:32].any() and mixer.qkv.weight.grad[32:].any()
+    routing, values = mixer.qkv.weight.grad[:32].abs().max(), mixer.qkv.weight.grad[32:].abs().max()
+    assert routing <= torch.finfo(values.dtype).eps * values and values
 
 
 def test_it_goes_the_tiled_way(monkeypatch):
-    monkeypatch.setattr("saccade.methods.mixers._pieces.SHORT_TOKENS", 0)
+    monkeypatch.setattr(fused, "FEW_PAIRS", 0)
     mixer, x = layer((5, 6)), noise(2, 30, 16)
     assert_as_good(mixer(x)[0], mixer.reference(x), "tiled")
 

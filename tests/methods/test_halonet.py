@@ -16,6 +16,7 @@ from saccade.methods.mixers._halo import Halo, halo_attention
 from saccade.methods.mixers.halonet import HaloNet
 from saccade.methods.nets import HaloNets, VisionModel
 from saccade.methods.nets._halonet import SIZES, Size
+from saccade.ops.attend import fused
 from tests.mixers import assert_as_good, made, noise
 
 SIZE = 4  # of a head
@@ -88,7 +89,7 @@ def test_moving_a_picture_by_whole_blocks_moves_what_comes_out():
 
 
 def test_long_maps_go_the_tiled_way(monkeypatch):
-    monkeypatch.setattr("saccade.methods.mixers._pieces.SHORT_TOKENS", 0)
+    monkeypatch.setattr(fused, "FEW_PAIRS", 0)
     halo = Halo((7, 5), 3, 1)
     q, k, v, *tables = inputs(halo)
     wanted = by_loops(q[0, 0], k[0, 0], v[0, 0], tables, halo)

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saccade import ops
 from saccade.attach import attach
 from saccade.core.errors import BadOption, CannotRun
 from saccade.core.selection import causal_mask
-from saccade.methods.mixers._pieces import computed
 from saccade.methods.sparse.scatterbrain import Scatterbrain
 from tests.methods.handmade import in_pieces, noise, tiny, tokens
 from tests.methods.handmade import site as bare_site
@@ -29,7 +29,7 @@ def tensors(n, queries=None, rows=1):
 
 
 def site(budget, **shape):
-    return bare_site(budget, partial=computed, **shape)
+    return bare_site(budget, partial=ops.attend, **shape)
 
 
 # --- entry by entry ---------------------------------------------------------------------------------------------------

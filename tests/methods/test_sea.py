@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saccade import ops
 from saccade.attach import attach, estimating
 from saccade.attach.calibration import Subject
 from saccade.attach.estimating import first_weights, layer_loss, spread
 from saccade.core.artefact import Artefact
 from saccade.core.errors import BadInput, BadOption, CannotRun
-from saccade.methods.mixers._pieces import computed
 from saccade.methods.sparse import sea
 from saccade.methods.sparse.sea import Sea, best_pixels, edges, estimate, mixed
 from tests.methods.handmade import in_pieces, noise, tiny, tokens
@@ -27,7 +27,7 @@ SHORT = Sea(train_steps=20)
 
 
 def site(budget=1.0, **shape):
-    return bare_site(budget, attend=lambda *x: computed(*x)[0], **shape)
+    return bare_site(budget, attend=lambda *x: ops.attend(*x)[0], **shape)
 
 
 def tensors(n, queries=None):

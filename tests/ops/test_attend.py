@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend
 from saccade import ops
 from saccade.core import rng
 from saccade.core.errors import BadInput, BadOption, CannotRun
-from saccade.core.selection import Blocks, Pairs, Selection, Spans, Together, dense
+from saccade.core.selection import Blocks, Pairs, Selection, Spans, Together, causal_mask, dense
 from saccade.ops.attend import flex
 from saccade.ops.attend.tiles import shares
 from tests.helpers import (
@@ -128,6 +128,24 @@ def test_back_ends_agree_and_say_their_name(case):
         out, lse = ops.attend(q, k, v, selection, impl=impl, report=said.append)
         assert_close_as_torch(out, q, k, v, selection.mask(), lse=lse)
     assert said == ["attend:torch", "attend:torch", "attend:reference"]
+
+
+def test_few_pairs_together_are_computed_under_one_mask():
+    near = build("spans", 1, 4, 60, 60, True, 3, 16)
+    far = Pairs(allowed=~near.mask() & causal_mask(60, 60), queries=60, keys=60)
+    both = Together(parts=(near, far), times=(1.0, 1.0), queries=60, keys=60)
+    inputs, said = tensors(1, 4, 2, 60, 60, 16), []
+    out, lse = ops.attend(*inputs, both, report=said.append)
+    assert said == ["attend:torch"]
+    assert_close_as_torch(out, *inputs, both.mask(), lse=lse)
+
+
+def test_a_nan_from_behind_stays_one():
+    """PyTorch's kernel loses it under a mask."""
+    q, k, v = (x.requires_grad_() for x in tensors(1, 2, 1, 30, 40, 16))
+    out, _ = ops.attend(q, k, v, build("gather", 1, 2, 30, 40, True, 3, 16))
+    found = torch.autograd.grad(out, (q, k, v), torch.full_like(out, torch.nan))
+    assert all(x.isnan().any() for x in found)
 
 
 @pytest.mark.parametrize("kind", FREE)

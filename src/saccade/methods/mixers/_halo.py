@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saccade import ops
 from saccade.core.errors import BadOption
 from saccade.core.selection import Gather
-from saccade.methods.mixers._pieces import computed
 from saccade.methods.mixers._windows import crossed
 
 
@@ -145,9 +145,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, halo: Halo) -> Tensor:
         whole = n == cells
         rows = index if whole else index[torch.arange(cells - n, cells) // halo.block]
         shape = {"q_block": halo.block if whole else 1, "queries": n, "keys": cells}
-        return computed(q, k, v, Gather(index=rows[None, None], **shape), 1.0)[0]
+        return ops.attend(q, k, v, Gather(index=rows[None, None], **shape), scale=1.0)[0]
     shape = {"q_block": order.shape[1], "queries": order.numel(), "keys": k.shape[2], "causal": False}
     flat = order.flatten().to(q.device)
-    out, _ = computed(q[:, :, flat.clamp(min=0)], k, v, Gather(index=index[None, None], **shape), 1.0)
+    out, _ = ops.attend(q[:, :, flat.clamp(min=0)], k, v, Gather(index=index[None, None], **shape), scale=1.0)
     real = (flat >= 0).nonzero()[:, 0]
     return out[:, :, real[flat[real].argsort()]]

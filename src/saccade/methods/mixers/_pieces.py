@@ -1,4 +1,4 @@
-"""What layers of attention share: texts in pieces, rows of different lengths, and how pairs are computed."""
+"""What layers of attention share: texts in pieces, and rows of different lengths."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saccade import ops
 from saccade.core.errors import BadInput, CannotRun
 from saccade.core.method import Slot
-from saccade.core.selection import Selection
 from saccade.core.site import State
-
-SHORT_TOKENS = 512  # up to here a processor is faster with all pairs under a mask than with many small pieces
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # the last queries, all keys and values so far -> output
 
@@ -76,17 +72,11 @@ def in_pieces(
     return out, {"keys": keys, "values": values, "count": ends}
 
 
-def computed(
-    q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float | None = None
-) -> tuple[Float[Tensor, "b h q d"], Float[Tensor, "b h q"]]:
-    """`ops.attend`, dense under a mask where that is faster."""
-    short = not q.is_cuda and k.shape[2] <= SHORT_TOKENS
-    return ops.attend(q, k, v, selection, scale=scale, impl="reference" if short else "auto")
-
-
 def alike(before: Int[Tensor, " b"], real: Int[Tensor, " b"]) -> Iterator[tuple[Int[Tensor, " rows"], int, int]]:
     """Rows that have as many tokens behind them and as many new ones: which, and how many of both. None without new."""
-    kinds, which = torch.stack([before, real], 1).unique(dim=0, return_inverse=True)
-    for i, (old, new) in enumerate(kinds.tolist()):
-        if old + new:
+    size = int(real.max()) + 1
+    kinds, which = (before * size + real).unique(return_inverse=True)  # of pairs it is many times slower
+    for i, kind in enumerate(kinds.tolist()):
+        old, new = divmod(kind, size)
+        if kind:
             yield (which == i).nonzero()[:, 0], old, new

@@ -9,12 +9,13 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saccade import ops
 from saccade.core.card import Card
 from saccade.core.errors import BadOption
 from saccade.core.method import Mixer, Slot
 from saccade.core.selection import Gather
 from saccade.methods.mixers._halo import Halo
-from saccade.methods.mixers._pieces import check_cells, computed, fresh, in_pieces, refuse_causal_pictures
+from saccade.methods.mixers._pieces import check_cells, fresh, in_pieces, refuse_causal_pictures
 
 
 class BiFormer(Mixer):
@@ -161,13 +162,13 @@ class BiFormer(Mixer):
         order, keys = regions.flatten(), k.shape[2]
         shape = {"q_block": self.side ** (2 if self.slot.grid else 1), "queries": len(order), "keys": keys}
         selection = Gather(index=index[:, None].int(), causal=False, **shape)
-        out, _ = computed(q[:, :, order.clamp(min=0)], k, v, selection, self.scale)
+        out, _ = ops.attend(q[:, :, order.clamp(min=0)], k, v, selection, scale=self.scale)
         real = (order >= 0).nonzero()[:, 0]
         return out[:, :, real[order[real].argsort()]]
 
     def _alone(self, q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Tensor:
         selection = Gather(index=index[:, None].int(), queries=q.shape[2], keys=k.shape[2])
-        return computed(q, k, v, selection, self.scale)[0]
+        return ops.attend(q, k, v, selection, scale=self.scale)[0]
 
     def _local(self, v: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
         """lepe(v)."""

@@ -16,7 +16,7 @@ from saccade.core.card import Card
 from saccade.core.errors import BadOption
 from saccade.core.method import Mixer, Slot
 from saccade.core.selection import Buckets, Gather
-from saccade.methods.mixers._pieces import alike, computed
+from saccade.methods.mixers._pieces import alike
 from saccade.methods.nets._attention import turned
 
 CHOICES = {
@@ -137,10 +137,10 @@ class Combiner(Mixer):
         """What comes of the last so many tokens."""
         n = q.shape[2]
         asking = q[:, :, -many:]
-        near = computed(asking, k, v, self._near(n, many, self.slot.causal))
+        near = ops.attend(asking, k, v, self._near(n, many, self.slot.causal))
         keys, values = (self._rows if self.pattern == "axial" else self._regions)(q, k, v)
         lists = self._lists(n, q.device)[-many:][None, None]
-        far = computed(asking, keys, values, Gather(index=lists, queries=many, keys=keys.shape[2], causal=False))
+        far = ops.attend(asking, keys, values, Gather(index=lists, queries=many, keys=keys.shape[2], causal=False))
         return ops.merge_lse(*zip(near, far))[0]
 
     def _near(self, n: int, many: int, causal: bool) -> Buckets:
@@ -196,8 +196,8 @@ class Combiner(Mixer):
         """K_R and V_R of each token's own row, as that token attends to it."""
         n = q.shape[2]
         rows = self._near(n, n, causal=False)
-        values = computed(q, k, v, rows)[0]
-        keys = {"none": lambda: k, "wsum": lambda: computed(q, k, k, rows)[0], "proj": lambda: self._mapped(values)}
+        values = ops.attend(q, k, v, rows)[0]
+        keys = {"none": lambda: k, "wsum": lambda: ops.attend(q, k, k, rows)[0], "proj": lambda: self._mapped(values)}
         return keys[self.row_summary](), values
 
     def _mapped(self, values: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:

@@ -9,11 +9,12 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saccade import ops
 from saccade.core.card import Card
 from saccade.core.errors import BadInput, CannotRun
 from saccade.core.method import Mixer, Slot
 from saccade.core.selection import Gather
-from saccade.methods.mixers._pieces import computed, fresh, in_pieces, refuse_causal_pictures
+from saccade.methods.mixers._pieces import fresh, in_pieces, refuse_causal_pictures
 from saccade.methods.mixers._windows import Axis, Windows
 from saccade.methods.nets._attention import turned
 
@@ -116,7 +117,7 @@ class FasterNeighborhood(Mixer):
         if queries == keys == windows.cells or not self.slot.causal:
             return neighborhood_attention(q, k, v, windows, self.form)[0]
         index = windows.keys()[keys - queries : keys].int()[None, None].to(q.device)
-        return computed(q, k, v, Gather(index=index, queries=queries, keys=keys))[0]
+        return ops.attend(q, k, v, Gather(index=index, queries=queries, keys=keys))[0]
 
 
 def neighborhood_attention(
@@ -145,8 +146,8 @@ def neighborhood_attention(
 def _fused(q: Tensor, k: Tensor, v: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
     selection, order = windows.selection(q.device)
     if order is None:
-        return computed(q, k, v, selection)
-    out, lse = computed(q[:, :, order.clamp(min=0)], k, v, selection)
+        return ops.attend(q, k, v, selection)
+    out, lse = ops.attend(q[:, :, order.clamp(min=0)], k, v, selection)
     back = _back(order)
     return out[:, :, back], lse[:, :, back]
 

@@ -15,7 +15,7 @@ from saccade.core.card import Card
 from saccade.core.errors import BadOption
 from saccade.core.method import Mixer, Slot
 from saccade.core.selection import Buckets, Gather, dense
-from saccade.methods.mixers._pieces import computed, fresh, in_pieces
+from saccade.methods.mixers._pieces import fresh, in_pieces
 from saccade.methods.mixers._places import placed, placed_apart
 
 CHOSEN_AT_ONCE = 2048  # queries
@@ -149,7 +149,7 @@ class Landmark(Mixer):
         ordinary = torch.where(at % self.block < self.block - 1, block, -1)
         shape = {"queries": new, "keys": n, "causal": self.slot.causal}
         own = Buckets(q_bucket=block[None, None, n - new :], k_bucket=ordinary[None, None], **shape)
-        out, lse = computed(turned_q, turned_k, v, own)
+        out, lse = ops.attend(turned_q, turned_k, v, own)
         if self.read:
             return self._with_best(out, lse, self._best(turned_q, turned_k, q, k), q, k, v)
         return self._with_all(out, lse, turned_q, turned_k, v)
@@ -163,7 +163,7 @@ class Landmark(Mixer):
             if first >= new:
                 break
             asking, inside, last = q[:, :, first:], slice(b * size, b * size + size - 1), b * size + size - 1
-            said, _ = computed(asking, k[:, :, inside], v[:, :, inside], dense(new - first, size - 1, causal=False))
+            said, _ = ops.attend(asking, k[:, :, inside], v[:, :, inside], dense(new - first, size - 1, causal=False))
             gate = self._gate(asking, k[:, :, last : last + 1]).masked_fill(at[first:] == b, -torch.inf)
             some = ops.merge_lse([out[:, :, first:], said], [lse[:, :, first:], gate])
             out, lse = (torch.cat([old[:, :, :first], fresh], 2) for old, fresh in zip((out, lse), some))
@@ -202,7 +202,7 @@ class Landmark(Mixer):
             there = (block >= 0)[..., None]
             inside = block[..., None] * size + torch.arange(size, device=q.device)
             index = torch.where(there, inside[..., :-1], -1).int()
-            outs.append(computed(asking, keys, v, Gather(index=index, queries=new, keys=n))[0])
+            outs.append(ops.attend(asking, keys, v, Gather(index=index, queries=new, keys=n))[0])
             mark = keys.gather(2, inside[..., -1:].clamp(min=0).expand_as(q))
             gates.append(self._gate(asking, mark).masked_fill(~there[..., 0], -torch.inf))
         return ops.merge_lse(outs, gates)[0]

@@ -10,11 +10,12 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from saccade import ops
 from saccade.core.card import Card
 from saccade.core.errors import BadOption
 from saccade.core.method import Mixer, Slot
 from saccade.core.selection import Gather, Selection, Spans, dense
-from saccade.methods.mixers._pieces import computed, fresh, in_pieces
+from saccade.methods.mixers._pieces import fresh, in_pieces
 from saccade.methods.mixers._places import placed
 
 BRANCHES = 3  # compressed, selected, window: each has keys and values of its own
@@ -202,7 +203,7 @@ class NativeSparseAttention(Mixer):
         outs = [self._over_compressed(q, small, self._compressed(v0, 1), ended)]
         for key, value, seen in zip(keys, values, (self._selected(q, small, ended, n), near)):
             self.last.append(seen)
-            outs.append(computed(q, key, value, seen)[0])
+            outs.append(ops.attend(q, key, value, seen)[0])
         return torch.cat(outs, 1)
 
     def _compressed(self, x: Float[Tensor, "b g n d"], which: int) -> Float[Tensor, "b g m d"]:
@@ -226,7 +227,7 @@ class NativeSparseAttention(Mixer):
         none = torch.full((1, 1, len(ended), 0), -1, dtype=torch.int32, device=q.device)
         seen = Gather(index=none, ranges=ranges, queries=len(ended), keys=k.shape[2], causal=False)
         self.last.append(seen)
-        return computed(q, k, v, seen)[0]
+        return ops.attend(q, k, v, seen)[0]
 
     @torch.no_grad()
     def _selected(self, q: Tensor, small: Tensor, ended: Int[Tensor, " q"], n: int) -> Gather:

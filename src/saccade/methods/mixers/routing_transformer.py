@@ -10,11 +10,12 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saccade import ops
 from saccade.core.card import Card
 from saccade.core.errors import BadOption
 from saccade.core.method import Mixer, Slot
 from saccade.core.selection import Buckets, Gather, Selection, Spans, dense
-from saccade.methods.mixers._pieces import computed, fresh, in_pieces
+from saccade.methods.mixers._pieces import fresh, in_pieces
 from saccade.methods.mixers._places import placed
 from saccade.methods.mixers._routing import Learning, normed, taken
 
@@ -238,4 +239,4 @@ class RoutingTransformer(Mixer):
 
     def _compute(self, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
         self.last.append((selection, q.shape[1]))
-        return computed(q, k, v, selection)[0]
+        return ops.attend(q, k, v, selection)[0]

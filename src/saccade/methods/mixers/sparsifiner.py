@@ -9,11 +9,12 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from saccade import ops
 from saccade.core.card import Card
 from saccade.core.errors import BadInput, BadOption
 from saccade.core.method import Mixer, Slot
 from saccade.core.selection import Gather, causal_mask, dense
-from saccade.methods.mixers._pieces import computed, fresh, in_pieces, refuse_causal_pictures
+from saccade.methods.mixers._pieces import fresh, in_pieces, refuse_causal_pictures
 
 LONGEST = 64  # tokens of a text, unless something else is asked for
 SPREAD = 0.02  # standard deviation of both bases at the start, cut at two of them
@@ -173,5 +174,5 @@ class Sparsifiner(Mixer):
             asked = f"sparsifiner over {k.shape[2]} tokens"
             raise BadInput(asked, f"it has {self.longest} places", "Make it for so many: longest_tokens.")
         if self.phase == "fit":
-            return computed(q, k, v, dense(**shape))[0]
-        return computed(q, k, v, Gather(index=self.keys(q, k).int(), **shape))[0]
+            return ops.attend(q, k, v, dense(**shape))[0]
+        return ops.attend(q, k, v, Gather(index=self.keys(q, k).int(), **shape))[0]

@@ -9,11 +9,12 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saccade import ops
 from saccade.core.errors import CannotRun
 from saccade.core.method import Method, Mixer, Slot, Sparse
 from saccade.core.selection import Selection, dense
 from saccade.core.site import Site
-from saccade.methods.mixers._pieces import computed, fresh, in_pieces
+from saccade.methods.mixers._pieces import fresh, in_pieces
 
 THETA = 10_000.0  # base of the rotary embedding
 
@@ -112,7 +113,7 @@ class Attention(Mixer):
 
     def _partial(self, q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
         self.last = selection
-        return computed(q, k, v, selection)
+        return ops.attend(q, k, v, selection)
 
     def _site(self, stage, queries: int, keys: int) -> Site:
         slot = self.slot

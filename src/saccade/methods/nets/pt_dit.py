@@ -9,11 +9,11 @@ from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saccade import ops
 from saccade.core.card import Card
 from saccade.core.errors import BadInput, BadOption, CannotRun
 from saccade.core.method import Mixer, Slot
 from saccade.core.selection import Buckets, Selection, dense
-from saccade.methods.mixers._pieces import computed
 
 CHOICES = {"extraction": ("mean", "first"), "proxy_layout": ("cell", "ref")}
 MODULATIONS = 6  # shift, scale and gate, of windows and of shifted windows
@@ -194,7 +194,7 @@ class Heads(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n c"], y: Float[Tensor, "b m c"], seen: Selection | None = None) -> Tensor:
         q, k, v = self._split(x, y)
-        out, _ = computed(q, k, v, seen or dense(q.shape[2], k.shape[2], causal=False))
+        out, _ = ops.attend(q, k, v, seen or dense(q.shape[2], k.shape[2], causal=False))
         return self.out(rearrange(out, "b h n d -> b n (h d)"))
 
     def slow(self, x: Tensor, y: Tensor, seen: list[list[int]]) -> Tensor:

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saccade.core.errors import BadInput
-from saccade.core.selection import Selection, Together
+from saccade.core.selection import Pairs, Selection, Together
 from saccade.ops import dispatch
-from saccade.ops.attend import flash4, flex, reference
+from saccade.ops.attend import flash4, flex, fused, reference
 from saccade.ops.attend import torch as tiled
 from saccade.ops.attend import triton as kernels
 from saccade.ops.attend.tiles import axes
@@ -38,7 +38,8 @@ def attend(
     heads in order (h / g each). Sums are in float32 or better; the output has the dtype of q, lse float32 or better.
     Differentiable in q, k and v, through both results.
 
-    A `Together` is computed part by part, and merged; by "reference" under one mask if no part counts several times.
+    A `Together` is computed part by part, and merged; under one mask by "reference", and by "auto" where pairs are few
+    on a CPU, if no part counts several times.
 
     impl: "auto" (kernels of our own where they can compute it, else "torch", or on a CUDA device "reference" where all
         pairs are few: it would wait for the host piece by piece), "triton" (those kernels: blocks, gather,
@@ -55,9 +56,15 @@ def attend(
     check(q, k, v)
     check_selection(q, k, selection)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if isinstance(selection, Together) and (impl != "reference" or set(selection.times) != {1.0}):
-        every = [attend(q, k, v, s, scale=scale, softcap=softcap, impl=impl, report=report) for s in selection.parts]
-        return merge_lse([o for o, _ in every], [e + math.log(n) for (_, e), n in zip(every, selection.times)])
+    if isinstance(selection, Together):
+        once = set(selection.times) == {1.0}
+        if impl == "auto" and once and q.device.type == "cpu" and q.shape[2] * k.shape[2] <= fused.FEW_PAIRS:
+            shape = {"queries": q.shape[2], "keys": k.shape[2], "causal": selection.causal}
+            selection = Pairs(allowed=selection.mask(), **shape)
+        elif impl != "reference" or not once:
+            options = {"scale": scale, "softcap": softcap, "impl": impl, "report": report}
+            every = [attend(q, k, v, part, **options) for part in selection.parts]
+            return merge_lse([o for o, _ in every], [e + math.log(n) for (_, e), n in zip(every, selection.times)])
     name = dispatch.pick("attend", impl, back_ends(q, k, v, selection, scale, softcap), report)
     if name == "reference":
         return reference.masked(q, k, v, selection.mask(), scale=scale, softcap=softcap)

@@ -8,6 +8,7 @@ the two ends, where a row sees what the row before it does not, are copied and m
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -50,20 +51,60 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, share: Share, scale: float, out: Ten
     return True
 
 
-def few(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, out: Tensor, lse: Tensor) -> bool:
-    """Compute all pairs of a small problem, under the mask that says what is selected; False where it is large."""
-    (b, h, n, _), (g, keys) = q.shape, k.shape[1:3]
-    dense = isinstance(selection, Spans) and selection.causal and bool((selection.window >= keys).all())
-    if not 0 < n * keys <= FEW_PAIRS or dense:
+def together(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, out: Tensor, lse: Tensor) -> bool:
+    """Compute all heads in one call: a causal square, or few pairs under a mask; False where it is neither."""
+    seen = _seen(selection, q.shape[2], k.shape[2])
+    if seen is False:
         return False
-    seen = selection.mask().expand(b, h, -1, -1).unflatten(1, (g, -1)).flatten(0, 1)
-    added = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
-    every = (x.flatten(0, 1)[:, None].expand(-1, h // g, -1, -1) for x in (k, v))
-    o, e = kernel(q.unflatten(1, (g, -1)).flatten(0, 1), *every, added, False, scale)
-    out.copy_(o.unflatten(0, (b, g)).flatten(1, 2))
-    e = e.unflatten(0, (b, g)).flatten(1, 2)
-    lse.copy_(e.masked_fill(~seen.any(-1).unflatten(0, (b, g)).flatten(1, 2), -torch.inf))  # the kernel says 0
+    added = None if seen is None else _added(seen, q, k.shape[1])
+    o, e = kernel(*_by_kv_head(q, k, v), added, seen is None, scale)
+    o, e = (x.unflatten(0, (-1, k.shape[1])).flatten(1, 2) for x in (o, e))
+    out.copy_(o)
+    lse.copy_(e if seen is None else e.masked_fill(~seen.any(-1), -torch.inf))  # the kernel says 0
     return True
+
+
+def together_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None,
+    selection: Selection, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v, of what `together` computed.
+
+    Those of lse come as those of one more number of the output, under a value that is 1 for every key: dS = P (dO V^T +
+    dlse - rowsum(O dO)), where that number counts as 0 in the row sum.
+    """
+    d, g, seen = q.shape[-1], k.shape[1], _seen(selection, q.shape[2], k.shape[2])
+    if d_lse is not None:
+        pad = functools.partial(torch.nn.functional.pad, pad=(0, 1))
+        q, k, v, out, d_out = pad(q), pad(k), pad(v, value=1.0), pad(out), torch.cat([d_out, d_lse[..., None]], -1)
+    rows = (x.unflatten(1, (g, -1)).flatten(0, 1) for x in (d_out, out, lse.masked_fill(lse == -torch.inf, 0.0)))
+    grad, own, base = (x.contiguous() for x in rows)
+    added = None if seen is None else _added(seen, q, g)
+    every = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, *_by_kv_head(q, k, v), own, base, 0.0, seen is None, attn_mask=added, scale=scale
+    )
+    d_q, *others = (x.unflatten(0, (-1, g))[..., :d] for x in every)
+    return d_q.flatten(1, 2), *(x.sum(2) for x in others)
+
+
+def _seen(selection: Selection, n: int, keys: int) -> Bool[Tensor, "b h q k"] | Literal[False] | None:
+    """What each row sees where that is small; None: a causal square; False: neither."""
+    if isinstance(selection, Spans) and selection.causal and bool((selection.window >= keys).all()):
+        return None if n == keys > 0 and selection.dilation == 1 and not selection.grid else False
+    return selection.mask() if 0 < n * keys <= FEW_PAIRS else False
+
+
+def _by_kv_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """[b g, heads of the group, tokens, size]."""
+    many = q.shape[1] // k.shape[1]
+    grouped = q.unflatten(1, (-1, many)).flatten(0, 1)
+    return grouped, *(x.flatten(0, 1)[:, None].expand(-1, many, -1, -1) for x in (k, v))
+
+
+def _added(seen: Bool[Tensor, "b h q k"], q: Tensor, groups: int) -> Float[Tensor, "b*g s q k"]:
+    """What is added to the logits."""
+    added = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
+    return added.expand(*q.shape[:2], -1, -1).unflatten(1, (groups, -1)).flatten(0, 1)
 
 
 def _band(q: Tensor, k: Tensor, v: Tensor, share: Share, scale: float, out: Tensor, lse: Tensor) -> bool:

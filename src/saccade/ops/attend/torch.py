@@ -102,14 +102,21 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, selection: Selection, logits: Logits):
         ctx.logits, ctx.selection = logits, selection
-        out, lse = _forward(q, k, v, selection, logits)
-        ctx.save_for_backward(q, k, v)
+        ctx.set_materialize_grads(False)
+        out, lse, whole = _forward(q, k, v, selection, logits)
+        ctx.save_for_backward(q, k, v, *((out, lse) if whole and q.dtype == wide(q) else ()))
         return out, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor):  # type: ignore[override]
-        q, k, v = ctx.saved_tensors
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None):  # type: ignore[override]
+        q, k, v, *found = ctx.saved_tensors
+        d_out = q.new_zeros(*q.shape[:3], v.shape[-1]) if d_out is None else d_out
+        finite = all(bool(d.sum().isfinite()) for d in (d_out, d_lse) if d is not None)
+        if found and finite:  # PyTorch's kernel loses a NaN
+            given = (*found, d_out, d_lse, ctx.selection, ctx.logits.scale)
+            return (*fused.together_backward(q, k, v, *given), None, None)
+        d_lse = q.new_zeros(q.shape[:3], dtype=wide(q)) if d_lse is None else d_lse
         work = shares(ctx.selection, q.shape[0], q.shape[1], k.shape[1])
         return (*_backward(q, k, v, d_out, d_lse, work, ctx.logits), None, None)
 
@@ -117,7 +124,8 @@ class _Attend(torch.autograd.Function):
 # --- forward --------------------------------------------------------------------------------------------------------
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, selection: Selection, logits: Logits) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, selection: Selection, logits: Logits) -> tuple[Tensor, Tensor, bool]:
+    """Output and lse, and whether `fused.together` made them."""
     by_token = q.transpose(1, 2).is_contiguous()  # as models lay them out: neither queries nor output need a copy
     q = q if by_token else q.contiguous()
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))  # PyTorch's kernel does not look
@@ -125,12 +133,12 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, selection: Selection, logits: Logi
     lse = _flipped(q.new_empty(_flipped(q, by_token).shape[:3], dtype=wide(q)), by_token)
     # PyTorch's kernel loses a NaN under a mask
     usual = fused.can(q, v, logits.softcap) and all(bool(x.sum().isfinite()) for x in (q, k, v))
-    if usual and fused.few(q, k, v, selection, logits.scale, out, lse):
-        return out, lse
+    if usual and fused.together(q, k, v, selection, logits.scale, out, lse):
+        return out, lse, True
     work = shares(selection, q.shape[0], q.shape[1], k.shape[1])
     sparse = [s for s in work if not (usual and fused.whole(q, k, v, s, logits.scale, out, lse))]
     if not sparse:
-        return out, lse
+        return out, lse, False
     both = torch.cat([k, v], -1).flatten(0, 2)  # copied together, by whole lines of the cache
     both, sizes = both.to(both.dtype if usual else wide(both)), (k.shape[-1], v.shape[-1])
     queries, out_rows, lse_rows = (_flipped(x, by_token).flatten(0, 2) for x in (q, out, lse))
@@ -154,7 +162,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, selection: Selection, logits: Logi
             _put(lse_rows, rows, e)
 
     _in_threads(job, sorted(jobs, key=lambda j: -j[2]), q)
-    return out, lse
+    return out, lse, False
 
 
 def _chunk(shares: Sequence[Share]) -> int:
