@@ -140,6 +140,18 @@ def test_few_pairs_together_are_computed_under_one_mask():
     assert_close_as_torch(out, *inputs, both.mask(), lse=lse)
 
 
+@pytest.mark.parametrize("size, of_values", [(24, 8), (8, 24), (16, 17)])
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_values_of_another_size_than_keys(size, of_values, with_lse):
+    selection = build("gather", 2, 4, 40, 50, True, 3, 16)
+    q, k, v = (x.double() for x in tensors(2, 4, 2, 40, 50, max(size, of_values)))
+    inputs = q[..., :size], k[..., :size], v[..., :of_values]
+    ours = gradients(lambda *x: ops.attend(*x, selection), inputs, selection, with_lse)
+    exact = gradients(lambda *x: exact_attention(*x, selection.mask()), inputs, selection, with_lse)
+    torch.testing.assert_close(ours, exact)
+    torch.testing.assert_close(ops.attend(*inputs, selection)[0], exact_attention(*inputs, selection.mask())[0])
+
+
 def test_a_nan_from_behind_stays_one():
     """PyTorch's kernel loses it under a mask."""
     q, k, v = (x.requires_grad_() for x in tensors(1, 2, 1, 30, 40, 16))

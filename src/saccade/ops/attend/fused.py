@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from saccade.core.selection import Selection, Spans
 from saccade.ops.attend.tiles import Share
@@ -22,9 +23,9 @@ FEW_PAIRS = 1 << 17  # of one head: below, making tiles costs more than they sav
 TILE_ROWS = (256, 128, 64)  # of a band: the largest that the window is four times as long as, else the smallest
 
 
-def can(q: Tensor, v: Tensor, softcap: float | None) -> bool:
-    """Whether the kernel computes such heads at all."""
-    return q.device.type == "cpu" and softcap is None and q.shape[-1] == v.shape[-1]
+def can(q: Tensor, softcap: float | None) -> bool:
+    """Whether the kernel computes such heads at all; queries, keys and values must be of one size."""
+    return q.device.type == "cpu" and softcap is None
 
 
 def kernel(
@@ -57,9 +58,9 @@ def together(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float
     if seen is False:
         return False
     added = None if seen is None else _added(seen, q, k.shape[1])
-    o, e = kernel(*_by_kv_head(q, k, v), added, seen is None, scale)
+    o, e = kernel(*_by_kv_head(*_of_one_size(q, k, v)), added, seen is None, scale)
     o, e = (x.unflatten(0, (-1, k.shape[1])).flatten(1, 2) for x in (o, e))
-    out.copy_(o)
+    out.copy_(o[..., : v.shape[-1]])
     lse.copy_(e if seen is None else e.masked_fill(~seen.any(-1), -torch.inf))  # the kernel says 0
     return True
 
@@ -73,18 +74,24 @@ def together_backward(
     Those of lse come as those of one more number of the output, under a value that is 1 for every key: dS = P (dO V^T +
     dlse - rowsum(O dO)), where that number counts as 0 in the row sum.
     """
-    d, g, seen = q.shape[-1], k.shape[1], _seen(selection, q.shape[2], k.shape[2])
+    g, sizes, seen = k.shape[1], [x.shape[-1] for x in (q, k, v)], _seen(selection, q.shape[2], k.shape[2])
     if d_lse is not None:
-        pad = functools.partial(torch.nn.functional.pad, pad=(0, 1))
-        q, k, v, out, d_out = pad(q), pad(k), pad(v, value=1.0), pad(out), torch.cat([d_out, d_lse[..., None]], -1)
+        v, out, d_out = pad(v, (0, 1), value=1.0), pad(out, (0, 1)), torch.cat([d_out, d_lse[..., None]], -1)
+    q, k, v, out, d_out = _of_one_size(q, k, v, out, d_out)
     rows = (x.unflatten(1, (g, -1)).flatten(0, 1) for x in (d_out, out, lse.masked_fill(lse == -torch.inf, 0.0)))
     grad, own, base = (x.contiguous() for x in rows)
     added = None if seen is None else _added(seen, q, g)
     every = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, *_by_kv_head(q, k, v), own, base, 0.0, seen is None, attn_mask=added, scale=scale
     )
-    d_q, *others = (x.unflatten(0, (-1, g))[..., :d] for x in every)
+    d_q, *others = (x.unflatten(0, (-1, g))[..., :size] for x, size in zip(every, sizes))
     return d_q.flatten(1, 2), *(x.sum(2) for x in others)
+
+
+def _of_one_size(*tensors: Tensor) -> list[Tensor]:
+    """The smaller ones with zeros behind, which change no product."""
+    size = max(x.shape[-1] for x in tensors)
+    return [x if x.shape[-1] == size else pad(x, (0, size - x.shape[-1])) for x in tensors]
 
 
 def _seen(selection: Selection, n: int, keys: int) -> Bool[Tensor, "b h q k"] | Literal[False] | None:

@@ -132,9 +132,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, selection: Selection, logits: Logi
     out = _flipped(q.new_empty(*_flipped(q, by_token).shape[:3], v.shape[-1]), by_token)
     lse = _flipped(q.new_empty(_flipped(q, by_token).shape[:3], dtype=wide(q)), by_token)
     # PyTorch's kernel loses a NaN under a mask
-    usual = fused.can(q, v, logits.softcap) and all(bool(x.sum().isfinite()) for x in (q, k, v))
+    usual = fused.can(q, logits.softcap) and all(bool(x.sum().isfinite()) for x in (q, k, v))
     if usual and fused.together(q, k, v, selection, logits.scale, out, lse):
         return out, lse, True
+    usual &= q.shape[-1] == v.shape[-1]
     work = shares(selection, q.shape[0], q.shape[1], k.shape[1])
     sparse = [s for s in work if not (usual and fused.whole(q, k, v, s, logits.scale, out, lse))]
     if not sparse:
