@@ -78,12 +78,15 @@ BLOCKS, APART = "halonet:block=4,halo=0", "halonet:block=2,halo=0"
 NEAR, TILED = "faster-neighborhood:kernel=3", "faster-neighborhood:kernel=3,stride=3"
 AROUND = "faster-neighborhood:kernel=4"
 SPARSE, FEATURES = "scatterbrain:exact_share=1", "scatterbrain:exact_share=0"
+BESIDE, ALONE = "scatterbrain:support=window", "scatterbrain:support=window,exact_share=1"
 PAIRS = (
     Pair("routing-transformer", "recall", ROUTING, (LOCAL,), "local heads alone"),
     Pair("landmark", "recall", "landmark:block_tokens=8,read_blocks=1", (WINDOW,), "a window of as many keys"),
     Pair("moba", "recall", "moba", ("moba:top_blocks=1",), "the own block alone"),
     Pair("s2-attention", "recall", "s2-attention", ("s2-attention:homo_head=true", WINDOW),
          "one stripe for all heads, a window of as many keys"),
+    Pair("biformer", "recall", "biformer", (WINDOW,), "a window of twice as many keys"),
+    Pair("sparsifiner", "recall", "sparsifiner", (WINDOW,), "a window of as many keys"),
     Pair("native-sparse-attention", "far recall", NSA, (WINDOW,), "a window of as many keys"),
     Pair("masformer", "deep recall", "masformer:full_layers=1", ("masformer:full_layers=0",), "local layers alone"),
     Pair("biformer", "pictures", "biformer", (BLOCKS, "random"), "windows that do not meet, random keys"),
@@ -93,6 +96,7 @@ PAIRS = (
     Pair("pt-dit", "pictures", "pt-dit:window_side=2", (APART,), "windows alone"),
     Pair("combiner", "prose", "combiner:pattern=fixed,segment_tokens=16", ("random",), "random blocks, twice as dense"),
     Pair("scatterbrain", "prose", "scatterbrain", (SPARSE, FEATURES), "hashed keys alone, features alone"),
+    Pair("scatterbrain", "prose", BESIDE, (ALONE,), "a window alone, twice as long"),
 )  # fmt: skip
 
 
