@@ -58,7 +58,7 @@ def together(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float
     if seen is False:
         return False
     added = None if seen is None else _added(seen, q, k.shape[1])
-    o, e = kernel(*_by_kv_head(*_of_one_size(q, k, v)), added, seen is None, scale)
+    o, e = kernel(*_grouped(*_of_one_size(q, k, v)), added, seen is None, scale)
     o, e = (x.unflatten(0, (-1, k.shape[1])).flatten(1, 2) for x in (o, e))
     out.copy_(o[..., : v.shape[-1]])
     lse.copy_(e if seen is None else e.masked_fill(~seen.any(-1), -torch.inf))  # the kernel says 0
@@ -66,23 +66,16 @@ def together(q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float
 
 
 def together_backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None,
-    selection: Selection, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v, of what `together` computed.
-
-    Those of lse come as those of one more number of the output, under a value that is 1 for every key: dS = P (dO V^T +
-    dlse - rowsum(O dO)), where that number counts as 0 in the row sum.
-    """
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, selection: Selection, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from that of the output, of what `together` computed."""
     g, sizes, seen = k.shape[1], [x.shape[-1] for x in (q, k, v)], _seen(selection, q.shape[2], k.shape[2])
-    if d_lse is not None:
-        v, out, d_out = pad(v, (0, 1), value=1.0), pad(out, (0, 1)), torch.cat([d_out, d_lse[..., None]], -1)
     q, k, v, out, d_out = _of_one_size(q, k, v, out, d_out)
     rows = (x.unflatten(1, (g, -1)).flatten(0, 1) for x in (d_out, out, lse.masked_fill(lse == -torch.inf, 0.0)))
     grad, own, base = (x.contiguous() for x in rows)
     added = None if seen is None else _added(seen, q, g)
     every = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, *_by_kv_head(q, k, v), own, base, 0.0, seen is None, attn_mask=added, scale=scale
+        grad, *_grouped(q, k, v), own, base, 0.0, seen is None, attn_mask=added, scale=scale
     )
     d_q, *others = (x.unflatten(0, (-1, g))[..., :size] for x, size in zip(every, sizes))
     return d_q.flatten(1, 2), *(x.sum(2) for x in others)
@@ -101,7 +94,7 @@ def _seen(selection: Selection, n: int, keys: int) -> Bool[Tensor, "b h q k"] | 
     return selection.mask() if 0 < n * keys <= FEW_PAIRS else False
 
 
-def _by_kv_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     """[b g, heads of the group, tokens, size]."""
     many = q.shape[1] // k.shape[1]
     grouped = q.unflatten(1, (-1, many)).flatten(0, 1)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saccade.core.selection import Buckets, Gather, Selection
-from saccade.ops.attend import fused
+from saccade.ops.attend import fused, reference
 from saccade.ops.attend.rows import FEW, gathered
 from saccade.ops.attend.tiles import ROWS, Batch, Share, Sorted, batches, shares
 
@@ -112,13 +112,25 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None):  # type: ignore[override]
         q, k, v, *found = ctx.saved_tensors
         d_out = q.new_zeros(*q.shape[:3], v.shape[-1]) if d_out is None else d_out
-        finite = all(bool(d.sum().isfinite()) for d in (d_out, d_lse) if d is not None)
-        if found and finite:  # PyTorch's kernel loses a NaN
-            given = (*found, d_out, d_lse, ctx.selection, ctx.logits.scale)
+        finite = bool(found) and all(bool(d.sum().isfinite()) for d in (d_out, d_lse) if d is not None)
+        if finite and d_lse is None:  # PyTorch's kernel loses a NaN
+            given = (*found, d_out, ctx.selection, ctx.logits.scale)
             return (*fused.together_backward(q, k, v, *given), None, None)
+        if finite and q.shape[2] * k.shape[2] <= fused.FEW_PAIRS:  # it has no gradient for lse
+            return (*_through_reference(q, k, v, d_out, d_lse, ctx.selection, ctx.logits.scale), None, None)
         d_lse = q.new_zeros(q.shape[:3], dtype=wide(q)) if d_lse is None else d_lse
         work = shares(ctx.selection, q.shape[0], q.shape[1], k.shape[1])
         return (*_backward(q, k, v, d_out, d_lse, work, ctx.logits), None, None)
+
+
+def _through_reference(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, d_lse: Tensor | None, selection: Selection, scale: float
+) -> tuple[Tensor, ...]:
+    """Gradients of few pairs, all under one mask."""
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        found = reference.masked(*inputs, selection.mask(), scale=scale)
+        return torch.autograd.grad(found, inputs, (d_out, d_lse))
 
 
 # --- forward --------------------------------------------------------------------------------------------------------
