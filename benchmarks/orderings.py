@@ -76,6 +76,7 @@ WINDOW = "streaming:sink_tokens=0"
 ROUTING, LOCAL = "routing-transformer", "routing-transformer:local_heads=4"
 BLOCKS, APART = "halonet:block=4,halo=0", "halonet:block=2,halo=0"
 NEAR, TILED = "faster-neighborhood:kernel=3", "faster-neighborhood:kernel=3,stride=3"
+BEHIND, CHUNKS = "faster-neighborhood:kernel=32", "faster-neighborhood:kernel=64,stride=64"  # as many pairs
 AROUND = "faster-neighborhood:kernel=4"
 SPARSE, FEATURES = "scatterbrain:exact_share=1", "scatterbrain:exact_share=0"
 BESIDE, ALONE = "scatterbrain:support=window", "scatterbrain:support=window,exact_share=1"
@@ -95,6 +96,7 @@ PAIRS = (
     Pair("sparsifiner", "pictures", "sparsifiner", (AROUND, "random"), "keys around each cell, random keys"),
     Pair("pt-dit", "pictures", "pt-dit:window_side=2", (APART,), "windows alone"),
     Pair("combiner", "prose", "combiner:pattern=fixed,segment_tokens=16", ("random",), "random blocks, twice as dense"),
+    Pair("faster-neighborhood", "prose", BEHIND, (CHUNKS,), "blocks of twice as many bytes, half of them seen"),
     Pair("scatterbrain", "prose", "scatterbrain", (SPARSE, FEATURES), "hashed keys alone, features alone"),
     Pair("scatterbrain", "prose", BESIDE, (ALONE,), "a window alone, twice as long"),
 )  # fmt: skip
