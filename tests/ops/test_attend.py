@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend
 from saccade import ops
 from saccade.core import rng
 from saccade.core.errors import BadInput, BadOption, CannotRun
-from saccade.core.selection import Blocks, Pairs, Selection, Spans, Together, causal_mask, dense
+from saccade.core.selection import Blocks, Pairs, PerHead, Selection, Spans, Together, causal_mask, dense
 from saccade.ops.attend import flex
 from saccade.ops.attend.tiles import shares
 from tests.helpers import (
@@ -361,8 +361,8 @@ def _both_ways(attention, inputs, mask, backward):
     return [x.detach() for x in (*found, *(torch.autograd.grad(total, inputs) if backward else ()))]
 
 
-def _moved(s: Selection) -> Selection:
-    return dataclasses.replace(s, **{n: x.cuda() for n, x in vars(s).items() if isinstance(x, torch.Tensor)})
+def _moved(s: Selection, device: str = "cuda") -> Selection:
+    return dataclasses.replace(s, **{n: x.to(device) for n, x in vars(s).items() if isinstance(x, torch.Tensor)})
 
 
 @pytest.mark.parametrize("tokens, heads, chosen", [(64, 2, "reference"), (512, 64, "reference"), (4096, 2, "torch")])
@@ -374,6 +374,40 @@ def test_what_our_kernels_refuse_on_a_gpu_is_not_computed_in_small_pieces(tokens
         q = torch.empty(1, heads, tokens, 8, device="cuda")
         found = ops.explain(lambda: ops.attend(q, q, q, selection))
     assert next(name for name, why in found.items() if not why) == chosen
+
+
+MIXED = pytest.mark.parametrize("kinds", [["spans"], ["spans", "blocks"], ["blocks", "spans"]], ids="/".join)
+
+
+@MIXED
+@pytest.mark.parametrize("joined", ["per head", "together"])
+def test_spans_may_lie_on_the_cpu_whatever_the_device(kinds, joined):
+    """As `dense` and windows do, whose numbers need no device; beside lists that lie on another one, here "meta"."""
+    selection = _mixed(kinds, joined, "meta")
+    q = torch.empty(1, 4, 60, 8, device="meta")
+    out, lse = ops.attend(q, q, q, selection, impl="reference")
+    assert out.shape == q.shape and out.device == lse.device == q.device
+    selection.count()
+
+
+@pytest.mark.gpu
+@MIXED
+@pytest.mark.parametrize("impl", ["auto", "reference", "torch"])
+def test_spans_may_lie_on_the_cpu_where_a_gpu_attends(kinds, impl):
+    q, k, v = tensors(1, 4, 2, 60, 60, 8)
+    out, lse = ops.attend(q.cuda(), k.cuda(), v.cuda(), _mixed(kinds, "per head", "cuda"), impl=impl)
+    assert_close_as_torch(out.cpu(), q, k, v, _mixed(kinds, "per head", "cpu").mask(), lse=lse.cpu())
+
+
+def _mixed(kinds: list[str], joined: str, device: str) -> Selection:
+    """Parts of these kinds for 4 heads, "together" or some of them "per head"; those that are no spans lie there."""
+    heads = 4 if joined == "together" else 4 // len(kinds)
+    parts = [build(kind, 1, heads, 60, 60, True, 3, 32) for kind in kinds]
+    parts = tuple(part if part.kind == "spans" else _moved(part, device) for part in parts)
+    shape = {"queries": 60, "keys": 60}
+    if joined == "together":
+        return Together(parts=parts, times=(1.0,) * len(parts), **shape)
+    return PerHead(parts=tuple((torch.arange(heads) + heads * i, part) for i, part in enumerate(parts)), **shape)
 
 
 @pytest.mark.parametrize("kind", ["blocks", "gather"])

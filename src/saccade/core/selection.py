@@ -8,6 +8,7 @@ say.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -441,8 +442,8 @@ class PerHead(Selection):
     def _spread(self, values: list[Tensor]) -> Tensor:
         heads = torch.cat([heads for heads, _ in self.parts])
         b = max(v.shape[0] for v in values)
-        full = [v.expand(b, len(h), *v.shape[2:]) for v, (h, _) in zip(values, self.parts)]
-        return torch.cat(full, 1)[:, torch.argsort(heads)]
+        full = torch.cat([v.expand(b, len(h), *v.shape[2:]) for v, (h, _) in zip(_beside(values), self.parts)], 1)
+        return full[:, torch.argsort(heads).to(full.device)]
 
     def _pairs(self) -> Tensor:
         return self._spread([s.mask() for _, s in self.parts])
@@ -463,13 +464,16 @@ class Together(Selection):
     times: tuple[float, ...]
 
     def _pairs(self) -> Tensor:
-        out = self.parts[0].mask()
-        for part in self.parts[1:]:
-            out = out | part.mask()
-        return out
+        return functools.reduce(torch.logical_or, _beside([part.mask() for part in self.parts]))
 
     def count(self) -> Tensor:
-        return torch.stack(torch.broadcast_tensors(*[part.count() for part in self.parts])).sum(0)
+        return torch.stack(torch.broadcast_tensors(*_beside([part.count() for part in self.parts]))).sum(0)
+
+
+def _beside(tensors: list[Tensor]) -> list[Tensor]:
+    """On one device: `Spans` may lie on the CPU where other parts are on a GPU."""
+    device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
+    return [t.to(device) for t in tensors]
 
 
 def dense(queries: int, keys: int, causal: bool = True) -> Spans:

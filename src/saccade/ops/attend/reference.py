@@ -19,7 +19,7 @@ def masked(
 ) -> tuple[Float[Tensor, "b h q dv"], Float[Tensor, "b h q"]]:
     """softmax(scale q k^T + mask) v, and the natural log of each row's sum of exponentials.
 
-    A row that may look nowhere gives zeros and -inf.
+    A row that may look nowhere gives zeros and -inf. mask: on the device of q, or on the CPU.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     grouped = rearrange(q, "b (g s) q d -> b g s q d", g=k.shape[1]).to(wide)
@@ -28,7 +28,7 @@ def masked(
         logits = softcap * torch.tanh(logits / softcap)
     logits = rearrange(logits, "b g s q k -> b (g s) q k")
     if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
+        logits = logits.masked_fill(~mask.to(q.device), -torch.inf)
     weights, lse = exponentials(logits)
     weights = rearrange(weights, "b (g s) q k -> b g s q k", g=k.shape[1])
     out = torch.einsum("bgsqk,bgkd->bgsqd", weights, v.to(wide))

@@ -90,7 +90,7 @@ def _by(
     k, v = (dequantise(x, q.dtype) if isinstance(x, Quantised) else x for x in (k, v))
     index = _token_lists(index, page_tokens, q.shape[1], k.shape[2])
     if name == "reference":
-        mask = plain.selection(q.shape[2], k.shape[2], index, visible).mask().to(q.device)
+        mask = plain.selection(q.shape[2], k.shape[2], index, visible).mask()
         return reference.masked(q, k, v, mask, **options)
     return plain.decode(q, k, v, index, visible, **options)
 
