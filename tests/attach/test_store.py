@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from saccade.attach.store import SPARE, Bucket, Store
@@ -78,6 +78,7 @@ def test_what_is_there_already_does_not_move_and_what_moves_leaves_its_room():
 
 @settings(max_examples=200, deadline=None)
 @given(rules=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6), st.integers(1, 5)), min_size=1, max_size=8))
+@example(rules=[(0, 1, 1), (2, 0, 2), (0, 3, 1), (0, 3, 1)])  # two gaps
 def test_slots_out_of_reach_are_those_that_positions_say(rules):
     """Sinks and recent tokens, any of them after any other, as tokens come."""
     bucket, seen, told = _bucket(2, 0), 0, []

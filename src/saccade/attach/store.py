@@ -103,7 +103,8 @@ class Bucket:
         """All but `count` tokens from the slot `first` on, in every row, before any is packed."""
         assert not self.packed, "what is packed stays"
         left = {name: torch.cat([c[:, :first], c[:, first + count :]], 1) for name, c in self._all().items()}
-        return Bucket(self.rows, left.pop(""), left, sinks=first)
+        two = self.sinks is not None and first + count < self.sinks  # gaps: this one and that behind it
+        return Bucket(self.rows, left.pop(""), left, sinks=None if two else first)
 
     def _all(self) -> Columns:
         return {"": self.positions, **self.columns}
