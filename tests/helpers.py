@@ -129,10 +129,12 @@ def assert_close_as_torch(
     scale: float | None = None,
     softcap: float | None = None,
     lse: Tensor | None = None,
+    also: Iterable[tuple[Tensor, Tensor]] = (),
 ) -> None:
     """`actual` (and `lse`) is attention over `mask`, at most twice as wrong as PyTorch's in the dtype of q.
 
-    PyTorch's error is the largest of its kernels on these tensors, under the mask and without.
+    PyTorch's error is the largest of its kernels on these tensors, under the mask and without, and of `also`: other
+    ways to compute the same by PyTorch's operations.
     """
     options = {"scale": scale, "softcap": softcap}
     exact = exact_attention(q, k, v, mask, **options)
@@ -143,6 +145,8 @@ def assert_close_as_torch(
             truth = exact if seen is mask else exact_attention(q, k, v, seen, **options)
             for attempt in torch_attempts(q, k, v, seen, **options):
                 yield [error(x, e) for x, e in zip(attempt, truth)]
+        for attempt in also:
+            yield [error(x, e) for x, e in zip(attempt, exact)]
 
     ours = {"output": actual} if lse is None else {"output": actual, "lse": lse}
     assert_within_largest(ours, exact, bounds())

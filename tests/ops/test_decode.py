@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from saccade import ops
@@ -41,6 +41,7 @@ SEVERAL = st.integers(1, 4)
 
 
 @given(KEYS, st.integers(1, 40), DTYPES, st.booleans(), st.sampled_from([None, 5.0]), SEVERAL, st.integers(0, 9))
+@example(39, 1, torch.float32, False, None, 1, 0)
 def test_merged_keys_count_as_often_as_they_have_tokens(keys, queries, dtype, narrowed, softcap, several, seed):
     """The same as attention over a text in which such keys are written out, in each key/value head by itself."""
     queries, several = min(queries, keys), min(several, keys)
@@ -59,8 +60,21 @@ def test_merged_keys_count_as_often_as_they_have_tokens(keys, queries, dtype, na
                 wide = [x[b : b + 1, g : g + 1, written] for x in (k, v)]
                 mine = slice(2 * g, 2 * g + 2)
                 seen = mask.expand(2, 4, -1, -1)[b : b + 1, mine][..., written]
-                options = {"softcap": softcap, "lse": lse[b : b + 1, mine]}
+                one = [x[b : b + 1, g : g + 1] for x in (k, v)]
+                also = _counted(q[b : b + 1, mine], *one, mask.expand(2, 4, -1, -1)[b : b + 1, mine], here, softcap)
+                options = {"softcap": softcap, "lse": lse[b : b + 1, mine], "also": also}
                 assert_close_as_torch(out[b : b + 1, mine], q[b : b + 1, mine], *wide, seen, **options)
+
+
+def _counted(q, k, v, mask, times, softcap):
+    """By PyTorch's operations as they come: all keys, and once more those that count several times, joined by lse."""
+    for turn in TURNS:
+        logits = q.roll(turn, -1) @ k.roll(turn, -1).mT * q.shape[-1] ** -0.5
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        both = [logits.masked_fill(~mask, -torch.inf), (logits + (times - 1).log()).masked_fill(~mask, -torch.inf)]
+        whole = torch.logaddexp(*(x.logsumexp(-1) for x in both))
+        share = [(x.logsumexp(-1) - whole).exp().nan_to_num()[..., None].to(q.dtype) for x in both]
+        yield sum(s * (x.softmax(-1).nan_to_num().to(q.dtype) @ v) for s, x in zip(share, both)), whole
 
 
 @given(KEYS, st.integers(1, 40), st.booleans(), st.sampled_from([None, 5.0]))
