@@ -209,11 +209,15 @@ def test_buckets_of_any_size(sizes, dtype, kind):
 @interpreter
 @pytest.mark.parametrize("block", [16, 64])
 @pytest.mark.parametrize("seed", range(2))
-def test_lists_of_lines_are_those_of_the_selection(block, seed):
-    from saccade.ops.attend.triton.lines import drawn
+@pytest.mark.parametrize("asked", [False, True])
+def test_lists_of_lines_are_those_of_the_selection(block, seed, asked, monkeypatch):
+    """Where the host asks for the largest count, and where the table has room for any."""
+    from saccade.ops.attend.triton import lines
 
+    monkeypatch.setattr(lines, "FEW_RUNS", 0 if asked else lines.FEW_RUNS)
     s = build("lines", 1, 2, 110, 140, True, seed, block)
-    count, runs, columns, bits = drawn(s, torch.device("cpu"))
+    count, runs, columns, bits = lines.drawn(s, torch.device("cpu"))
+    assert runs.shape[-1] == max(1, int(count.max())) if asked else runs.shape[-1] >= int(count.max())
     tiles, lists = s.tiles(), s.gather().index
     assert torch.equal(count, (tiles >= 0).sum(-1).int())
     for at in itertools.product(range(2), range(count.shape[-1])):

@@ -29,7 +29,7 @@ def measure(tier: str, progress: Progress | None = None) -> Evidence:
     """Evidence of a tier: "smoke", "cpu" or "gpu"."""
     if tier == "smoke":
         return machinery("native-sparse-attention")
-    study = Study(192, **training(tier, 4, 120), progress=progress)
+    study = Study(192, **training(tier, 4, 240), progress=progress)
     tests = study.tests(192)
     found = {"full": Scores.of(study.trained("full"), tests), "native": Scores.of(study.trained(OURS), tests)}
     pairs = found["native"].pairs

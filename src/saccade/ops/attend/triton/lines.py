@@ -18,6 +18,7 @@ from saccade.ops.attend.triton.lists import steps
 LANES = 64
 CHUNK = 128  # columns that are looked up together
 WORD = 32
+FEW_RUNS = 1 << 24  # a table for so many is made without asking how many there are: 64 MiB
 
 
 @triton.jit
@@ -46,8 +47,7 @@ def _walk(FARTHER, COUNT, RUNS, keys, offset, blocks, last, most, WIDTH: tl.cons
         stop = tl.where(live, start + WIDTH, keys)
         alive = live
         going = tl.max(live.to(tl.int32))
-    if not WRITE:
-        tl.store(COUNT + line * blocks + block, count, mask=block < blocks)
+    tl.store(COUNT + line * blocks + block, count, mask=block < blocks)
 
 
 @triton.jit
@@ -84,8 +84,13 @@ def _mark(COLUMNS, COUNT, RUNS, BITS, columns, columns_h, keys, offset, blocks, 
         tl.store(BITS + (line * blocks + block) * words + word, bits, mask=word < words)
 
 
-def runs(s: Lines, device: torch.device) -> tuple[Int[Tensor, "b h nqb"], Int[Tensor, "b h nqb t"]]:
-    """How many runs of `block` keys each query block's diagonals make, and their first keys, ascending."""
+def runs(
+    s: Lines, device: torch.device, tight: bool = True
+) -> tuple[Int[Tensor, "b h nqb"], Int[Tensor, "b h nqb t"]]:
+    """How many runs of `block` keys each query block's diagonals make, and their first keys, ascending.
+
+    tight: t is the largest count, for which the host waits; else it may be more, where the table is small.
+    """
     slashes = s.slashes.to(device, torch.int32)
     b, h = torch.broadcast_shapes(slashes.shape[:2], s.verticals.shape[:2])
     blocks = -(-s.queries // s.block)
@@ -96,8 +101,10 @@ def runs(s: Lines, device: torch.device) -> tuple[Int[Tensor, "b h nqb"], Int[Te
     grid = (triton.cdiv(blocks, LANES), b * h)
     if not count.numel():
         return count, count.new_empty(b, h, blocks, 1)
-    _walk[grid](farther, count, count, *shape, 0, WIDTH=s.block, LANES=LANES, WRITE=False)
-    most = max(1, int(count.max()))  # the host waits here
+    most = max(1, min(slashes.shape[-1], -(-s.keys // s.block)))  # runs lie apart, one for each diagonal at most
+    if tight or count.numel() * most > FEW_RUNS:
+        _walk[grid](farther, count, count, *shape, 0, WIDTH=s.block, LANES=LANES, WRITE=False)
+        most = max(1, int(count.max()))  # the host waits here
     first = torch.empty(b, h, blocks, most, dtype=torch.int32, device=device)
     _walk[grid](farther, count, first, *shape, most, WIDTH=s.block, LANES=LANES, WRITE=True)
     return count, first
@@ -107,7 +114,7 @@ def drawn(
     s: Lines, device: torch.device
 ) -> tuple[Int[Tensor, "b h nqb"], Int[Tensor, "b h nqb t"], Int[Tensor, "b h 1 v"], Int[Tensor, "b h nqb w"]]:
     """The runs of each query block, the columns in order, and which of those count."""
-    count, first = runs(s, device)
+    count, first = runs(s, device, tight=False)
     b, h, blocks = count.shape
     columns = s.verticals.to(device, torch.int32).sort(-1).values.expand(b, h, -1).contiguous()
     words = -(-columns.shape[-1] // WORD)

@@ -157,7 +157,8 @@ def _shared(s: Selection, heads: int, group: int) -> bool:
     tensors = [x for x in vars(s).values() if isinstance(x, Tensor)]
     if isinstance(s, Spans) or (any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing()):
         return False
-    return all(bool(_same(x.unflatten(1, (heads // group, group)))) for x in tensors if x.shape[1] > 1)
+    alike = [_same(x.unflatten(1, (heads // group, group))) for x in tensors if x.shape[1] > 1]
+    return bool(torch.stack(alike).all())
 
 
 def _same(x: Int[Tensor, "b g s ..."]) -> Bool[Tensor, ""]:
