@@ -105,15 +105,12 @@ REASONS = {
     "blocks 128 0.25 backward": BACKWARD,
     "blocks 64 0.10 per head": "Heads with lists of their own make no tile of 128 rows: the plain kernel takes them.",
     "lines 1024+1024": (
-        "The lists are made first, for which the host waits once; then " + GATHERED[0].lower() + GATHERED[1:]
+        "The lists are made first, and the host asks once whether heads share them; then "
+        + GATHERED[0].lower()
+        + GATHERED[1:]
     ),
     "lines 4096+4096": GATHERED,
     "gather 512 of 64-query blocks per head": TILE_64,
-    "gather 512 of 64-query blocks, 128k": (
-        "Two heads of a group are one tile of 128 rows, whose keys come through pointers: one program of eight warps"
-        " fills a multiprocessor (210 registers a thread, 131 KB), which is too few to hide that: the tensor pipe is"
-        " 27 % busy, the second-level cache 32 %, memory 19 % (profiles/misses-ncu)."
-    ),
     "sinks 4 + window": "Each step has both bounds of the window in its mask.",
     "decode double-sparsity@0.0625 128k x 8": SCORED,
     "column_scores": "It is within a hundredth.",
