@@ -170,7 +170,7 @@ def test_what_is_computed_is_within_the_budget(n, budget, dense_layers):
         used += float(selection.count().max())
     row = here.budget.row_tokens(n)
     allowed = here.budget.amount * n * (n + 1) / 2 if isinstance(budget, float) else row * n - row * (row - 1) / 2
-    assert used <= 2 * max(n, allowed)
+    assert used <= 2 * max(n, allowed) + 1e-6  # a budget has as much room for rounding
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.6])

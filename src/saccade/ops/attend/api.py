@@ -58,7 +58,7 @@ def attend(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if isinstance(selection, Together):
         once = set(selection.times) == {1.0}
-        if impl == "auto" and once and q.device.type == "cpu" and q.shape[2] * k.shape[2] <= fused.FEW_PAIRS:
+        if impl == "auto" and once and q.device.type == "cpu" and fused.few(q.shape[2], k.shape[2]):
             shape = {"queries": q.shape[2], "keys": k.shape[2], "causal": selection.causal}
             selection = Pairs(allowed=selection.mask(), **shape)
         elif impl != "reference" or not once:

@@ -28,6 +28,11 @@ def can(q: Tensor, softcap: float | None) -> bool:
     return q.device.type == "cpu" and softcap is None
 
 
+def few(queries: int, keys: int) -> bool:
+    """Whether a mask over all pairs costs less than tiles would."""
+    return 0 < queries * keys <= FEW_PAIRS
+
+
 def kernel(
     q: Float[Tensor, "b h q d"], k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Float[Tensor, "b h q d"], Float[Tensor, "b h q"]]:
@@ -91,7 +96,7 @@ def _seen(selection: Selection, n: int, keys: int) -> Bool[Tensor, "b h q k"] | 
     """What each row sees where that is small; None: a causal square; False: neither."""
     if isinstance(selection, Spans) and selection.causal and bool((selection.window >= keys).all()):
         return None if n == keys > 0 and selection.dilation == 1 and not selection.grid else False
-    return selection.mask() if 0 < n * keys <= FEW_PAIRS else False
+    return selection.mask() if few(n, keys) else False
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:

@@ -116,7 +116,7 @@ class _Attend(torch.autograd.Function):
         if finite and d_lse is None:  # PyTorch's kernel loses a NaN
             given = (*found, d_out, ctx.selection, ctx.logits.scale)
             return (*fused.together_backward(q, k, v, *given), None, None)
-        if finite and q.shape[2] * k.shape[2] <= fused.FEW_PAIRS:  # it has no gradient for lse
+        if finite and fused.few(q.shape[2], k.shape[2]):  # it has no gradient for lse
             return (*_through_reference(q, k, v, d_out, d_lse, ctx.selection, ctx.logits.scale), None, None)
         d_lse = q.new_zeros(q.shape[:3], dtype=wide(q)) if d_lse is None else d_lse
         work = shares(ctx.selection, q.shape[0], q.shape[1], k.shape[1])
