@@ -18,7 +18,6 @@ from tests.ops.shapes import HEAD_SIZES, tensors
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.xfail(strict=False, reason="rare float32 examples have 2.1 to 2.4 times PyTorch's error; open")
 def test_in_the_interpreter():
     run_in_interpreter(__file__)
 

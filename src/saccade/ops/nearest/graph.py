@@ -22,7 +22,8 @@ from saccade.ops.nearest.reference import every, wide
 LISTED = 100  # best keys of a query
 BESIDE = 4  # how far apart in a list neighbours stand
 ENTRIES = 32  # keys that a search begins at: those that come first for most queries
-WIDTH = 4  # keys of the beam that are followed at once
+WIDTH = 4  # keys of the beam that are followed at once, at least
+TURNS = 16  # of following, or so, until a beam is followed: one that holds many keys follows many at once
 ROWS = 512  # queries that are searched for together, and keys that are compared
 NOTES = 2**25  # of keys that were met, held at once
 
@@ -61,15 +62,15 @@ class Graph:
 
 
 class Beam(NamedTuple):
-    """The best keys so far of each row, best first, and which of them were followed."""
+    """The best keys so far of each row, and which of them were followed."""
 
     key: Int[Tensor, "r e"]
     score: Float[Tensor, "r e"]
     followed: Tensor
 
-    def kept(self, width: int) -> Beam:
-        """The best `width`."""
-        score, order = self.score.topk(min(width, self.score.shape[1]), -1)
+    def kept(self, width: int, ordered: bool = False) -> Beam:
+        """The best `width`; best first, if `ordered`."""
+        score, order = self.score.topk(min(width, self.score.shape[1]), -1, sorted=ordered)
         return Beam(self.key.gather(1, order), score, self.followed.gather(1, order))
 
 
@@ -78,11 +79,12 @@ def _search(graph: Graph, q: Float[Tensor, "r d"], head: Int[Tensor, " r"], widt
     met = torch.zeros(len(q), n + 1, dtype=torch.int32, device=q.device)  # 0: not yet; the last place is for "none"
     start = _fresh(graph.entries[head].long(), met, n, 1)
     beam, visited = _scored(graph, q, head, start).kept(width), int((start < n).sum())
-    step = 1 + start.shape[1]
+    step, together = 1 + start.shape[1], max(WIDTH, width // TURNS)
     while True:
-        open_score, order = beam.score.masked_fill(beam.followed, -torch.inf).topk(min(WIDTH, beam.key.shape[1]), -1)
+        open_score, order = beam.score.masked_fill(beam.followed, -torch.inf).topk(min(together, beam.key.shape[1]), -1)
         live = open_score > -torch.inf
         if not bool(live.any()):
+            beam = beam.kept(width, ordered=True)
             return Found(torch.where(beam.score > -torch.inf, beam.key, -1).int(), beam.score, visited)
         near = graph.edges[head[:, None], beam.key.gather(1, order).clamp(max=n - 1)].long()
         near = torch.where(live[..., None] & (near >= 0), near, n).flatten(1)
@@ -104,10 +106,12 @@ def _fresh(near: Int[Tensor, "r m"], met: Int[Tensor, "r n"], none: int, step: i
 
 
 def _scored(graph: Graph, q: Float[Tensor, "r d"], head: Int[Tensor, " r"], key: Int[Tensor, "r m"]) -> Beam:
-    n = graph.keys.shape[1]
-    rows = wide(graph.keys[head[:, None], key.clamp(max=n - 1)])
-    score = (rows @ q[..., None])[..., 0].masked_fill(key == n, -torch.inf)
-    return Beam(key, score, key == n)
+    """`key` with its products; -inf for none, which are most: they are left out."""
+    none = key == graph.keys.shape[1]
+    row, place = (~none).nonzero(as_tuple=True)
+    score = torch.full(key.shape, -torch.inf, dtype=q.dtype, device=q.device)
+    score[row, place] = (wide(graph.keys[head[row], key[row, place]]) * q[row]).sum(-1)
+    return Beam(key, score, none)
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
