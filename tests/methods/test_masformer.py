@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from saccade.methods.nets import LanguageModel
@@ -38,6 +38,7 @@ def test_two_blocks_are_what_a_row_may_read_and_most_of_it(rows):
     assert rows / 4 < 2 * _block(rows) <= rows
 
 
+@example(n=8, share=0.3125, layers=7, full=1)
 @given(n=st.integers(8, 300), share=st.floats(0.05, 1.0), layers=st.integers(1, 12), full=st.integers(0, 12))
 def test_all_layers_together_stay_within_a_fraction(n, share, layers, full):
     method = Masformer(full_layers=full)

@@ -77,7 +77,9 @@ class Masformer(Sparse):
     def _full(self, site: Site) -> set[int]:
         """Which layers are full."""
         share = site.budget.amount if site.budget.unit == "fraction" else 0.0
-        count = min(self.full_layers, int(share * site.layers / 2))
+        least = 2 / (site.keys + 1)  # of all pairs: a row's own key, which is in every layer
+        paid = site.layers * min(share / 2, (share - least) / (1 - least + 1e-9))  # the second: of few tokens
+        count = max(0, min(self.full_layers, int(paid)))
         if self.placement == "even":
             return {i * site.layers // count for i in range(count)}
         first = 0 if self.placement == "bottom" else site.layers - count
