@@ -33,6 +33,16 @@ def test_a_block_sees_itself_and_the_one_before(n, tokens, queries):
     assert int(selection.count().max()) == int(mask.sum())
 
 
+@example(n=33, queries=6, share=0.75, full=1)
+@given(n=st.integers(2, 120), queries=st.integers(1, 20), share=st.floats(0.05, 1.0), full=st.integers(0, 2))
+def test_after_a_prompt_one_forward_reads_what_steps_read(n, queries, share, full):
+    """Of a fraction, which is of the tokens so far."""
+    queries, method = min(queries, n - 1), Masformer(full_layers=full)
+    at_once = chosen(n, share, queries, method=method).mask()[0, 0]
+    for row, end in zip(at_once, range(n - queries + 1, n + 1)):
+        assert torch.equal(row[:end], chosen(end, share, 1, method=method).mask()[0, 0, 0]) and not row[end:].any()
+
+
 @given(rows=st.integers(2, 9999))
 def test_two_blocks_are_what_a_row_may_read_and_most_of_it(rows):
     assert rows / 4 < 2 * _block(rows) <= rows

@@ -66,34 +66,35 @@ class Masformer(Sparse):
         return ("prefill", "decode")
 
     def select(self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], site: Site) -> Selection:
-        row = self._row(site)
-        if site.layer in self._full(site) or row >= site.keys:
-            return dense(site.queries, site.keys)
-        block, back = _block(row), int(row > 1)  # one key a row: the token itself
         if site.offset == 0:
-            return _tiles(site, block, back, q.device)
-        return _ranges(site, block, back, q.device)
+            row = self._row(site, site.keys)
+            return dense(site.queries, site.keys) if row >= site.keys else _tiles(site, row, q.device)
+        # of a fraction one forward after a prompt reads what steps read: of so many tokens as there are by then
+        steps = site.budget.unit == "fraction"
+        there = range(site.offset + 1, site.keys + 1) if steps else [site.keys] * site.queries
+        rows = [self._row(site, n) for n in there]
+        return _ranges(site, [row if row < n else None for row, n in zip(rows, there)], q.device)
 
-    def _full(self, site: Site) -> set[int]:
+    def _row(self, site: Site, tokens: int) -> int:
+        """Keys that a row of this layer may read among so many, so that all layers stay within the budget."""
+        full = self._full(site, tokens)
+        if site.layer in full:
+            return tokens
+        if site.budget.unit != "fraction":
+            return site.budget.tokens(tokens)
+        left = (site.budget.amount * site.layers - len(full)) / (site.layers - len(full))
+        return Budget(left).row_tokens(tokens)
+
+    def _full(self, site: Site, tokens: int) -> set[int]:
         """Which layers are full."""
         share = site.budget.amount if site.budget.unit == "fraction" else 0.0
-        least = 2 / (site.keys + 1)  # of all pairs: a row's own key, which is in every layer
+        least = 2 / (tokens + 1)  # of all pairs: a row's own key, which is in every layer
         paid = site.layers * min(share / 2, (share - least) / (1 - least + 1e-9))  # the second: of few tokens
         count = max(0, min(self.full_layers, int(paid)))
         if self.placement == "even":
             return {i * site.layers // count for i in range(count)}
         first = 0 if self.placement == "bottom" else site.layers - count
         return set(range(first, first + count))
-
-    def _row(self, site: Site) -> int:
-        """Keys that a row of a local layer may read, so that all layers together stay within the budget."""
-        full = len(self._full(site))
-        if full == site.layers:
-            return site.keys
-        if site.budget.unit != "fraction":
-            return site.budget.tokens(site.keys)
-        left = (site.budget.amount * site.layers - full) / (site.layers - full)
-        return Budget(left).row_tokens(site.keys)
 
 
 def _block(row: int) -> int:
@@ -102,19 +103,27 @@ def _block(row: int) -> int:
     return half // TILE_TOKENS * TILE_TOKENS if half >= TILE_TOKENS else 1 << (half.bit_length() - 1)
 
 
-def _tiles(site: Site, block: int, back: int, device: torch.device) -> Blocks:
+def _back(row: int) -> int:
+    """Blocks before the own one: none where a row reads one key, which is the token itself."""
+    return int(row > 1)
+
+
+def _tiles(site: Site, row: int, device: torch.device) -> Blocks:
     """From the first token on, as whole tiles."""
+    block = _block(row)
     tile = min(block, TILE_TOKENS)
     at = torch.arange(-(-site.keys // tile), device=device) * tile
-    keep = (at[None] <= at[:, None]) & (at[None] // block >= at[:, None] // block - back)
+    keep = (at[None] <= at[:, None]) & (at[None] // block >= at[:, None] // block - _back(row))
     shape = {"queries": site.queries, "keys": site.keys, "q_block": tile, "k_block": tile}
     return Blocks.of(keep[None, None], **shape)
 
 
-def _ranges(site: Site, block: int, back: int, device: torch.device) -> Gather:
-    """For later tokens, one range of keys each."""
-    at = torch.arange(site.offset, site.keys, device=device)
-    first = ((at // block - back) * block).clamp(min=0)
-    ranges = torch.stack([first, at + 1], -1).int()[None, None, :, None]
+def _ranges(site: Site, rows: list[int | None], device: torch.device) -> Selection:
+    """For later tokens, one range of keys each; None: all before it."""
+    if not any(rows):
+        return dense(site.queries, site.keys)
+    at = range(site.offset, site.keys)
+    first = [max(0, (t // _block(row) - _back(row)) * _block(row)) if row else 0 for t, row in zip(at, rows)]
+    ranges = torch.tensor([[start, t + 1] for start, t in zip(first, at)], dtype=torch.int32, device=device)
     none = torch.full((1, 1, site.queries, 0), -1, dtype=torch.int32, device=device)
-    return Gather(index=none, ranges=ranges, queries=site.queries, keys=site.keys)
+    return Gather(index=none, ranges=ranges[None, None, :, None], queries=site.queries, keys=site.keys)
