@@ -69,10 +69,11 @@ class Masformer(Sparse):
         if site.offset == 0:
             row = self._row(site, site.keys)
             return dense(site.queries, site.keys) if row >= site.keys else _tiles(site, row, q.device)
-        # of a fraction one forward after a prompt reads what steps read: of so many tokens as there are by then
-        steps = site.budget.unit == "fraction"
-        there = range(site.offset + 1, site.keys + 1) if steps else [site.keys] * site.queries
-        rows = [self._row(site, n) for n in there]
+        if site.budget.unit != "fraction":
+            there, rows = [site.keys] * site.queries, [self._row(site, site.keys)] * site.queries
+        else:  # one forward after a prompt reads what steps read: of so many tokens as there are by then
+            there = list(range(site.offset + 1, site.keys + 1))
+            rows = [self._row(site, n) for n in there]
         return _ranges(site, [row if row < n else None for row, n in zip(rows, there)], q.device)
 
     def _row(self, site: Site, tokens: int) -> int:
