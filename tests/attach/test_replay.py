@@ -21,9 +21,12 @@ from saccade.core.errors import CannotRun
 from saccade.methods.cache.kivi import Kivi
 from saccade.methods.cache.streaming import Streaming
 from saccade.methods.decode.quest import Quest
+from saccade.methods.decode.retrieval_attention import RetrievalAttention
 from tests.methods.handmade import in_pieces, site, tiny, tokens, under_mask
 
 PROMPT = 40
+# most of whose keys lie in host memory; the beam is as wide as there are keys, so that it finds the best
+SEARCHER = RetrievalAttention(sink_tokens=2, window_tokens=8, beam_keys=PROMPT)
 SAME = [("full", 1.0), ("snapkv", 0.4), ("adakv", 0.4), (["minference", "snapkv"], 0.5), (Quest(), 1.0)]
 
 
@@ -69,10 +72,11 @@ def test_nothing_changes_where_all_that_is_stored_is_read(methods, budget, graph
 
 
 @pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("method", [Quest(page_tokens=4, dense_layers=0), SEARCHER], ids=lambda x: x.card.name)
 @given(graph_tokens=st.integers(1, 9))
 @settings(max_examples=4, deadline=None)
-def test_a_reader_chooses_among_what_is_stored_and_reads_the_rest(graph_tokens):
-    model, ids, method = tiny(), tokens(PROMPT + 20), Quest(page_tokens=4, dense_layers=0)
+def test_a_reader_chooses_among_what_is_stored_and_reads_the_rest(method, graph_tokens):
+    model, ids = tiny(), tokens(PROMPT + 20)
 
     def reads(layer, q, k):
         mask = torch.ones(1, q.shape[1], ids.shape[1], ids.shape[1], dtype=torch.bool)
@@ -86,6 +90,20 @@ def test_a_reader_chooses_among_what_is_stored_and_reads_the_rest(graph_tokens):
     want = under_mask(model, ids, reads)
     with attach(model, method, budget=0.4, graph_tokens=graph_tokens):
         torch.testing.assert_close(one_by_one(model, ids), want)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@given(graph_tokens=st.integers(1, 6))
+@settings(max_examples=3, deadline=None)
+def test_searches_of_repeated_steps_are_counted(graph_tokens):
+    """Every one of them, over the same keys; on the CPU, and as a device counts them."""
+    model, ids, found = tiny(), tokens(PROMPT + 12), []
+    for each in (0, graph_tokens):
+        with attach(model, SEARCHER, budget=0.4, graph_tokens=each) as run:
+            one_by_one(model, ids)
+            found.append([(x.keys_searched, x.keys_visited) for x in run.record.layers.values()])
+    searched = 12 * 4 * (PROMPT - SEARCHER.sink_tokens - SEARCHER.window_tokens)
+    assert found[0] == found[1] == [(searched, searched)] * 2, "a beam as wide looks at all keys"
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -163,6 +181,7 @@ def test_who_gains_nothing_is_told():
 REFUSED = [
     ("h2o", "h2o decides after every token what goes"),
     ("recycled-attention", "recycled-attention does not do the same in every step"),
+    ("retrieval-attention:search=flat", "retrieval-attention does not do the same in every step, or asks the host"),
     ("retrieval-head", "retrieval-head looks on at every step"),
 ]
 
@@ -204,7 +223,9 @@ def test_what_a_step_may_not_be_given():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("methods", "budget"), [*SAME, ("streaming", "20tok"), (Quest(dense_layers=0), 0.4)], ids=lambda x: str(x)
+    ("methods", "budget"),
+    [*SAME, ("streaming", "20tok"), (Quest(dense_layers=0), 0.4), (SEARCHER, 0.4)],
+    ids=lambda x: str(x),
 )
 @pytest.mark.parametrize("rows", [1, 3])
 def test_graphs_do_what_is_done_without_them(methods, budget, rows, monkeypatch):

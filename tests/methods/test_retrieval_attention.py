@@ -105,8 +105,8 @@ def test_attention_here_and_there_is_attention_over_both(first, count, new, rows
     near = torch.cat([torch.arange(first), torch.arange(first + count, n)])
     middle = slice(first, first + count)
     there = [Far(first, mock.Mock(keys=a[:, middle]), b[:, middle], torch.zeros(2, count)) for a, b in zip(k, v)]
-    out = far.attend(q, {"keys": k[:, :, near], "values": v[:, :, near]}, there, chosen, scale=0.3, softcap=None)
-    assert_close_as_torch(out, q, k, v, chosen.mask(), scale=0.3)
+    out, lse = far.attend(q, {"keys": k[:, :, near], "values": v[:, :, near]}, there, chosen, scale=0.3, softcap=None)
+    assert_close_as_torch(out, q, k, v, chosen.mask(), scale=0.3, lse=lse)
 
 
 @pytest.mark.parametrize("search", ["graph", "flat"])

@@ -20,11 +20,12 @@ class Counts:
         self._record = record
         self.pending: list[Selection] = []  # selections of the prefill
         self.decoded: Tensor | None = None  # pairs of later tokens, summed where they are
+        self.visited: int | Tensor = 0  # keys that searches looked at, likewise
 
     def clear(self) -> None:
         """Forget what was not counted yet."""
         self.pending.clear()
-        self.decoded = None
+        self.decoded, self.visited = None, 0
 
     def later(self, q: Tensor, selection: Selection) -> None:
         """A selection of later tokens; the device sums the pairs, and is not asked before somebody asks."""
@@ -35,11 +36,10 @@ class Counts:
         """Pairs of later tokens that the device has summed."""
         self.decoded = pairs if self.decoded is None else self.decoded + pairs
 
-    def searched(self, visited: int, there: int) -> None:
+    def searched(self, visited: int | Tensor, there: int) -> None:
         """What `Site.searched` does."""
-        record = self._record()
-        record.keys_visited += visited
-        record.keys_searched += there
+        self.visited = self.visited + visited
+        self._record().keys_searched += there
 
     def dense(
         self, seen: list[int], rows: Bucket, q: Float[Tensor, "r s q d"], stage: Stage, visible: Tensor | None
@@ -65,6 +65,8 @@ class Counts:
         if self.decoded is not None:
             self._note("decode", float(self.decoded), 0.0)
             self.decoded = None
+        self._record().keys_visited += int(self.visited)
+        self.visited = 0
 
     def _note(self, stage: Stage, pairs: float, causal: float) -> None:
         record = self._record()

@@ -222,7 +222,7 @@ class Engine:
                     note(selection)
                 self.counts.later(q, selection)
                 options = {"scale": self.place.scale, "softcap": self.place.softcap}
-                out = far.attend(q, stored, shelved, selection, **options)
+                out, lse = far.attend(q, stored, shelved, selection, **options)
             else:
                 out, lse = site.partial(q, stored["keys"], stored["values"], selection)
         elif isinstance(owner, Cache):

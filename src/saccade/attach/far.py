@@ -38,23 +38,25 @@ def tensors(far: Far) -> list[Tensor]:
 
 def attend(
     q: Float[Tensor, "b h q d"], stored: dict[str, Tensor], far: Sequence[Far], selection: Gather, **options: float
-) -> Float[Tensor, "b h q d"]:
-    """Attention over a selection of everything, `stored` on the device and `far`: each alone, and merged."""
+) -> tuple[Float[Tensor, "b h q d"], Float[Tensor, "b h q"]]:
+    """Attention over a selection of everything, `stored` on the device and `far`: each alone, and merged.
+
+    No range of the selection begins or ends among the far tokens. The device is not waited for.
+    """
     first, count = far[0].first, far[0].count
-    index, ranges = selection.index.expand(*q.shape[:2], -1, -1), selection.ranges
-    between = () if ranges is None else ((ranges > first) & (ranges < first + count)).nonzero()
-    assert not len(between), "a range that ends among the far tokens"
+    index = selection.index.expand(*q.shape[:2], -1, -1)
     inside = (index >= first) & (index < first + count)
     near = Gather(
         index=torch.where(inside, -1, _without(index, first, count)),
-        ranges=None if ranges is None else _without(ranges, first, count),
+        ranges=None if selection.ranges is None else _without(selection.ranges, first, count),
         queries=selection.queries,
         keys=selection.keys - count,
     )
-    parts = [ops.attend(q, stored["keys"], stored["values"], near, **options)]
-    if bool(inside.any()):
-        parts.append(_far(q, far, torch.where(inside, index - first, -1), **options))
-    return ops.merge_lse(*zip(*parts))[0]
+    here = ops.decode(q, stored["keys"], stored["values"], visible=near.mask(), **options)
+    if not index.shape[-1]:
+        return here
+    there = _far(q, far, torch.where(inside, index - first, -1), **options)
+    return ops.merge_lse(*zip(here, there))
 
 
 def _without(place: Int[Tensor, "*a"], first: int, count: int) -> Int[Tensor, "*a"]:
@@ -65,14 +67,12 @@ def _without(place: Int[Tensor, "*a"], first: int, count: int) -> Int[Tensor, "*
 def _far(
     q: Float[Tensor, "b h q d"], far: Sequence[Far], index: Int[Tensor, "b h q l"], **options: float
 ) -> tuple[Tensor, Tensor]:
-    """Each query over its own list. Only what is listed is copied to the device."""
-    b, h, n, _ = q.shape
-    head = torch.arange(h)[:, None, None] // (h // far[0].index.keys.shape[0])
-    places = index.clamp(min=0).to(far[0].positions.device)
-    keys = torch.stack([f.index.keys[head, place] for f, place in zip(far, places)])
-    values = torch.stack([f.values[head, place] for f, place in zip(far, places)])
-    keys, values = (x.to(q.device).transpose(1, 2).flatten(0, 1) for x in (keys, values))
-    visible = (index >= 0).transpose(1, 2).flatten(0, 1)[:, :, None]
-    alone = q.transpose(1, 2).flatten(0, 1)[:, :, None]  # a row of the batch for each query
-    out, lse = ops.decode(alone, keys, values, visible=visible, **options)
-    return out.view(b, n, h, -1).transpose(1, 2), lse.view(b, n, h).transpose(1, 2)
+    """Each query over its own list. Only what is listed comes to the device."""
+    (b, h, n, length), g = index.shape, len(far[0].values)
+    places = index.reshape(b, g, h // g * n, length)  # of all queries that share a key/value head
+    keys = torch.stack([ops.fetch(f.index.keys, place) for f, place in zip(far, places)])
+    values = torch.stack([ops.fetch(f.values, place) for f, place in zip(far, places)])
+    keys, values = (x.view(b * h * n, 1, length, x.shape[-1]) for x in (keys, values))
+    alone = q.reshape(b * h * n, 1, 1, -1)  # a row of the batch for each query
+    out, lse = ops.decode(alone, keys, values, visible=(index >= 0).view(b * h * n, 1, 1, length), **options)
+    return out.view(b, h, n, -1), lse.view(b, h, n)

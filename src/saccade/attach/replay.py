@@ -208,6 +208,7 @@ class Replayer:
         for layer, tail in zip(step.layers, self._tails):
             layer.tail = tail
             tail.pairs.zero_()
+            tail.visited.zero_()
         self.captures += 1
         self._judge()
 

@@ -50,7 +50,8 @@ class Tail:
     """Of one layer. `live` while a step reads and writes it.
 
     queries: of its tokens, where a method goes by them when they are put away
-    each: what one step over the store computed, the same in every step; `pairs`: what the device counted, of all steps
+    each: what one step over the store computed, the same in every step; `pairs`, and keys `visited` by searches: what
+        the device counted, of all steps
     """
 
     clock: Clock
@@ -58,6 +59,7 @@ class Tail:
     values: Float[Tensor, "b g t d"]
     queries: Float[Tensor, "b h t d"] | None
     pairs: Float[Tensor, " 1"]
+    visited: Int[Tensor, " 1"]
     each: LayerRecord = field(default_factory=lambda: LayerRecord(0))
     count: int = 0
     live: bool = False
@@ -74,6 +76,7 @@ class Tail:
             values.new_zeros(*shape, values.shape[-1]),
             keys.new_zeros(shape[0], engine.place.heads, tokens, keys.shape[-1]) if wanted else None,
             torch.zeros(1, dtype=torch.double, device=keys.device),
+            torch.zeros(1, dtype=torch.long, device=keys.device),
         )
 
 
@@ -98,6 +101,9 @@ def forward(
         out = engine.attend(layer, q, None, "decode")
         if engine.counts.decoded is not None:
             tail.pairs += engine.counts.decoded
+        visited = engine.counts.visited
+        if isinstance(visited, Tensor) or visited:
+            tail.visited += visited
     finally:
         engine.counts = counts
     if engine.place.layer == engine.place.layers - 1:
@@ -145,3 +151,4 @@ def _count(engine: Engine, tail: Tail, sequences: int) -> None:
     record.pairs["decode"] += n * tail.each.pairs["decode"] + own
     record.pairs_causal["decode"] += n * tail.each.pairs_causal["decode"] + own
     engine.counts.add(tail.pairs)
+    engine.counts.searched(tail.visited, n * tail.each.keys_searched)

@@ -39,8 +39,6 @@ class Method:
 
     `artefact` is what calibration left; `attach` finds the one of the model at hand, a user may give another.
     `dated`: its state says from which token on it holds. When tokens are taken back the state is left to it.
-    `replays`: of one that chooses what is read after the prompt: over the same stored keys it does the same for each
-    query, and asks nothing of the host; so that a graph can do it again.
     `foretold`: its card's reason against chunks is the prompt's length: told `Site.coming`, pieces are as one prompt.
     `by_position`: what its prefill computes depends on no query and no key: first tokens and a window, by head.
 
@@ -50,7 +48,6 @@ class Method:
 
     card: ClassVar[Card]
     dated: ClassVar[bool] = False
-    replays: ClassVar[bool] = False
     foretold: ClassVar[bool] = False
     by_position: ClassVar[bool] = False
     artefact: Artefact | None = field(default=None, kw_only=True, repr=False, compare=False)
@@ -63,6 +60,12 @@ class Method:
     def parts(self) -> tuple[str, ...]:
         """Which parts of the model's work this method takes over."""
         return ()
+
+    @property
+    def replays(self) -> bool:
+        """Of one that chooses what is read after the prompt: whether over the same stored keys it does the same for
+        each query, and asks nothing of the host; so that a graph can do it again."""
+        return False
 
     def check(self, site: Site) -> list[str]:
         """Every reason why this method cannot run there; [] means it will."""

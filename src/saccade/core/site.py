@@ -99,7 +99,7 @@ class Site:
     partial: Callable[[Tensor, Tensor, Tensor, Selection], tuple[Tensor, Tensor]] = field(
         default=_nowhere, repr=False, compare=False
     )
-    searched: Callable[[int, int], Any] = field(default=_nowhere, repr=False, compare=False)
+    searched: Callable[[int | Tensor, int], Any] = field(default=_nowhere, repr=False, compare=False)
 
     @property
     def offset(self) -> int:

@@ -15,6 +15,7 @@ from saccade.ops.column_scores.api import column_scores
 from saccade.ops.decode.api import decode
 from saccade.ops.dispatch import explain
 from saccade.ops.exchange.api import all_heads, all_tokens, to_heads, to_tokens
+from saccade.ops.fetch.api import fetch
 from saccade.ops.linear_attend.api import linear_attend
 from saccade.ops.lines.api import draw_lines, fit_lines, line_scores
 from saccade.ops.merge_lse.api import merge_lse
@@ -53,6 +54,7 @@ __all__ = [
     "dequantise_groups",
     "draw_lines",
     "explain",
+    "fetch",
     "fit_lines",
     "gate_logits",
     "index_keys",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -41,7 +41,6 @@ class DoubleSparsity(Decode):
     Source: arXiv 2408.07092, section 3; andy-yang-1/DoubleSparse, modify_llama.py and offline_calibration.py.
     """
 
-    replays: ClassVar[bool] = True
     card = Card(
         name="double-sparsity",
         title="Post-Training Sparse Attention with Double Sparsity",
@@ -88,6 +87,10 @@ class DoubleSparsity(Decode):
     @property
     def parts(self) -> tuple[str, ...]:
         return ("prefill", "decode") if self.prefill else ("decode",)
+
+    @property
+    def replays(self) -> bool:
+        return True
 
     def check(self, site: Site) -> list[str]:
         reasons = []

@@ -41,7 +41,6 @@ class Quest(Decode):
     """
 
     dated: ClassVar[bool] = True
-    replays: ClassVar[bool] = True
     card = Card(
         name="quest",
         title="Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
@@ -78,6 +77,10 @@ class Quest(Decode):
         super().__post_init__()
         if self.page_tokens < 1:
             raise BadOption("quest.page_tokens=0", "a page has one key or more", "Give at least 1; the paper has 16.")
+
+    @property
+    def replays(self) -> bool:
+        return True
 
     def check(self, site: Site) -> list[str]:
         return site.budget.unpaid(site.layers, self.dense_layers)

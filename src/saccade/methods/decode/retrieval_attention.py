@@ -16,7 +16,7 @@ from saccade.core.budget import FULL
 from saccade.core.card import Card
 from saccade.core.errors import BadOption
 from saccade.core.method import Decode
-from saccade.core.selection import Gather, Selection, dense
+from saccade.core.selection import Gather, Selection, column, dense
 from saccade.core.site import Seen, Site
 
 
@@ -102,6 +102,10 @@ class RetrievalAttention(Decode):
                 raise BadOption(f"retrieval-attention.{name}=0", text, "Leave it away for our value.")
 
     @property
+    def replays(self) -> bool:
+        return self.search == "graph"  # which the device itself searches
+
+    @property
     def observe_tokens(self) -> int:
         return self.query_tokens
 
@@ -123,7 +127,7 @@ class RetrievalAttention(Decode):
         if not site.far and counts == list(range(site.offset + 1, site.keys + 1)):
             return dense(site.queries, site.keys)
         shares = [self._share(count, n, site) for n, count in enumerate(counts, site.offset + 1)]
-        sinks, window, wanted = torch.tensor(shares, device=q.device).T[..., None]
+        sinks, window, wanted = (column(numbers, q.device) for numbers in zip(*shares))
         near, near_score = self._near(q, stored["keys"], sinks, window, site)
         far, far_score = self._far(q, [share.searched for share in shares], site)
         index, score = torch.cat([near.expand_as(near_score), far], -1), torch.cat([near_score, far_score], -1)
@@ -167,11 +171,11 @@ class RetrievalAttention(Decode):
         index = torch.full((*q.shape[:3], most), -1, device=q.device)
         score = torch.full((*q.shape[:3], most), -torch.inf, dtype=wide, device=q.device)
         for row, far in enumerate(site.far):
-            asking = q[row].to(far.values.device).unflatten(0, (site.kv_heads, -1))
+            asking = q[row].unflatten(0, (site.kv_heads, -1))
             for at, count in _alike(wanted):
                 found = far.index.search(asking[:, :, at].flatten(1, 2), count)
                 shape = (site.heads, at.stop - at.start, -1)
-                places, products = (x.to(q.device).reshape(shape) for x in (found.index, found.score))
+                places, products = (x.reshape(shape) for x in (found.index, found.score))
                 index[row, :, at, : places.shape[-1]] = torch.where(places >= 0, places + far.first, -1).long()
                 score[row, :, at, : places.shape[-1]] = products
                 site.searched(found.visited, far.count * site.heads * shape[1])

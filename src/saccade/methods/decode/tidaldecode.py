@@ -50,7 +50,6 @@ class TidalDecode(Decode):
     """
 
     persistent: ClassVar[bool] = True
-    replays: ClassVar[bool] = True
     card = Card(
         name="tidaldecode",
         title="TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse Attention",
@@ -96,6 +95,10 @@ class TidalDecode(Decode):
     @property
     def reread_tokens(self) -> int:
         return self.correct_tokens
+
+    @property
+    def replays(self) -> bool:
+        return True
 
     def check(self, site: Site) -> list[str]:
         again, shape = self.reselect_layer, (site.layers, site.all_heads, site.layers)

@@ -18,12 +18,12 @@ LIBRARY = ("graph-faiss", "hnsw", "ivf")  # by faiss, which is found, never requ
 
 class Found(NamedTuple):
     """Best first; -1 and -inf where fewer were found. visited: products of a query and a key (of "ivf" those with the
-    clusters' centres are not counted), over all queries.
+    clusters' centres are not counted), over all queries; still on the device that counted them, where one did.
     """
 
     index: Int[Tensor, "g s k"]
     score: Float[Tensor, "g s k"]
-    visited: int
+    visited: int | Int[Tensor, ""]
 
 
 class Nearest(Protocol):
@@ -35,7 +35,10 @@ class Nearest(Protocol):
         ...
 
     def search(self, q: Float[Tensor, "g s d"], count: int) -> Found:
-        """The `count` keys of the largest q.k, as far as the index finds them; all keys, where there are no more."""
+        """The `count` keys of the largest q.k, as far as the index finds them; all keys, where there are no more.
+
+        What is found is put where q lies, wherever the index does.
+        """
         ...
 
     def tensors(self) -> list[Tensor]:
@@ -60,9 +63,10 @@ def index_keys(
     """An index over these keys.
 
     "flat": none, every key is looked at: the oracle. "graph": keys that the same queries want are neighbours, so that
-    a search goes where queries go; in plain torch, built where the keys lie. "graph-faiss": the same graph, searched by
-    faiss on the CPU. "hnsw", "ivf": a graph of near keys, and
-    clusters of keys, both by faiss on the CPU, and blind to the queries.
+    a search goes where queries go; built where the keys lie. Queries on a CUDA device are searched for there, by a
+    kernel that reads an index in pinned host memory where it lies, with beams up to 1,024 keys; others by plain torch
+    where the index lies. "graph-faiss": the same graph, searched by faiss on the CPU. "hnsw", "ivf": a graph of near
+    keys, and clusters of keys, both by faiss on the CPU, and blind to the queries.
 
     beam: of "graph" and "hnsw": the best keys so far that a search holds, at least as many as are asked for
     probes: of "ivf": clusters that a search looks into

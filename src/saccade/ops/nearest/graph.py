@@ -42,12 +42,19 @@ class Graph:
         g, n, _ = self.keys.shape
         if count >= n:
             return every(self.keys, q, count)
-        head = torch.arange(g, device=q.device).repeat_interleave(q.shape[1])
+        width = max(self.beam, count)
+        together = max(WIDTH, width // TURNS)
+        if q.is_cuda:
+            from saccade.ops.nearest import triton as kernel
+
+            if not kernel.reasons(self, q, width):
+                return kernel.search(self, q, count, together)
+        asking = wide(q.to(self.keys.device)).flatten(0, 1)
+        head = torch.arange(g, device=asking.device).repeat_interleave(q.shape[1])
         some = max(1, min(ROWS, NOTES // n))
-        rows = zip(wide(q).flatten(0, 1).split(some), head.split(some))
-        found = [_search(self, x, heads, max(self.beam, count)) for x, heads in rows]
+        found = [_search(self, x, h, width, together) for x, h in zip(asking.split(some), head.split(some))]
         index, score = (torch.cat([f[i][:, :count] for f in found]).unflatten(0, (g, -1)) for i in (0, 1))
-        return Found(index, score, sum(f.visited for f in found))
+        return Found(index.to(q.device), score.to(q.device), sum(f.visited for f in found))
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
@@ -74,12 +81,12 @@ class Beam(NamedTuple):
         return Beam(self.key.gather(1, order), score, self.followed.gather(1, order))
 
 
-def _search(graph: Graph, q: Float[Tensor, "r d"], head: Int[Tensor, " r"], width: int) -> Found:
+def _search(graph: Graph, q: Float[Tensor, "r d"], head: Int[Tensor, " r"], width: int, together: int) -> Found:
     n = graph.keys.shape[1]
     met = torch.zeros(len(q), n + 1, dtype=torch.int32, device=q.device)  # 0: not yet; the last place is for "none"
     start = _fresh(graph.entries[head].long(), met, n, 1)
     beam, visited = _scored(graph, q, head, start).kept(width), int((start < n).sum())
-    step, together = 1 + start.shape[1], max(WIDTH, width // TURNS)
+    step = 1 + start.shape[1]
     while True:
         open_score, order = beam.score.masked_fill(beam.followed, -torch.inf).topk(min(together, beam.key.shape[1]), -1)
         live = open_score > -torch.inf

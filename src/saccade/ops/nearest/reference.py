@@ -33,9 +33,9 @@ class Flat:
 
 def every(keys: Float[Tensor, "g n d"], q: Float[Tensor, "g s d"], count: int) -> Found:
     """The best of all keys."""
-    product = wide(q) @ wide(keys).mT
+    product = wide(q.to(keys.device)) @ wide(keys).mT
     score, index = product.topk(min(count, keys.shape[1]), -1)
-    return Found(index.int(), score, product.numel())
+    return Found(index.int().to(q.device), score.to(q.device), product.numel())
 
 
 def wide(x: Tensor) -> Tensor:
