@@ -181,6 +181,21 @@ def test_stored_lengths_and_bytes_are_those_of_the_formula(budget):
     assert held == per_token * (whole * PROMPT + (4 - whole) * room) + beside
 
 
+@pytest.mark.parametrize("budget", PAID)
+def test_gaps_are_looked_for_only_where_there_are_some(budget, monkeypatch):
+    """Of rows, not of whole heads, which are most of what is stored."""
+    plain, asked = RazorAttention.stands_for, []
+
+    def stands_for(self, k_position, stays):
+        asked.extend([k_position.shape[1]] * len(k_position))
+        return plain(self, k_position, stays)
+
+    monkeypatch.setattr(RazorAttention, "stands_for", stands_for)
+    with attach(MODEL, razor(), budget=budget):
+        in_pieces(MODEL, tokens(PROMPT + 1), [PROMPT])
+    assert asked == [PAID[budget][1] + 1] * (4 - len(PAID[budget][0]))
+
+
 @pytest.mark.parametrize("compensation", ["count", "one", "none"])
 def test_a_rolling_head_holds_a_window_and_a_block_at_most(compensation):
     whole, room = PAID["20tok"]

@@ -244,7 +244,8 @@ class Engine:
         seen = [layer.store.seen[i] for i in layer.store.sequence_of(rows)]
         self.counts.dense(seen, rows, q, stage, visible)
         evictor, packer = self.parts.get("evict"), self.parts.get("pack")
-        if isinstance(evictor, Cache) and evictor.merges and layer.store.dropped:
+        gaps = visible is not None or any(n != rows.length for n in seen)
+        if isinstance(evictor, Cache) and evictor.merges and gaps and layer.store.dropped:
             return self._merged(evictor, rows, q, visible)
         if isinstance(packer, Cache) and stage == "decode":
             return packing.attend(packer, rows, q, scale=self.place.scale, softcap=self.place.softcap)

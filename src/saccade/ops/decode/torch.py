@@ -89,5 +89,9 @@ def again(
     if visible is not None:
         seen = visible.expand(*q.shape[:3], -1).unflatten(1, (g, -1))
         allowed = allowed & seen.gather(-1, index.long()[:, :, None, None].expand(*seen.shape[:-1], -1))
-    weights, lse = exponentials(logits.masked_fill(~allowed, -torch.inf))
+    logits = logits.masked_fill(~allowed, -torch.inf)
+    if index.shape[-1] == 1:  # all the weight is on one key: several kernels less
+        alone = values.expand(*logits.shape[:-1], -1)
+        return alone.flatten(1, 2).to(q.dtype), logits[..., 0].flatten(1, 2)
+    weights, lse = exponentials(logits)
     return (weights @ values).flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
