@@ -78,9 +78,12 @@ class RetrievalAttention(Decode):
             "Keys that stand near each other in a query's list are neighbours too, not only with its first key, and"
             " candidates are ranked by how many queries they share: measured, it finds more for as many keys visited."
             " Keys that no query listed hang on at the nearest that one did.",
-            "What was found is copied to the device and attended to there; the paper attends on the CPU, beside.",
-            "The graph is searched in plain PyTorch, step by step: it visits few keys, and among some thousands still"
-            " takes longer than one product with all of them (flat). search=graph-faiss has faiss follow it.",
+            "Keys and graph lie in pinned host memory, and on CUDA a kernel searches there, with beams of up to 1,024"
+            " keys: over the bus goes what it visits, and what was found, which is attended to on the device. The paper"
+            " searches and attends on the CPU, beside.",
+            "Elsewhere the graph is searched in plain PyTorch, step by step: it visits few keys, and among some"
+            " thousands still takes longer than one product with all of them (flat). search=graph-faiss has faiss"
+            " follow it.",
             "All layers search, as in the paper; the authors' code leaves some first layers whole.",
         ),
         lacks={"backward": "it reads a cache, which training does not have"},

@@ -79,19 +79,21 @@ def again(
     """
     kind, g = torch.promote_types(q.dtype, torch.float32), k.shape[1]
     at = index.long()[..., None]
-    keys, values = (x.gather(2, at.expand(-1, -1, -1, x.shape[-1])).to(kind)[:, :, None] for x in (k, v))
-    logits = q.unflatten(1, (g, -1)).to(kind) @ keys.mT * scale  # [b g s q m]
+    keys, values = (x.gather(2, at.expand(-1, -1, -1, x.shape[-1]))[:, :, None] for x in (k, v))
+    logits = q.unflatten(1, (g, -1)).to(kind) @ keys.to(kind).mT * scale  # [b g s q m]
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits + (tokens - 1).to(kind).log()[:, :, None, None]
-    last = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)[:, None]
-    allowed = (index[:, :, None] <= last)[:, :, None]  # [b g 1 q m]
+    if q.shape[2] > 1:  # a single query is behind every key
+        last = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)[:, None]
+        logits = logits.masked_fill((index[:, :, None] > last)[:, :, None], -torch.inf)
     if visible is not None:
         seen = visible.expand(*q.shape[:3], -1).unflatten(1, (g, -1))
-        allowed = allowed & seen.gather(-1, index.long()[:, :, None, None].expand(*seen.shape[:-1], -1))
-    logits = logits.masked_fill(~allowed, -torch.inf)
-    if index.shape[-1] == 1:  # all the weight is on one key: several kernels less
-        alone = values.expand(*logits.shape[:-1], -1)
-        return alone.flatten(1, 2).to(q.dtype), logits[..., 0].flatten(1, 2)
-    weights, lse = exponentials(logits)
-    return (weights @ values).flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
+        seen = seen.gather(-1, index.long()[:, :, None, None].expand(*seen.shape[:-1], -1))
+        logits = logits.masked_fill(~seen, -torch.inf)
+    if index.shape[-1] == 1:  # all the weight is on one key: no softmax
+        out, lse = values.expand(*logits.shape[:-1], -1), logits[..., 0]
+    else:
+        weights, lse = exponentials(logits)
+        out = weights @ values.to(kind)
+    return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)

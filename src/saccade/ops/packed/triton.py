@@ -4,7 +4,8 @@ As the kernel of `decode`, by which the parts are put together: each program rea
 queries. A tile lies in one unit. Codes are multiplied as they are, exact in float16: a channel's step goes to the
 queries and a token's to its weight, both scaled by powers of two so that float16 holds them; lows and scales are added
 and multiplied outside. A byte holds neighbouring channels: each of its places is a piece of the channels, as in
-`decode`.
+`decode`. Codes are not moved to the end of their byte: where they lie they are so many times a power of two too large,
+by which queries and results are divided.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from saccade.ops.packed.api import Packed
 from saccade.ops.tanh import tanh
 
 
-def _two_codes(shift: int, mask: str) -> tl.constexpr:
-    """Machine code for two numbers in a register: a code or-ed into the mantissa of 1024 is 1024 plus the code; then
-    1024 goes."""
-    codes = f"shr.u32 t, $1, {shift}; lop3.b32 t, t, {mask}, 0x64006400, 0xea;"
+def _two_codes(place: int) -> tl.constexpr:
+    """Machine code for two numbers in a register: bits or-ed into the mantissa of 1024 are 1024 plus what they say;
+    then 1024 goes."""
+    codes = f"lop3.b32 t, $1, {place * 0x10001:#x}, 0x64006400, 0xea;"
     return tl.constexpr(f"{{ .reg .b32 t, c; {codes} mov.b32 c, 0x64006400; sub.f16x2 $0, t, c; }}")
 
 
-H4_0, H4_1 = (_two_codes(shift, "0x000f000f") for shift in (0, 4))
-H2_0, H2_1, H2_2, H2_3 = (_two_codes(shift, "0x00030003") for shift in (0, 2, 4, 6))
+H4_0, H4_1 = (_two_codes(15 << shift) for shift in (0, 4))
+H2_0, H2_1, H2_2, H2_3 = (_two_codes(3 << shift) for shift in (0, 2, 4, 6))
 
 
 @triton.jit
@@ -41,9 +42,9 @@ def _fast(x, CODE: tl.constexpr):
 
 @triton.jit
 def _piece(x, J: tl.constexpr, BITS: tl.constexpr, FAST: tl.constexpr):
-    """The J-th codes of bytes that lie in 16 bits, in float16."""
+    """The J-th codes of bytes that lie in 16 bits, times 2^(J BITS), in float16."""
     if not FAST:
-        return ((x >> (J * BITS)) & ((1 << BITS) - 1)).to(tl.float16)
+        return (x & (((1 << BITS) - 1) << (J * BITS))).to(tl.float16)
     elif BITS == 4:
         return _fast(x, H4_0 if J == 0 else H4_1)
     else:
@@ -132,9 +133,9 @@ def _split(Q, K, V, KEY_SPAN, VALUE_SPAN, VALUE_SCALE, TOKENS, ACC, STAT, OUT, L
                 e2 = _level(VALUE_SCALE + channels, i, 2, BITS, D)
                 e3 = _level(VALUE_SCALE + channels, i, 3, BITS, D)
             unit_q = _power(top)[:, None]
-            q0, q1 = (q0 / unit_q).to(tl.float16), (q1 / unit_q).to(tl.float16)
+            q0, q1 = (q0 / unit_q).to(tl.float16), (q1 / (unit_q * (1 << BITS))).to(tl.float16)
             if BITS == 2:
-                q2, q3 = (q2 / unit_q).to(tl.float16), (q3 / unit_q).to(tl.float16)
+                q2, q3 = (q2 / (unit_q * 16)).to(tl.float16), (q3 / (unit_q * 64)).to(tl.float16)
             for t in range(a, z, BN):
                 at = t + tl.arange(0, BN)
                 there = at < z
@@ -158,12 +159,12 @@ def _split(Q, K, V, KEY_SPAN, VALUE_SPAN, VALUE_SCALE, TOKENS, ACC, STAT, OUT, L
                 alpha, back, largest = alpha[:, None], new / 4096.0, new
                 base = tl.sum(p * v_low[None, :], 1)[:, None]
                 a0 = a0 * alpha + (tl.dot(w, _piece(y, 0, BITS, FAST)) * back + base) * e0
-                a1 = a1 * alpha + (tl.dot(w, _piece(y, 1, BITS, FAST)) * back + base) * e1
+                a1 = a1 * alpha + (tl.dot(w, _piece(y, 1, BITS, FAST)) * (back / (1 << BITS)) + base) * e1
                 if BITS == 2:
                     z2 = tl.dot(w, _piece(y, 2, BITS, FAST))
                     z3 = tl.dot(w, _piece(y, 3, BITS, FAST))
-                    a2 = a2 * alpha + (z2 * back + base) * e2
-                    a3 = a3 * alpha + (z3 * back + base) * e3
+                    a2 = a2 * alpha + (z2 * (back / 16) + base) * e2
+                    a3 = a3 * alpha + (z3 * (back / 64) + base) * e3
     some = l != 0
     if parts == 1:
         row, share = (b * heads + head) * queries + query, (1.0 / tl.where(some, l, 1.0))[:, None]
@@ -222,9 +223,11 @@ def attend(
 
 
 def _plan(q: Tensor, tokens: int) -> Plan:
-    """Two programs on every multiprocessor, of so many registers are they; as measured on an H200."""
-    block = 64 if q.shape[-1] > 128 else 128
+    """As measured on an H200: programs of one warp, which wait for nobody, eight on every multiprocessor; where one
+    warp has too few registers, two of four warps."""
+    alone = q.shape[-1] <= 128 and q.shape[1] * q.shape[2] <= 16
+    block, warps, programs = (32, 1, 8) if alone else (64 if q.shape[-1] > 128 else 128, 4, 2)
     most = min(MOST_PARTS, max(1, triton.cdiv(tokens, 2 * block)))
-    parts = min(most, max(1, 2 * device.multiprocessors(q.device.index) // len(q)))
+    parts = min(most, max(1, programs * device.multiprocessors(q.device.index) // len(q)))
     chunk = triton.cdiv(triton.cdiv(tokens, parts), block) * block
-    return Plan(block, triton.cdiv(tokens, chunk), chunk, 4, 3)
+    return Plan(block, triton.cdiv(tokens, chunk), chunk, warps, 3)
