@@ -28,8 +28,8 @@ UNIT = 1e-6  # results say microseconds
 
 
 def read(pattern: str) -> list[tuple[str, Any]]:
-    """(file name, content) of all that match, oldest first."""
-    found = sorted(RESULTS.glob(pattern))
+    """(file name, content) of all that match, oldest first: names end in the day."""
+    found = sorted(RESULTS.glob(pattern), key=lambda p: (p.stem[-10:], p.name))
     return [(p.name, json.loads(p.read_text("utf-8"))) for p in found]
 
 

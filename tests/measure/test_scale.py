@@ -33,6 +33,8 @@ def test_the_data_are_those_of_the_stored_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     made = importlib.import_module("scale")
     assert made.made() == made.DATA.read_text("utf-8"), "run: python benchmarks/scale.py"
+    days = [name[-15:-5] for name, _ in made.read(made.MODELS)]
+    assert days == sorted(days) and len(set(days)) > 1, "of a case that was measured again the later stands"
 
 
 @settings(max_examples=60)
