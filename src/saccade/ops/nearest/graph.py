@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saccade.ops import device
 from saccade.ops.nearest.api import Found
 from saccade.ops.nearest.reference import every, wide
 
@@ -44,7 +45,7 @@ class Graph:
             return every(self.keys, q, count)
         width = max(self.beam, count)
         together = max(WIDTH, width // TURNS)
-        if q.is_cuda:
+        if q.is_cuda and not device.machine_reasons(q):
             from saccade.ops.nearest import triton as kernel
 
             if not kernel.reasons(self, q, width):

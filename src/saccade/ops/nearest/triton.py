@@ -119,7 +119,7 @@ def _wide(graph: Any, count: int) -> int:
 
 
 def reasons(graph: Any, q: Tensor, count: int) -> list[str]:
-    """Why the kernel cannot search for q; [] = it can."""
+    """Why the kernel cannot search for q, on a device that it runs on; [] = it can."""
     wide, kinds = _wide(graph, count), {q.dtype, graph.keys.dtype} - {*device.HALVES, torch.float32}
     why = [f"a beam of {wide} keys; it takes {WIDEST} at most"] if wide > WIDEST else []
     why += [f"{kind} inputs; it compares in float32" for kind in kinds]
@@ -127,4 +127,4 @@ def reasons(graph: Any, q: Tensor, count: int) -> list[str]:
         why.append("the numbers of a key do not lie beside each other")
     if any(x.device != q.device and not x.is_pinned() for x in graph.tensors()):
         why.append(f"parts of the index lie neither on the {q.device.type} device nor in pinned host memory")
-    return why + device.machine_reasons(q)
+    return why
