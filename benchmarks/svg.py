@@ -111,6 +111,8 @@ def _panel(panel: Panel, left: float, top: float) -> str:
     parts.append(_text(left, top - 12, panel.title, weight="600"))
     for series in panel.series:
         points = [(across(x), down(y)) for x, y in series.points]
+        if len(points) == 1 and not series.look.form:  # a line alone has nothing else to show a single point with
+            parts.append(_line([(points[0][0] - 12, points[0][1]), (points[0][0] + 12, points[0][1])], series.look))
         parts += [_line(points, series.look)] if series.look.line and len(points) > 1 else []
         parts += [_marker(*point, series.look) for point in points]
     if panel.level:
