@@ -157,6 +157,11 @@ def test_a_search_says_what_it_looked_at():
     assert shares["flat", 1] == 1 and shares["graph", 1] < shares["graph", 40] < 0.9
 
 
+def test_before_a_forward_there_is_nothing_to_record():
+    with attach(tiny(), reader(), budget=0.25) as run:
+        assert run.record.layers == {} and run.record.visited_fraction == 1
+
+
 def test_between_parts_of_a_prompt_a_layer_lies_in_host_memory():
     """Nothing moves in a test without a second device, so the moves are noted."""
     model, moves = tiny(), []

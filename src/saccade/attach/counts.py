@@ -65,8 +65,9 @@ class Counts:
         if self.decoded is not None:
             self._note("decode", float(self.decoded), 0.0)
             self.decoded = None
-        self._record().keys_visited += int(self.visited)
-        self.visited = 0
+        if isinstance(self.visited, Tensor) or self.visited:
+            self._record().keys_visited += int(self.visited)
+            self.visited = 0
 
     def _note(self, stage: Stage, pairs: float, causal: float) -> None:
         record = self._record()
