@@ -41,7 +41,9 @@ class Selection:
     def mask(self) -> Bool[Tensor, "b h q k"]:
         """True where a pair is computed."""
         allowed = self._pairs()
-        return allowed & causal_mask(self.queries, self.keys, allowed.device) if self.causal else allowed
+        if not self.causal or self.queries == 1:  # a single query is behind all keys
+            return allowed
+        return allowed & causal_mask(self.queries, self.keys, allowed.device)
 
     def _pairs(self) -> Bool[Tensor, "b h q k"]:
         raise NotImplementedError
@@ -210,8 +212,12 @@ class Gather(Selection):
         return keep.repeat_interleave(self.q_block, 2)[:, :, : self.queries]
 
     def count(self) -> Tensor:
-        if self.queries == 1 and self.ranges is None:  # no key is behind it; decoding counts in every layer
-            return (self.index >= 0).sum((-2, -1)).double()
+        if self.queries == 1:  # no key is behind it; decoding counts in every layer
+            listed = (self.index >= 0).sum((-2, -1))
+            if self.ranges is not None:
+                start, end = self.ranges.clamp(0, self.keys).unbind(-1)
+                listed = listed + (end - start).clamp(min=0).sum((-2, -1))
+            return listed.double()
         row0, row1 = (r[:, None] for r in self._rows())
         one = _count_ranges(self.index, self.index + 1, row0, row1, self.causal)
         pairs = torch.where(self.index >= 0, one, 0.0).sum((-2, -1))
