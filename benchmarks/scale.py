@@ -4,7 +4,7 @@
     python benchmarks/scale.py --check    # write nothing; end with 1 where it is not up to date
 
 Points are copied or divided (seconds of a layer); nothing is fitted here, and no GPU is needed. Where several files
-measured the same, the one of the highest number counts: it is the newest.
+measured the same, the later counts, as in gpu.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gpu import day
+
 HERE = Path(__file__).resolve().parent
 RESULTS, DATA = HERE / "results", HERE.parent / "src" / "saccade" / "data" / "scale-h200.json"
 MODELS, ATTEND, DECODE = "gpu_model-*-h200-*.json", "gpu_attend-h200-*.json", "gpu_decode-h200-*.json"
@@ -28,8 +30,8 @@ UNIT = 1e-6  # results say microseconds
 
 
 def read(pattern: str) -> list[tuple[str, Any]]:
-    """(file name, content) of all that match, oldest first: names end in the day."""
-    found = sorted(RESULTS.glob(pattern), key=lambda p: (p.stem[-10:], p.name))
+    """(file name, content) of all that match, oldest first."""
+    found = sorted(RESULTS.glob(pattern), key=lambda p: (day(p), p.name))
     return [(p.name, json.loads(p.read_text("utf-8"))) for p in found]
 
 

@@ -20,12 +20,12 @@ class Counts:
         self._record = record
         self.pending: list[Selection] = []  # selections of the prefill
         self.decoded: Tensor | None = None  # pairs of later tokens, summed where they are
-        self.visited: int | Tensor = 0  # keys that searches looked at, likewise
+        self.visited: int | Tensor | None = None  # keys that searches looked at, likewise
 
     def clear(self) -> None:
         """Forget what was not counted yet."""
         self.pending.clear()
-        self.decoded, self.visited = None, 0
+        self.decoded = self.visited = None
 
     def later(self, q: Tensor, selection: Selection) -> None:
         """A selection of later tokens; the device sums the pairs, and is not asked before somebody asks."""
@@ -38,7 +38,7 @@ class Counts:
 
     def searched(self, visited: int | Tensor, there: int) -> None:
         """What `Site.searched` does."""
-        self.visited = self.visited + visited
+        self.visited = visited if self.visited is None else self.visited + visited
         self._record().keys_searched += there
 
     def dense(
@@ -65,9 +65,9 @@ class Counts:
         if self.decoded is not None:
             self._note("decode", float(self.decoded), 0.0)
             self.decoded = None
-        if isinstance(self.visited, Tensor) or self.visited:
+        if self.visited is not None:
             self._record().keys_visited += int(self.visited)
-            self.visited = 0
+            self.visited = None
 
     def _note(self, stage: Stage, pairs: float, causal: float) -> None:
         record = self._record()

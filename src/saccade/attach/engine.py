@@ -244,8 +244,8 @@ class Engine:
         seen = [layer.store.seen[i] for i in layer.store.sequence_of(rows)]
         self.counts.dense(seen, rows, q, stage, visible)
         evictor, packer = self.parts.get("evict"), self.parts.get("pack")
-        gaps = visible is not None or any(n != rows.length for n in seen)
-        if isinstance(evictor, Cache) and evictor.merges and gaps and layer.store.dropped:
+        merges = isinstance(evictor, Cache) and evictor.merges and layer.store.dropped
+        if merges and (visible is not None or any(n != rows.length for n in seen)):  # else they have lost nothing
             return self._merged(evictor, rows, q, visible)
         if isinstance(packer, Cache) and stage == "decode":
             return packing.attend(packer, rows, q, scale=self.place.scale, softcap=self.place.softcap)

@@ -101,9 +101,8 @@ def forward(
         out = engine.attend(layer, q, None, "decode")
         if engine.counts.decoded is not None:
             tail.pairs += engine.counts.decoded
-        visited = engine.counts.visited
-        if isinstance(visited, Tensor) or visited:
-            tail.visited += visited
+        if engine.counts.visited is not None:
+            tail.visited += engine.counts.visited
     finally:
         engine.counts = counts
     if engine.place.layer == engine.place.layers - 1:

@@ -41,6 +41,11 @@ def machine_reasons(x: Tensor) -> list[str]:
     return [] if found >= CAPABILITY else [f"compute capability {found[0]}.{found[1]}; it takes {least} or more"]
 
 
+def within_reach(x: Tensor, of: Tensor) -> bool:
+    """Whether a kernel where `of` is can read x: it lies there, or in pinned host memory."""
+    return x.device == of.device or x.is_pinned()
+
+
 def triton_reasons(*inputs: Tensor) -> list[str]:
     """The same, and that a kernel without a gradient is not asked for one."""
     why = machine_reasons(inputs[0])

@@ -22,7 +22,7 @@ def fetch(x: Float[Tensor, "g n d"], place: Int[Tensor, "g r l"]) -> Float[Tenso
     if x.dim() != 3 or place.dim() != 3 or len(x) != len(place) or place.is_floating_point():
         asked = f"fetch rows of {tuple(x.shape)} at {tuple(place.shape)}, {place.dtype}"
         raise BadInput(asked, "they are not [heads, n, size] and [heads, any, any]", "Give whole numbers per head.")
-    if place.is_cuda and (x.is_pinned() or x.device == place.device) and not device.machine_reasons(place):
+    if place.is_cuda and device.within_reach(x, place) and not device.machine_reasons(place):
         from saccade.ops.fetch import triton as kernel
 
         return kernel.fetch(x, place)

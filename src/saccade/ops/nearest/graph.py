@@ -48,7 +48,7 @@ class Graph:
         if q.is_cuda and not device.machine_reasons(q):
             from saccade.ops.nearest import triton as kernel
 
-            if not kernel.reasons(self, q, width):
+            if not kernel.reasons(self, q, count):
                 return kernel.search(self, q, count, together)
         asking = wide(q.to(self.keys.device)).flatten(0, 1)
         head = torch.arange(g, device=asking.device).repeat_interleave(q.shape[1])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from saccade.ops import device
 from saccade.ops.nearest.api import Found
+from saccade.ops.topk.triton import _key, _value
 from saccade.ops.unclaimed import unclaimed
 
 WIDEST = 1024  # keys of a beam
@@ -28,9 +29,13 @@ NOTES = 2**31  # bits of what was met, at once
 @triton.jit
 def _packed(score, key):
     """Numbers of the order of the scores, with the key and that it is to be followed in the lower half."""
-    bits = score.to(tl.int32, bitcast=True)
-    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (order.to(tl.int64) << 32) | (key.to(tl.int64) << 1) | 1
+    return ((_key(score) - 0x80000000) << 32) | (key.to(tl.int64) << 1) | 1
+
+
+@triton.jit
+def _place(packed):
+    """The key."""
+    return ((packed & 0xFFFFFFFF) >> 1).to(tl.int32)
 
 
 @triton.jit
@@ -74,17 +79,15 @@ def _search(Q, KEYS, EDGES, ENTRIES, MET, NEXT, INDEX, SCORE, VISITED, k_g, k_n,
         rank = tl.cumsum(waits, 0) - waits
         taken = (waits == 1) & (rank < together)
         left = tl.sum(taken.to(tl.int32), 0)
-        tl.store(NEXT + rank, ((beam & 0xFFFFFFFF) >> 1).to(tl.int32), mask=taken)
+        tl.store(NEXT + rank, _place(beam), mask=taken)
         beam = tl.where(taken, beam - 1, beam)
         tl.debug_barrier()  # all of a program see what it stored
         key = tl.load(NEXT + i // M, mask=i // M < left, other=0)
         near = tl.load(EDGES + key.to(tl.int64) * M + unclaimed(W) % M, mask=i // M < left, other=-1)
         tl.debug_barrier()
-    order = (beam >> 32).to(tl.int32)
-    score = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     there = beam != none
-    tl.store(INDEX + row * W + i, tl.where(there, ((beam & 0xFFFFFFFF) >> 1).to(tl.int32), -1))
-    tl.store(SCORE + row * W + i, tl.where(there, score, -float("inf")))
+    tl.store(INDEX + row * W + i, tl.where(there, _place(beam), -1))
+    tl.store(SCORE + row * W + i, tl.where(there, _value((beam >> 32) + 0x80000000), -float("inf")))
     tl.store(VISITED + row, visited)
 
 
@@ -125,6 +128,6 @@ def reasons(graph: Any, q: Tensor, count: int) -> list[str]:
     why += [f"{kind} inputs; it compares in float32" for kind in kinds]
     if graph.keys.stride(2) != 1:
         why.append("the numbers of a key do not lie beside each other")
-    if any(x.device != q.device and not x.is_pinned() for x in graph.tensors()):
+    if not all(device.within_reach(x, q) for x in graph.tensors()):
         why.append(f"parts of the index lie neither on the {q.device.type} device nor in pinned host memory")
     return why
